@@ -1,0 +1,2 @@
+//! Address types and page-table walkers of the machines a guest can run on.
+#![no_std]

@@ -1,0 +1,2 @@
+//! `vmsight`: virtual machine monitoring for security.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The Linux view of a guest: processes, modules, sockets, files.

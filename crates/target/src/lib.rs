@@ -1,0 +1,1 @@
+//! Finds the virtual machines of a host and attaches to them.

@@ -1,0 +1,1 @@
+//! Real guests for tests and demos: kernels, initramfs, workloads with ground truth.

@@ -1,0 +1,2 @@
+//! What runs inside a lab guest.
+fn main() {}
