@@ -5,5 +5,7 @@
 
 mod address;
 pub mod paging;
+pub mod registers;
 
 pub use address::{Dtb, Gfn, Gpa, Gva};
+pub use registers::{Registers, Segment, TableRegister};

@@ -1,4 +1,18 @@
 //! Page-table walks: from a virtual address and a root to a physical address, or to the reason why not.
+//!
+//! Every walk is bounded by the number of levels of its mode, whatever the guest wrote into its tables, and
+//! [`mappings`] by a number of tables that the caller sets.
+
+mod arm64;
+mod format;
+mod mappings;
+mod walk;
+mod x86;
+
+pub use mappings::{Mapping, Mappings, TableLimit, mappings};
+pub use walk::{Resolved, resolve, walk};
+
+use core::fmt;
 
 use crate::{Gpa, Gva};
 
@@ -10,10 +24,23 @@ pub trait TableMemory {
     fn entry_u32(&self, gpa: Gpa) -> Option<u32>;
 }
 
+impl<M: TableMemory + ?Sized> TableMemory for &M {
+    #[inline]
+    fn entry_u64(&self, gpa: Gpa) -> Option<u64> {
+        (**self).entry_u64(gpa)
+    }
+
+    #[inline]
+    fn entry_u32(&self, gpa: Gpa) -> Option<u32> {
+        (**self).entry_u32(gpa)
+    }
+}
+
 /// How virtual addresses are translated.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum PagingMode {
-    /// x86 32-bit paging (SDM vol. 3, 4.3). `pse` says whether 4 MiB pages are on (CR4.PSE).
+    /// x86 32-bit paging (SDM vol. 3, 4.3). `pse` says whether 4 MiB pages are on (CR4.PSE); PSE-36 is taken
+    /// as given, up to 40 bits of physical address.
     X86_32 {
         /// CR4.PSE
         pse: bool,
@@ -24,12 +51,17 @@ pub enum PagingMode {
     X86Level4,
     /// x86-64 with five levels, 57-bit addresses (SDM vol. 3, 4.5).
     X86Level5,
-    /// AArch64 stage 1, one translation table base register (Arm ARM D8.2).
+    /// AArch64 stage 1, one translation table base register (Arm ARM D8.2). The walk accepts addresses of
+    /// either half (all bits from `va_bits` up clear, or all set): the caller picks the register for the half.
     Arm64 {
         /// Size of a page.
         granule: Granule,
-        /// Bits of virtual address that the walk resolves: 64 − TxSZ, 16 to 52.
+        /// Bits of virtual address that the walk resolves: 64 − TxSZ, 16 to 52 (17 at least with 64 KiB pages);
+        /// values outside are clamped.
         va_bits: u8,
+        /// TCR_ELx.DS: 52-bit output addresses in 4 KiB and 16 KiB descriptors (FEAT_LPA2). 64 KiB descriptors
+        /// always carry address bits 51:48 in bits 15:12 (FEAT_LPA; zero on older machines).
+        lpa2: bool,
     },
 }
 
@@ -51,8 +83,10 @@ pub struct Access {
     pub write: bool,
     /// User mode may access (all levels).
     pub user: bool,
-    /// Instructions may be fetched (no level has NX/XN; for arm64, privileged execution).
+    /// Instructions may be fetched (no level has NX; for arm64, by privileged code: no level has PXN).
     pub execute: bool,
+    /// User mode may fetch instructions (x86: `user` and `execute`; arm64: no level has UXN).
+    pub user_execute: bool,
     /// The leaf's accessed flag.
     pub accessed: bool,
     /// The leaf's dirty flag.
@@ -72,25 +106,61 @@ pub struct Step {
     pub value: u64,
 }
 
-/// The entries of one walk, root first.
+/// The entries of one walk, root first: at most five.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Steps {
-    steps: [Step; 5],
+    // Levels count down by one from `top`, so they need not be kept: results stay small.
+    entries: [(Gpa, u64); 5],
+    top: u8,
     len: u8,
 }
 
 impl Steps {
-    /// Adds a step; more than five are ignored, no machine has them.
-    pub(crate) fn push(&mut self, step: Step) {
-        if let Some(slot) = self.steps.get_mut(self.len as usize) {
-            *slot = step;
+    /// No steps yet of a walk through `top` levels.
+    pub(crate) fn of_levels(top: u8) -> Self {
+        Self {
+            top,
+            ..Self::default()
+        }
+    }
+
+    /// Adds the entry of the next level down; more than five are ignored, no machine has them.
+    #[inline]
+    pub(crate) fn push(&mut self, entry_gpa: Gpa, value: u64) {
+        if let Some(slot) = self.entries.get_mut(usize::from(self.len)) {
+            *slot = (entry_gpa, value);
             self.len += 1;
         }
     }
 
+    /// Drops what is deeper than `len` steps.
+    pub(crate) fn truncate(&mut self, len: u8) {
+        self.len = self.len.min(len);
+    }
+
+    /// How many entries were read.
+    pub fn len(&self) -> usize {
+        usize::from(self.len)
+    }
+
+    /// Whether none was read.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// The entries read, root first.
-    pub fn as_slice(&self) -> &[Step] {
-        self.steps.get(..self.len as usize).unwrap_or(&[])
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = Step> + ExactSizeIterator + '_ {
+        let entries = self.entries.get(..usize::from(self.len)).unwrap_or(&[]);
+        entries.iter().enumerate().map(|(i, &(entry_gpa, value))| Step {
+            level: self.top.saturating_sub(i as u8),
+            entry_gpa,
+            value,
+        })
+    }
+
+    /// The entry read last: the leaf of a translation.
+    pub fn last(&self) -> Option<Step> {
+        self.iter().next_back()
     }
 }
 
@@ -129,6 +199,68 @@ pub struct PageFault {
     pub reason: FaultReason,
     /// The level whose entry failed, 0 where no table was read.
     pub level: u8,
-    /// The entries read up to and including the one that failed (none backed: the last is missing).
+    /// Where the entry that failed lies, 0 where no table was read.
+    pub entry_gpa: Gpa,
+    /// The entries read up to and including the one that failed (not backed: the last is missing).
     pub steps: Steps,
+}
+
+impl PageFault {
+    /// The value of the entry that failed, `None` where none could be read.
+    pub fn entry(&self) -> Option<u64> {
+        match self.reason {
+            FaultReason::NotPresent | FaultReason::Reserved => self.steps.last().map(|s| s.value),
+            FaultReason::NonCanonical | FaultReason::Unbacked => None,
+        }
+    }
+
+    /// Whether the entry that failed is not present and yet holds something: a page that the guest has put
+    /// elsewhere (swap, migration, a mapping without access rights), as against one that never was.
+    pub fn is_paged_out(&self) -> bool {
+        self.reason == FaultReason::NotPresent && self.entry().is_some_and(|v| v != 0)
+    }
+}
+
+impl fmt::Display for PageFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}: ", self.gva)?;
+        match self.reason {
+            FaultReason::NonCanonical => f.write_str("not a canonical address"),
+            FaultReason::NotPresent => write!(
+                f,
+                "not present: level {} entry at {:#x} is {:#x}",
+                self.level,
+                self.entry_gpa,
+                self.entry().unwrap_or(0)
+            ),
+            FaultReason::Reserved => write!(
+                f,
+                "reserved bits: level {} entry at {:#x} is {:#x}",
+                self.level,
+                self.entry_gpa,
+                self.entry().unwrap_or(0)
+            ),
+            FaultReason::Unbacked => {
+                write!(
+                    f,
+                    "level {} entry at {:#x} has no memory behind it",
+                    self.level, self.entry_gpa
+                )
+            }
+        }
+    }
+}
+
+impl core::error::Error for PageFault {}
+
+impl Translation {
+    /// The physical address of the first byte of the page.
+    pub const fn page_gpa(&self) -> Gpa {
+        Gpa(self.gpa.0 & !(self.page_size() - 1))
+    }
+
+    /// The size of the page in bytes.
+    pub const fn page_size(&self) -> u64 {
+        1 << (self.page_shift & 63)
+    }
 }

@@ -1,0 +1,188 @@
+//! Walks through tables written by hand, one thing at a time; `model.rs` has the random ones.
+
+use std::collections::BTreeMap;
+
+use vmsight_arch::paging::{FaultReason, PageFault, PagingMode, TableMemory, mappings, resolve, walk};
+use vmsight_arch::{Dtb, Gpa, Gva};
+
+/// Memory of a few words; everything below `size` is backed.
+struct Words {
+    words: BTreeMap<u64, u64>,
+    size: u64,
+}
+
+impl TableMemory for Words {
+    fn entry_u64(&self, gpa: Gpa) -> Option<u64> {
+        (gpa.0 < self.size).then(|| self.words.get(&gpa.0).copied().unwrap_or(0))
+    }
+
+    fn entry_u32(&self, gpa: Gpa) -> Option<u32> {
+        self.entry_u64(Gpa(gpa.0 & !7))
+            .map(|v| (v >> (8 * (gpa.0 & 4))) as u32)
+    }
+}
+
+fn words(list: &[(u64, u64)]) -> Words {
+    Words {
+        words: list.iter().copied().collect(),
+        size: 0x10_0000,
+    }
+}
+
+const NX: u64 = 1 << 63;
+
+/// 0xffff_8000_0020_3000 → 4 KiB, 0xffff_8000_0040_0000 → 2 MiB, 0xffff_8000_4000_0000 → 1 GiB.
+fn level4() -> Words {
+    words(&[
+        (0x1000 + 256 * 8, 0x2003),
+        (0x2000, 0x3003),
+        (0x2000 + 8, 0x8000_0000 | 0x1e3 | NX),
+        (0x3000 + 8, 0x4007),
+        (0x3000 + 2 * 8, 0x1_4060_0000 | 0x83),
+        (0x4000 + 3 * 8, 0x5_6789_a000 | 0x63),
+        (0x4000 + 4 * 8, 0xdead_0000_0000_0002),
+        (0x3000 + 3 * 8, 0x1_4061_0000 | 0x83),
+        (0x3000 + 4 * 8, 0x7fff_f000_0003),
+    ])
+}
+
+fn go(memory: &Words, gva: u64) -> Result<vmsight_arch::paging::Translation, PageFault> {
+    walk(PagingMode::X86Level4, memory, Dtb(0x1000), Gva(gva))
+}
+
+#[test]
+fn pages_of_every_size_resolve_with_their_rights() {
+    let m = level4();
+    let t = go(&m, 0xffff_8000_0020_3abc).unwrap();
+    assert_eq!(
+        (t.gpa, t.page_shift, t.page_gpa(), t.page_size()),
+        (Gpa(0x5_6789_aabc), 12, Gpa(0x5_6789_a000), 4096)
+    );
+    assert!(t.access.write && t.access.execute && t.access.accessed && t.access.dirty);
+    assert!(!t.access.user && !t.access.global && !t.access.user_execute);
+    let levels: Vec<_> = t.steps.iter().map(|s| (s.level, s.entry_gpa.0)).collect();
+    assert_eq!(levels, [(4, 0x1800), (3, 0x2000), (2, 0x3008), (1, 0x4018)]);
+
+    let t = go(&m, 0xffff_8000_0041_2345).unwrap();
+    assert_eq!((t.gpa, t.page_shift), (Gpa(0x1_4061_2345), 21));
+    let t = go(&m, 0xffff_8000_7fff_ffff).unwrap();
+    assert_eq!((t.gpa, t.page_shift), (Gpa(0xbfff_ffff), 30));
+    assert!(t.access.global && !t.access.execute);
+}
+
+#[test]
+fn faults_name_the_level_and_the_entry() {
+    let m = level4();
+    let f = go(&m, 0x0000_8000_0000_0000).unwrap_err();
+    assert_eq!(
+        (f.reason, f.level, f.entry(), f.steps.len()),
+        (FaultReason::NonCanonical, 0, None, 0)
+    );
+
+    let f = go(&m, 0xffff_8000_0020_4000).unwrap_err();
+    assert_eq!(
+        (f.reason, f.level, f.entry()),
+        (FaultReason::NotPresent, 1, Some(0xdead_0000_0000_0002))
+    );
+    assert!(f.is_paged_out());
+    assert_eq!(f.steps.len(), 4);
+    assert_eq!(
+        f.to_string(),
+        "0xffff800000204000: not present: level 1 entry at 0x4020 is 0xdead000000000002"
+    );
+
+    let f = go(&m, 0).unwrap_err();
+    assert_eq!(
+        (f.reason, f.level, f.entry_gpa),
+        (FaultReason::NotPresent, 4, Gpa(0x1000))
+    );
+    assert!(!f.is_paged_out());
+
+    let f = go(&m, 0xffff_8000_0060_0000).unwrap_err();
+    assert_eq!((f.reason, f.level), (FaultReason::Reserved, 2));
+
+    let f = go(&m, 0xffff_8000_0080_1000).unwrap_err();
+    assert_eq!(
+        (f.reason, f.level, f.entry_gpa),
+        (FaultReason::Unbacked, 1, Gpa(0x7fff_f000_0008))
+    );
+    assert_eq!((f.entry(), f.steps.len()), (None, 3));
+}
+
+#[test]
+fn the_listing_skips_holes_and_counts_what_is_broken() {
+    let m = level4();
+    let mut list = mappings(
+        PagingMode::X86Level4,
+        &m,
+        Dtb(0x1000),
+        Gva(0)..=Gva(u64::MAX),
+        100,
+    );
+    let found: Vec<_> = list
+        .by_ref()
+        .map(|m| m.unwrap())
+        .map(|m| (m.gva.0, m.translation.gpa.0))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            (0xffff_8000_0020_3000, 0x5_6789_a000),
+            (0xffff_8000_0040_0000, 0x1_4060_0000),
+            (0xffff_8000_4000_0000, 0x8000_0000)
+        ]
+    );
+    assert_eq!(list.broken(), 2, "a reserved entry and a table without memory");
+}
+
+#[test]
+fn a_range_that_begins_inside_a_large_page_lists_that_page() {
+    let m = level4();
+    let range = Gva(0xffff_8000_0050_0000)..=Gva(0xffff_8000_3fff_ffff);
+    let found: Vec<_> = mappings(PagingMode::X86Level4, &m, Dtb(0x1000), range, 100).collect();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].unwrap().gva, Gva(0xffff_8000_0040_0000));
+}
+
+#[test]
+fn a_table_that_serves_at_every_level_ends_at_the_callers_limit() {
+    // Every entry of the one table points to the table: 2^36 pages for the asking.
+    let list: Vec<_> = (0..512).map(|i| (0x1000 + i * 8, 0x1003)).collect();
+    let m = words(&list);
+    let mut n = 0u64;
+    let mut last = None;
+    for item in mappings(
+        PagingMode::X86Level4,
+        &m,
+        Dtb(0x1000),
+        Gva(0)..=Gva(u64::MAX),
+        1000,
+    ) {
+        n += 1;
+        last = Some(item);
+    }
+    let limit = last.unwrap().unwrap_err();
+    assert_eq!(limit.tables, 1000);
+    // The root, the first level 3 table and two level 2 tables; the rest are last tables of 512 pages each.
+    assert_eq!(n - 1, (1000 - 4) * 512);
+    // Nothing is lost before the limit and nothing listed behind it.
+    assert_eq!(limit.at, Gva((1000 - 4) * 512 * 4096));
+}
+
+#[test]
+fn resolve_agrees_with_walk() {
+    let m = level4();
+    for gva in [
+        0,
+        0xffff_8000_0020_3abc,
+        0xffff_8000_0041_2345,
+        0xffff_8000_0020_4000,
+        0x8000_0000_0000,
+    ] {
+        let quick = resolve(PagingMode::X86Level4, &m, Dtb(0x1000), Gva(gva));
+        assert_eq!(
+            quick.map(|r| (r.gpa, r.page_shift)),
+            go(&m, gva).ok().map(|t| (t.gpa, t.page_shift))
+        );
+    }
+}
