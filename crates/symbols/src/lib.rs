@@ -1,5 +1,10 @@
 //! The profile of one kernel build: its symbols and types.
 
+pub mod kernel;
+mod profile;
+pub mod table;
 pub mod types;
 
-pub use types::{Field, Kind, Kinds, Member, Type, TypeId, Types, TypesError};
+pub use profile::{Profile, ProfileSource};
+pub use table::{Symbol, SymbolTable, SymbolTableBuilder};
+pub use types::{Bytes, Field, Kind, Kinds, Member, Type, TypeId, Types, TypesError};

@@ -10,7 +10,7 @@
 //! The format is described in the kernel's `Documentation/bpf/btf.rst` and `include/uapi/linux/btf.h`.
 
 mod builder;
-mod bytes;
+pub(crate) mod bytes;
 mod distilled;
 mod enums;
 mod error;

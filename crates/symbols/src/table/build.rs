@@ -1,0 +1,285 @@
+//! Making a symbol table: sorting by address, and the index by name.
+
+use super::{HEADER, Layout, MAGIC, MAX_NAME, MAX_SYMBOLS, SymbolTable};
+use crate::types::bytes::Bytes;
+
+/// Collects symbols in any order.
+#[derive(Default, Debug)]
+pub struct SymbolTableBuilder {
+    addresses: Vec<u64>,
+    kinds: Vec<u8>,
+    /// End of each name in `names`.
+    ends: Vec<u32>,
+    names: Vec<u8>,
+    hashes: Vec<u32>,
+}
+
+impl SymbolTableBuilder {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a symbol: its name, link-time address and nm(1) letter. False, and nothing added, where the table is full
+    /// ([`MAX_SYMBOLS`]) or the name is longer than [`MAX_NAME`].
+    pub fn push(&mut self, name: &str, address: u64, kind: u8) -> bool {
+        if self.addresses.len() >= MAX_SYMBOLS || name.len() > MAX_NAME {
+            return false;
+        }
+        self.names.extend_from_slice(name.as_bytes());
+        self.ends.push(self.names.len() as u32);
+        self.hashes.push(hash(name.as_bytes()));
+        self.addresses.push(address);
+        self.kinds.push(kind);
+        true
+    }
+
+    /// A builder over what a decoder has prepared: everything by symbol, `ends[i]` being where name `i` ends in
+    /// `names`, which must be UTF-8 within each name. `None` where lengths disagree, ends descend or a cap is passed.
+    #[allow(dead_code)] // the kallsyms decoder, next
+    #[allow(dead_code)] // the kallsyms decoder, next
+    pub(crate) fn from_parts(
+        addresses: Vec<u64>,
+        kinds: Vec<u8>,
+        ends: Vec<u32>,
+        names: Vec<u8>,
+        hashes: Vec<u32>,
+    ) -> Option<Self> {
+        let n = addresses.len();
+        let whole = ends.last().map_or(0, |&e| e as usize) == names.len();
+        let fits = n <= MAX_SYMBOLS && kinds.len() == n && ends.len() == n && hashes.len() == n;
+        (fits && whole && ends.is_sorted()).then_some(Self {
+            addresses,
+            kinds,
+            ends,
+            names,
+            hashes,
+        })
+    }
+
+    /// Sorts by address, keeping the order of those that share one, and builds the index.
+    pub fn finish(mut self) -> SymbolTable {
+        if !self.addresses.is_sorted() {
+            self = self.sorted();
+        }
+        let count = self.addresses.len();
+        let buckets = count.next_power_of_two().max(16);
+        let layout = Layout::new(count, buckets, self.names.len())
+            .expect("push and from_parts keep to the caps, which the layout allows");
+
+        let mut bytes = Vec::with_capacity(layout.names.end);
+        for field in [MAGIC, count as u32, buckets as u32, self.names.len() as u32] {
+            bytes.extend_from_slice(&field.to_le_bytes());
+        }
+        debug_assert_eq!(bytes.len(), HEADER);
+        extend_u64(&mut bytes, &self.addresses);
+        bytes.extend_from_slice(&0_u32.to_le_bytes());
+        extend_u32(&mut bytes, &self.ends);
+        let (starts, order) = index(&self.hashes, buckets);
+        extend_u32(&mut bytes, &starts);
+        extend_u32(&mut bytes, &order);
+        bytes.extend_from_slice(&self.kinds);
+        bytes.extend_from_slice(&self.names);
+        debug_assert_eq!(bytes.len(), layout.names.end);
+        SymbolTable {
+            bytes: Bytes::from(bytes),
+            layout,
+        }
+    }
+
+    fn sorted(&self) -> Self {
+        let mut order: Vec<u32> = (0..self.addresses.len() as u32).collect();
+        order.sort_by_key(|&i| self.addresses[i as usize]);
+        let mut new = Self {
+            addresses: Vec::with_capacity(self.addresses.len()),
+            kinds: Vec::with_capacity(self.kinds.len()),
+            ends: Vec::with_capacity(self.ends.len()),
+            names: Vec::with_capacity(self.names.len()),
+            hashes: Vec::with_capacity(self.hashes.len()),
+        };
+        for i in order {
+            let i = i as usize;
+            let start = i.checked_sub(1).map_or(0, |p| self.ends[p] as usize);
+            new.names
+                .extend_from_slice(&self.names[start..self.ends[i] as usize]);
+            new.ends.push(new.names.len() as u32);
+            new.addresses.push(self.addresses[i]);
+            new.kinds.push(self.kinds[i]);
+            new.hashes.push(self.hashes[i]);
+        }
+        new
+    }
+}
+
+/// Sorts symbol numbers by bucket (counting sort): where each bucket starts, and the numbers. Linear whatever the
+/// names are, so that a guest full of equal or colliding names costs no more than another.
+fn index(hashes: &[u32], buckets: usize) -> (Vec<u32>, Vec<u32>) {
+    let mask = buckets as u32 - 1;
+    let mut starts = vec![0_u32; buckets + 1];
+    for h in hashes {
+        starts[(h & mask) as usize + 1] += 1;
+    }
+    let mut sum = 0;
+    for start in &mut starts {
+        sum += *start;
+        *start = sum;
+    }
+    let mut next = starts.clone();
+    let mut order = vec![0_u32; hashes.len()];
+    for (i, h) in hashes.iter().enumerate() {
+        let slot = &mut next[(h & mask) as usize];
+        order[*slot as usize] = i as u32;
+        *slot += 1;
+    }
+    (starts, order)
+}
+
+/// The hash of a name. Part of the file format: changing it changes the table's magic.
+#[inline]
+pub(crate) fn hash(name: &[u8]) -> u32 {
+    const K: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut h = name.len() as u64;
+    let mut chunks = name.chunks_exact(8);
+    for chunk in &mut chunks {
+        let v = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
+        h = (h.rotate_left(29) ^ v).wrapping_mul(K);
+    }
+    let mut rest = [0_u8; 8];
+    let tail = chunks.remainder();
+    rest[..tail.len()].copy_from_slice(tail);
+    h = (h.rotate_left(29) ^ u64::from_le_bytes(rest)).wrapping_mul(K);
+    (h ^ (h >> 32)).wrapping_mul(K).wrapping_shr(32) as u32
+}
+
+fn extend_u64(bytes: &mut Vec<u8>, values: &[u64]) {
+    let at = bytes.len();
+    bytes.resize(at + 8 * values.len(), 0);
+    for (to, from) in bytes[at..].chunks_exact_mut(8).zip(values) {
+        to.copy_from_slice(&from.to_le_bytes());
+    }
+}
+
+fn extend_u32(bytes: &mut Vec<u8>, values: &[u32]) {
+    let at = bytes.len();
+    bytes.resize(at + 4 * values.len(), 0);
+    for (to, from) in bytes[at..].chunks_exact_mut(4).zip(values) {
+        to.copy_from_slice(&from.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn table() -> SymbolTable {
+        [
+            ("_text", 0xffff_ffff_8100_0000, b'T'),
+            ("__per_cpu_start", 0, b'A'),
+            ("twin", 0xffff_ffff_8100_2000, b't'),
+            ("startup_64", 0xffff_ffff_8100_0000, b'T'),
+            ("twin", 0xffff_ffff_8100_1000, b't'),
+            ("_end", 0xffff_ffff_8200_0000, b'B'),
+        ]
+        .into_iter()
+        .collect()
+    }
+
+    #[test]
+    fn finds_by_name_and_all_of_a_name() {
+        let t = table();
+        assert_eq!(t.address("_text"), Some(0xffff_ffff_8100_0000));
+        assert_eq!(t.address("absent"), None);
+        assert_eq!(
+            t.addresses("twin").collect::<Vec<_>>(),
+            [0xffff_ffff_8100_1000, 0xffff_ffff_8100_2000],
+            "by address, whatever the order of adding"
+        );
+    }
+
+    #[test]
+    fn nearest_stays_inside_the_image() {
+        let t = table();
+        let at = |a| t.nearest(a).map(|(s, o)| (s.name, o));
+        assert_eq!(
+            at(0xffff_ffff_8100_0000),
+            Some(("_text", 0)),
+            "the first of those that share an address"
+        );
+        assert_eq!(at(0xffff_ffff_8100_1fff), Some(("twin", 0xfff)));
+        assert_eq!(at(0xffff_ffff_8200_0000), Some(("_end", 0)));
+        assert_eq!(at(0xffff_ffff_8200_0001), None, "past the image");
+        assert_eq!(at(0), Some(("__per_cpu_start", 0)));
+        assert_eq!(
+            at(0x1000),
+            None,
+            "no symbol covers the space between absolute values and the image"
+        );
+        assert_eq!(at(0xffff_8880_0000_0000), None);
+    }
+
+    #[test]
+    fn range_is_half_open() {
+        let t = table();
+        let names: Vec<_> = t
+            .range(0xffff_ffff_8100_0000..0xffff_ffff_8100_2000)
+            .map(|s| s.name)
+            .collect();
+        assert_eq!(names, ["_text", "startup_64", "twin"]);
+        assert_eq!(t.range(Range { start: 5, end: 1 }).count(), 0);
+    }
+
+    #[test]
+    fn empty_table() {
+        let t = SymbolTable::empty();
+        assert!(t.is_empty());
+        assert_eq!(t.address(""), None);
+        assert_eq!(t.nearest(5), None);
+    }
+
+    #[test]
+    fn refuses_what_passes_the_caps() {
+        let mut b = SymbolTableBuilder::new();
+        assert!(!b.push(&"x".repeat(MAX_NAME + 1), 0, b'T'));
+        assert!(b.push(&"x".repeat(MAX_NAME), 0, b'T'));
+        assert_eq!(b.finish().len(), 1);
+        let cut = SymbolTableBuilder::from_parts(vec![0], vec![b'T'], vec![2], b"abc".to_vec(), vec![0]);
+        assert!(cut.is_none(), "the last name must end where the names end");
+    }
+
+    proptest! {
+        #[test]
+        fn every_symbol_is_found_again(symbols in prop::collection::vec(("[a-c_]{0,12}", any::<u64>(), any::<u8>()), 0..300)) {
+            let t: SymbolTable = symbols.iter().map(|(n, a, k)| (n.as_str(), *a, *k)).collect();
+            let mut want = symbols.clone();
+            want.sort_by_key(|s| s.1);
+            let got: Vec<_> = t.iter().map(|s| (s.name.to_owned(), s.address, s.kind)).collect();
+            prop_assert_eq!(&got, &want);
+            for (name, _, _) in &want {
+                let all: Vec<u64> = want.iter().filter(|s| &s.0 == name).map(|s| s.1).collect();
+                prop_assert_eq!(t.addresses(name).collect::<Vec<_>>(), all);
+            }
+            let again = SymbolTable::from_bytes(Bytes::from(t.as_bytes().to_vec())).unwrap();
+            prop_assert_eq!(again, t);
+        }
+
+        #[test]
+        fn damaged_blocks_never_panic(flips in prop::collection::vec((0_usize..400, any::<u8>()), 1..20), cut in 0_usize..400) {
+            let mut bytes = table().as_bytes().to_vec();
+            let len = bytes.len();
+            for (at, v) in flips {
+                bytes[at % len] = v;
+            }
+            bytes.truncate(len.min(cut.max(200)));
+            if let Ok(t) = SymbolTable::from_bytes(Bytes::from(bytes)) {
+                t.iter().for_each(drop);
+                let _ = t.nearest(0xffff_ffff_8100_1fff);
+                let _ = t.addresses("twin").count();
+                let _ = t.range(0..u64::MAX).count();
+            }
+        }
+    }
+}
