@@ -186,3 +186,85 @@ fn resolve_agrees_with_walk() {
         );
     }
 }
+
+#[test]
+fn reserved_bits_fault_at_the_level_that_sets_them() {
+    use vmsight_arch::paging::Granule::{K4, K16, K64};
+    let long = PagingMode::X86Level4;
+    let arm = |granule, va_bits, lpa2| PagingMode::Arm64 {
+        granule,
+        va_bits,
+        lpa2,
+    };
+    // One chain of tables at 0x1000, 0x2000 …, all at index 0 but for what is given; the last entry is the one
+    // on trial. Its value, the level it stands at, and whether the bits are reserved there.
+    let cases: &[(PagingMode, u8, u8, u64, bool)] = &[
+        (long, 4, 4, 0x2083, true),                  // PS in a PML4E
+        (PagingMode::X86Level5, 5, 5, 0x2083, true), // PS in a PML5E
+        (PagingMode::X86Level5, 5, 4, 0x2083, true),
+        (long, 4, 3, 0x4000_2083, true),  // 1 GiB page, bit 13
+        (long, 4, 3, 0x4000_1083, false), // bit 12 is PAT
+        (long, 4, 2, 0x0010_0083, true),  // 2 MiB page, bit 20
+        (long, 4, 2, 0x0020_1083, false),
+        (long, 4, 1, 0x0000_5083, false),           // bit 7 of a PTE is PAT
+        (long, 4, 1, 0x7ff0_0000_0000_5003, false), // 62:52 are free or protection keys
+        (PagingMode::X86Pae, 3, 3, 0x2003, true),   // PDPTE bits 2:1
+        (PagingMode::X86Pae, 3, 3, 1 << 63 | 0x2001, true),
+        (PagingMode::X86Pae, 3, 2, 0x0020_2083, true),
+        (PagingMode::X86Pae, 3, 2, 1 << 63 | 0x0020_0083, false),
+        (PagingMode::X86Pae, 3, 1, 1 << 52 | 0x5003, true),
+        (PagingMode::X86_32 { pse: true }, 2, 2, 0x0020_0083, true), // bit 21
+        (PagingMode::X86_32 { pse: true }, 2, 2, 0x001f_e083, false), // PSE-36
+        (arm(K4, 48, false), 4, 4, 0x2401, true),                    // no 512 GiB blocks …
+        (arm(K4, 48, true), 4, 4, 0x2401, false),                    // … without LPA2
+        (arm(K4, 48, false), 4, 3, 0x4000_0401, false),
+        (arm(K4, 48, false), 4, 1, 0x5401, true), // a block at the last level
+        (arm(K16, 47, false), 3, 3, 0x2401, true),
+        (arm(K16, 47, true), 3, 3, 0x2401, false),
+        (arm(K64, 42, false), 2, 2, 0x2000_0401, false),
+        (arm(K64, 42, false), 2, 1, 0x1_0401, true),
+    ];
+    for &(mode, levels, at, value, reserved) in cases {
+        let mut list = Vec::new();
+        for level in (at + 1..=levels).rev() {
+            let table = 0x1_0000 * u64::from(levels - level + 1);
+            // Present; for AArch64 a table: bit 1, which PDPTEs of PAE must not have.
+            let flags = if matches!(mode, PagingMode::X86Pae) && level == 3 {
+                1
+            } else {
+                3
+            };
+            list.push((table, (table + 0x1_0000) | flags));
+        }
+        let last = 0x1_0000 * u64::from(levels - at + 1);
+        list.push((last, value));
+        let got = walk(mode, &words(&list), Dtb(0x1_0000), Gva(0));
+        if reserved {
+            let fault = got.expect_err(&format!("{mode:?} level {at} {value:#x}"));
+            assert_eq!(
+                (fault.reason, fault.level),
+                (FaultReason::Reserved, at),
+                "{mode:?} {value:#x}"
+            );
+            assert_eq!(fault.entry(), Some(value));
+            assert!(!fault.is_paged_out());
+        } else {
+            let page = got.unwrap_or_else(|f| panic!("{mode:?} level {at} {value:#x}: {f}"));
+            assert_eq!(page.steps.last().map(|s| (s.level, s.value)), Some((at, value)));
+        }
+    }
+}
+
+#[test]
+fn pse_36_reaches_forty_bits() {
+    let m = words(&[(0x1008, 0x00cb_4083 << 32)]);
+    let t = walk(
+        PagingMode::X86_32 { pse: true },
+        &m,
+        Dtb(0x1000),
+        Gva(0x00ff_ffff),
+    )
+    .unwrap();
+    // 0x00cb_4083: bits 31:22 are 3, bits 20:13 are 0x5a.
+    assert_eq!((t.gpa, t.page_shift), (Gpa(0x5a_00ff_ffff), 22));
+}

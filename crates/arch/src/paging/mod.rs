@@ -107,7 +107,7 @@ pub struct Step {
 }
 
 /// The entries of one walk, root first: at most five.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Steps {
     // Levels count down by one from `top`, so they need not be kept: results stay small.
     entries: [(Gpa, u64); 5],
@@ -135,7 +135,14 @@ impl Steps {
 
     /// Drops what is deeper than `len` steps.
     pub(crate) fn truncate(&mut self, len: u8) {
-        self.len = self.len.min(len);
+        if len < self.len {
+            self.len = len;
+            // Cleared, so that equal walks compare equal.
+            self.entries
+                .iter_mut()
+                .skip(usize::from(len))
+                .for_each(|e| *e = (Gpa(0), 0));
+        }
     }
 
     /// How many entries were read.
@@ -161,6 +168,12 @@ impl Steps {
     /// The entry read last: the leaf of a translation.
     pub fn last(&self) -> Option<Step> {
         self.iter().next_back()
+    }
+}
+
+impl fmt::Debug for Steps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
     }
 }
 
