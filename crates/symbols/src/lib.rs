@@ -1,6 +1,7 @@
 //! The profile of one kernel build: its symbols and types.
 
 pub mod kernel;
+pub mod layout;
 mod profile;
 pub mod table;
 pub mod types;

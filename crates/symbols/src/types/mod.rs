@@ -38,6 +38,8 @@ pub use member::{Member, Members};
 pub use path::Field;
 pub use view::{ArrayInfo, IntInfo, Param, SectionVar, Type};
 
+pub(crate) use name::printable;
+
 use bytes::Words;
 use header::{Header, pass};
 use index::{Buckets, hash};
