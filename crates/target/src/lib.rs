@@ -1,1 +1,7 @@
 //! Finds the virtual machines of a host and attaches to them.
+
+pub mod discover;
+#[allow(dead_code)] // attaching, which lands next, reads more of it than listing does
+mod host;
+
+pub use discover::{VmInfo, Vmm, list};

@@ -1,0 +1,112 @@
+//! Starting and stopping a QEMU.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A QEMU of our own; killed and its folder removed when dropped.
+pub(crate) struct Machine {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Machine {
+    /// Starts one with a QMP socket, a serial port nowhere, no display and no network, halted (`-S`).
+    pub(crate) fn start(args: &[&str]) -> Self {
+        let mut all = vec!["-S"];
+        all.extend_from_slice(args);
+        Self::start_running(&all)
+    }
+
+    /// The same without `-S`.
+    pub(crate) fn start_running(args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().expect("a folder for the machine's sockets");
+        let qmp = format!("unix:{},server=on,wait=off", dir.path().join("qmp").display());
+        let args: Vec<String> = args
+            .iter()
+            .map(|a| a.replace("DIR", dir.path().to_str().expect("tempdir is UTF-8")))
+            .collect();
+        let child = Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-display", "none", "-qmp", &qmp])
+            .args(args)
+            .stdin(Stdio::null())
+            .stderr(std::fs::File::create(dir.path().join("stderr")).expect("a file for its messages"))
+            .spawn()
+            .unwrap_or_else(|e| {
+                panic!("qemu-system-x86_64: {e}; install the Debian package qemu-system-x86")
+            });
+        let mut machine = Self { child, dir };
+        let until = Instant::now() + Duration::from_secs(30);
+        while !machine.qmp().exists() {
+            if let Some(status) = machine.child.try_wait().expect("wait for our child") {
+                panic!("QEMU ended at once, {status}: {}", machine.messages());
+            }
+            assert!(
+                Instant::now() < until,
+                "QEMU opened no QMP socket in 30 s: {}",
+                machine.messages()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // The socket is there before the machine is made; an answer means that all is.
+        machine.command("{\"execute\":\"query-status\"}");
+        machine
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn qmp(&self) -> PathBuf {
+        self.dir.path().join("qmp")
+    }
+
+    /// One QMP command through a connection of its own; the answer's line. Panics after 30 s.
+    pub(crate) fn command(&self, json: &str) -> String {
+        let mut stream = UnixStream::connect(self.qmp()).expect("the QMP socket");
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .expect("a timeout");
+        let mut lines = BufReader::new(stream.try_clone().expect("a second handle")).lines();
+        let mut answer = || loop {
+            let line = lines.next().expect("QMP ended").expect("QMP answers in time");
+            if !line.contains("\"event\"") {
+                return line;
+            }
+        };
+        answer();
+        for line in ["{\"execute\":\"qmp_capabilities\"}", json] {
+            stream.write_all(line.as_bytes()).expect("QMP takes commands");
+            let answer = answer();
+            assert!(answer.contains("\"return\""), "{line}: {answer}");
+            if line == json {
+                return answer;
+            }
+        }
+        unreachable!("the loop returns at its last line")
+    }
+
+    /// Kills it, as a crash or an administrator would.
+    #[allow(dead_code)]
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().expect("kill our own QEMU");
+        self.child.wait().expect("wait for our own QEMU");
+    }
+
+    fn messages(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("stderr")).unwrap_or_default()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
