@@ -1,1 +1,26 @@
 //! Guest-physical memory as a source of bytes, and the address spaces over it.
+//!
+//! [`GuestMemory`] is the one type the rest of vmsight reads from. Where its bytes come from (shared memory of a VM
+//! that runs, the memory of its process, a dump) is settled when it is built. Memory that lives is never seen as
+//! `&[u8]`, only copied out; a dump's can be looked at in place.
+
+mod batch;
+mod builder;
+mod copy;
+mod error;
+mod fault;
+mod guest;
+mod mapping;
+mod process;
+mod region;
+mod slot;
+mod source;
+
+pub use batch::ReadOp;
+pub use builder::Builder;
+pub use error::{BuildError, MemoryError};
+pub use guest::GuestMemory;
+pub use mapping::{Mapping, MappingKind};
+pub use process::ProcessMemory;
+pub use region::Region;
+pub use source::Source;

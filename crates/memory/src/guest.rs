@@ -1,0 +1,386 @@
+//! Guest-physical memory, whatever it comes from.
+
+use crate::batch::{self, ReadOp};
+use crate::slot::{Slot, is_below};
+use crate::{MemoryError, Region, copy};
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use vmsight_arch::Gpa;
+use vmsight_arch::paging::TableMemory;
+
+/// The physical memory of one guest, live or from a dump. Clones share the memory and cost nothing; all methods may
+/// be called from many threads at once.
+///
+/// Memory of a running guest changes while it is read: two reads of one address may differ, and a read of more than
+/// eight aligned bytes may see a mix of old and new.
+#[derive(Clone)]
+pub struct GuestMemory {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// The mapped slots again, with only what a small read needs. Sorted, disjoint.
+    fast: Box<[FastSlot]>,
+    slots: Box<[Slot]>,
+    regions: Box<[Region]>,
+    missing: Box<[Region]>,
+    notes: Box<[String]>,
+}
+
+/// A mapped slot: 32 bytes, so that two fit into a cache line.
+struct FastSlot {
+    start: u64,
+    len: u64,
+    base: *const u8,
+    lost: &'static AtomicUsize,
+}
+
+// SAFETY: `base` points into a mapping that a slot of the same `Inner` keeps alive; it is only used for volatile copies,
+// which any thread may make.
+unsafe impl Send for FastSlot {}
+// SAFETY: as above.
+unsafe impl Sync for FastSlot {}
+
+/// Up to so many mapped slots are looked through one by one: a guest has 1 to 4.
+const LINEAR: usize = 4;
+
+impl GuestMemory {
+    /// `slots` must be sorted, disjoint, not empty, and within their sources: [`crate::Builder`] checks.
+    pub(crate) fn of_slots(slots: Vec<Slot>, missing: Vec<Region>, notes: Vec<String>) -> Self {
+        let fast = slots
+            .iter()
+            .filter_map(|slot| {
+                let direct = slot.direct(0, slot.region.len)?;
+                let Region { start, len } = slot.region;
+                Some(FastSlot {
+                    start: start.0,
+                    len,
+                    base: direct.ptr,
+                    lost: direct.lost_start(),
+                })
+            })
+            .collect();
+        let mut regions: Vec<Region> = Vec::new();
+        for Slot { region, .. } in &slots {
+            match regions.last_mut() {
+                Some(last) if last.end() == region.start => last.len = last.len.saturating_add(region.len),
+                _ => regions.push(*region),
+            }
+        }
+        let inner = Inner {
+            fast,
+            slots: slots.into(),
+            regions: regions.into(),
+            missing: missing.into(),
+            notes: notes.into(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// Fills `buf` from `gpa` on. Crosses from one slot into the next where they touch.
+    ///
+    /// # Errors
+    /// The first address that could not be read, and why. `buf` may then be filled in part.
+    #[inline]
+    pub fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        if let Some((ptr, lost)) = self.inner.fast(gpa, buf.len()) {
+            // SAFETY: `fast` found that many mapped bytes at `ptr`; `buf` is ours alone.
+            unsafe { copy::copy(ptr, buf.as_mut_ptr(), buf.len()) };
+            if is_below(ptr, buf.len(), lost) {
+                return Ok(());
+            }
+        }
+        self.inner.read_slow(gpa, buf)
+    }
+
+    /// The little-endian 8-byte integer at `gpa`. Read at once where it is aligned and mapped.
+    ///
+    /// # Errors
+    /// Why it could not be read.
+    #[inline]
+    pub fn read_u64(&self, gpa: Gpa) -> Result<u64, MemoryError> {
+        match self.inner.load::<u64>(gpa) {
+            Some(value) => Ok(u64::from_le(value)),
+            None => self.inner.read_array(gpa).map(u64::from_le_bytes),
+        }
+    }
+
+    /// The little-endian 4-byte integer at `gpa`.
+    ///
+    /// # Errors
+    /// Why it could not be read.
+    #[inline]
+    pub fn read_u32(&self, gpa: Gpa) -> Result<u32, MemoryError> {
+        match self.inner.load::<u32>(gpa) {
+            Some(value) => Ok(u32::from_le(value)),
+            None => self.inner.read_array(gpa).map(u32::from_le_bytes),
+        }
+    }
+
+    /// The little-endian 2-byte integer at `gpa`.
+    ///
+    /// # Errors
+    /// Why it could not be read.
+    #[inline]
+    pub fn read_u16(&self, gpa: Gpa) -> Result<u16, MemoryError> {
+        match self.inner.load::<u16>(gpa) {
+            Some(value) => Ok(u16::from_le(value)),
+            None => self.inner.read_array(gpa).map(u16::from_le_bytes),
+        }
+    }
+
+    /// The byte at `gpa`.
+    ///
+    /// # Errors
+    /// Why it could not be read.
+    #[inline]
+    pub fn read_u8(&self, gpa: Gpa) -> Result<u8, MemoryError> {
+        match self.inner.load::<u8>(gpa) {
+            Some(value) => Ok(u8::from_le(value)),
+            None => self.inner.read_array(gpa).map(u8::from_le_bytes),
+        }
+    }
+
+    /// Does all of `ops`, each with a result of its own. For memory of another process this takes one system call for
+    /// about a thousand of them instead of one for each.
+    pub fn read_batch(&self, ops: &mut [ReadOp<'_>]) {
+        batch::read(self, ops);
+    }
+
+    /// Writes `data` at `gpa`. Whether all of it may be written is found out first; a hole or a read-only slot
+    /// fails before anything is changed.
+    ///
+    /// # Errors
+    /// The first address that cannot be written, and why.
+    pub fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryError> {
+        for part in self.inner.parts(gpa, data.len()) {
+            let (slot, at, _) = part?;
+            if !slot.is_writable() {
+                return Err(MemoryError::ReadOnly {
+                    gpa: Gpa(slot.region.start.0.wrapping_add(at)),
+                });
+            }
+        }
+        for part in self.inner.parts(gpa, data.len()) {
+            let (slot, at, range) = part?;
+            slot.write(at, data.get(range).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    /// The bytes themselves, without a copy: only for a dump, and only where one mapping holds the whole range.
+    ///
+    /// A file that is cut while it is looked at reads as zeros from there on; [`read`](Self::read) would tell.
+    pub fn frozen(&self, gpa: Gpa, len: usize) -> Option<&[u8]> {
+        let slot = self.inner.slot(gpa)?;
+        if slot.is_live() {
+            return None;
+        }
+        let at = gpa.0.wrapping_sub(slot.region.start.0);
+        let direct = slot.direct(at, len as u64)?;
+        if !direct.is_intact(len) {
+            return None;
+        }
+        // SAFETY: so many bytes are mapped there, read-only (or private to us), for as long as `self` lives. That
+        // nobody rewrites a dump while it is looked at is the promise `MappingKind::Frozen` asks for.
+        Some(unsafe { std::slice::from_raw_parts(direct.ptr, len) })
+    }
+
+    /// The memory that is backed: sorted, disjoint, neighbours joined.
+    pub fn regions(&self) -> &[Region] {
+        &self.inner.regions
+    }
+
+    /// Bytes backed in all.
+    pub fn size(&self) -> u64 {
+        self.inner
+            .regions
+            .iter()
+            .fold(0, |sum, region| sum.saturating_add(region.len))
+    }
+
+    /// The first address after all memory; 0 where there is none.
+    pub fn end(&self) -> Gpa {
+        self.inner.regions.last().map_or(Gpa(0), Region::end)
+    }
+
+    /// Whether any of it can change by itself.
+    pub fn is_live(&self) -> bool {
+        self.inner.slots.iter().any(Slot::is_live)
+    }
+
+    /// Whether any of it can be written.
+    pub fn is_writable(&self) -> bool {
+        self.inner.slots.iter().any(Slot::is_writable)
+    }
+
+    /// Ranges the machine has but the dump lacks.
+    pub fn missing(&self) -> &[Region] {
+        &self.inner.missing
+    }
+
+    /// Remarks of whoever put the memory together: what is missing, what was guessed.
+    pub fn notes(&self) -> &[String] {
+        &self.inner.notes
+    }
+
+    pub(crate) fn parts(&self, gpa: Gpa, len: usize) -> Parts<'_> {
+        self.inner.parts(gpa, len)
+    }
+}
+
+/// What [`Inner::load`] may load.
+trait Integer: Copy {}
+impl Integer for u64 {}
+impl Integer for u32 {}
+impl Integer for u16 {}
+impl Integer for u8 {}
+
+impl Inner {
+    /// Where `len` bytes at `gpa` are mapped in one piece.
+    #[inline(always)]
+    fn fast(&self, gpa: Gpa, len: usize) -> Option<(*const u8, &'static AtomicUsize)> {
+        let slot = if self.fast.len() <= LINEAR {
+            self.fast
+                .iter()
+                .find(|slot| gpa.0.wrapping_sub(slot.start) < slot.len)?
+        } else {
+            let after = self.fast.partition_point(|slot| slot.start <= gpa.0);
+            self.fast.get(after.checked_sub(1)?)?
+        };
+        let at = gpa.0.wrapping_sub(slot.start);
+        // Not `at + len <= slot.len`: that could wrap.
+        if at >= slot.len || slot.len - at < len as u64 {
+            return None;
+        }
+        // SAFETY: `at` is inside the slot, all of which is mapped from `base` on (so it fits a usize).
+        Some((unsafe { slot.base.add(at as usize) }, slot.lost))
+    }
+
+    /// The integer at `gpa` in the guest's byte order, `None` where that takes more than a look.
+    #[inline(always)]
+    fn load<T: Integer>(&self, gpa: Gpa) -> Option<T> {
+        let (ptr, lost) = self.fast(gpa, size_of::<T>())?;
+        // SAFETY: `fast` found that many mapped bytes at `ptr`, and any bytes make an integer.
+        let value = unsafe { copy::load::<T>(ptr) };
+        is_below(ptr, size_of::<T>(), lost).then_some(value)
+    }
+
+    fn slot(&self, gpa: Gpa) -> Option<&Slot> {
+        let after = self.slots.partition_point(|slot| slot.region.start <= gpa);
+        self.slots
+            .get(after.checked_sub(1)?)
+            .filter(|slot| slot.region.contains(gpa))
+    }
+
+    fn parts(&self, gpa: Gpa, len: usize) -> Parts<'_> {
+        Parts {
+            inner: self,
+            gpa,
+            len,
+            done: 0,
+            failed: false,
+        }
+    }
+
+    #[cold]
+    fn read_slow(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        for part in self.parts(gpa, buf.len()) {
+            let (slot, at, range) = part?;
+            slot.read(at, buf.get_mut(range).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn read_array<const N: usize>(&self, gpa: Gpa) -> Result<[u8; N], MemoryError> {
+        let mut bytes = [0; N];
+        self.read_slow(gpa, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    #[cold]
+    fn no_memory(&self, gpa: Gpa) -> MemoryError {
+        if let Some(&missing) = self.missing.iter().find(|region| region.contains(gpa)) {
+            return MemoryError::Missing { gpa, missing };
+        }
+        let after = self.regions.partition_point(|region| region.start <= gpa);
+        let below = after.checked_sub(1).and_then(|i| self.regions.get(i));
+        let above = self.regions.get(after);
+        let nearest = match (below, above) {
+            (Some(below), Some(above)) => {
+                let (down, up) = (
+                    gpa.0.saturating_sub(below.end().0),
+                    above.start.0.saturating_sub(gpa.0),
+                );
+                Some(if up <= down { *above } else { *below })
+            }
+            (one, other) => one.or(other).copied(),
+        };
+        MemoryError::Unbacked { gpa, nearest }
+    }
+}
+
+/// The pieces of a range, slot by slot: the slot, where in it, and which bytes of the range. Ends at the first hole with
+/// an error.
+pub(crate) struct Parts<'a> {
+    inner: &'a Inner,
+    gpa: Gpa,
+    len: usize,
+    done: usize,
+    failed: bool,
+}
+
+impl<'a> Iterator for Parts<'a> {
+    type Item = Result<(&'a Slot, u64, Range<usize>), MemoryError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = self
+            .len
+            .checked_sub(self.done)
+            .filter(|&rest| rest > 0 && !self.failed)?;
+        let found = self
+            .gpa
+            .checked_add(self.done as u64)
+            .map(|gpa| (gpa, self.inner.slot(gpa)));
+        let Some((gpa, Some(slot))) = found else {
+            self.failed = true;
+            // Past 2^64 nothing is, and the error names the last address there is.
+            return Some(Err(self
+                .inner
+                .no_memory(found.map_or(Gpa(u64::MAX), |(gpa, _)| gpa))));
+        };
+        let at = gpa.0.wrapping_sub(slot.region.start.0);
+        let len = usize::try_from(slot.region.len - at)
+            .unwrap_or(usize::MAX)
+            .min(rest);
+        let range = self.done..self.done + len;
+        self.done += len;
+        Some(Ok((slot, at, range)))
+    }
+}
+
+impl TableMemory for GuestMemory {
+    #[inline]
+    fn entry_u64(&self, gpa: Gpa) -> Option<u64> {
+        self.read_u64(gpa).ok()
+    }
+
+    #[inline]
+    fn entry_u32(&self, gpa: Gpa) -> Option<u32> {
+        self.read_u32(gpa).ok()
+    }
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory")
+            .field("regions", &self.inner.regions)
+            .field("live", &self.is_live())
+            .finish()
+    }
+}

@@ -1,0 +1,107 @@
+//! Memory mapped into this process: the shared memory of a running VM, or a dump.
+
+use crate::fault::Watch;
+use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+/// Whether mapped bytes can change, and whether we may change them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MappingKind {
+    /// Memory of a running VM. Never seen as `&[u8]`.
+    Live {
+        /// Writes go through to the guest.
+        writable: bool,
+    },
+    /// A dump: whoever opens it relies on nobody rewriting the file meanwhile (as every program that maps a file
+    /// does). A file that is cut is survived, see [`MemoryError::Lost`](crate::MemoryError::Lost).
+    Frozen,
+}
+
+/// A mapped range of a file or memfd, or a private copy of some bytes.
+#[derive(Debug)]
+pub struct Mapping {
+    // Fields drop in this order: the watch ends first, or a range that is unmapped and mapped anew by another thread
+    // would be watched twice. Nobody touches the bytes while this is dropped.
+    watch: Watch,
+    raw: MmapRaw,
+    kind: MappingKind,
+}
+
+impl Mapping {
+    /// Maps `len` bytes of a running VM's memory backend from `offset`. For `writable` the file must be open for
+    /// writing.
+    ///
+    /// Fails where the file is shorter than that.
+    pub fn live(file: &File, offset: u64, len: u64, writable: bool) -> io::Result<Arc<Self>> {
+        Self::of_file(file, offset, len, MappingKind::Live { writable })
+    }
+
+    /// Maps `len` bytes of a dump from `offset`, read-only.
+    ///
+    /// Fails where the file is shorter than that.
+    pub fn frozen(file: &File, offset: u64, len: u64) -> io::Result<Arc<Self>> {
+        Self::of_file(file, offset, len, MappingKind::Frozen)
+    }
+
+    fn of_file(file: &File, offset: u64, len: u64, kind: MappingKind) -> io::Result<Arc<Self>> {
+        let metadata = file.metadata()?;
+        let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        if metadata.is_file() && end > metadata.len() {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("the file has {:#x} bytes, {end:#x} are needed", metadata.len()),
+            ));
+        }
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        if len == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "nothing to map"));
+        }
+        let mut options = MmapOptions::new();
+        options.offset(offset).len(len);
+        let raw = match kind {
+            MappingKind::Live { writable: true } => options.map_raw(file)?,
+            MappingKind::Live { writable: false } | MappingKind::Frozen => options.map_raw_read_only(file)?,
+        };
+        let watch = Watch::new(raw.as_ptr(), raw.len())?;
+        Ok(Arc::new(Self { watch, raw, kind }))
+    }
+
+    /// A mapping of its own that starts with `bytes`. With [`MappingKind::Live`] it stands for a guest that runs.
+    pub fn of_bytes(bytes: &[u8], kind: MappingKind) -> io::Result<Arc<Self>> {
+        if bytes.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "nothing to map"));
+        }
+        let mut map = MmapMut::map_anon(bytes.len())?;
+        map.copy_from_slice(bytes);
+        let raw = MmapRaw::from(map);
+        let watch = Watch::new(raw.as_ptr(), raw.len())?;
+        Ok(Arc::new(Self { watch, raw, kind }))
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.raw.len() as u64
+    }
+
+    /// Never: an empty range cannot be mapped.
+    pub fn is_empty(&self) -> bool {
+        self.raw.len() == 0
+    }
+
+    /// Whether the bytes can change, and whether we may change them.
+    pub fn kind(&self) -> MappingKind {
+        self.kind
+    }
+
+    /// The first byte. What may be done with it is what [`kind`](Self::kind) says, and never by `&[u8]` for live
+    /// memory.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.raw.as_mut_ptr()
+    }
+
+    pub(crate) fn watch(&self) -> &Watch {
+        &self.watch
+    }
+}
