@@ -4,11 +4,13 @@
 //! [`mappings`] by a number of tables that the caller sets.
 
 mod arm64;
+mod cursor;
 mod format;
 mod mappings;
 mod walk;
 mod x86;
 
+pub use cursor::{Cursor, Progress};
 pub use mappings::{Mapping, Mappings, TableLimit, mappings};
 pub use walk::{Resolved, resolve, walk};
 

@@ -8,8 +8,8 @@ mod writer;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use vmsight_arch::paging::{FaultReason, mappings, resolve, walk};
-use vmsight_arch::{Dtb, Gva};
+use vmsight_arch::paging::{Cursor, FaultReason, Progress, TableMemory, mappings, resolve, walk};
+use vmsight_arch::{Dtb, Gpa, Gva};
 
 use writer::{MODES, Page, Rights, Space};
 
@@ -84,6 +84,24 @@ fn build(mode: usize, wishes: &[Wish]) -> Space {
     space
 }
 
+/// The same walk, one entry at a time.
+fn stepwise(space: &Space, gva: u64) -> Result<Gpa, (FaultReason, u8)> {
+    let mode = space.spec.mode;
+    let mut at = Cursor::new(mode, Dtb(space.root), Gva(gva)).ok_or((FaultReason::NonCanonical, 0))?;
+    loop {
+        let value = match mode.entry_size() {
+            4 => space.entry_u32(at.entry_gpa()).map(u64::from),
+            _ => space.entry_u64(at.entry_gpa()),
+        };
+        let level = at.level();
+        match at.feed(value.ok_or((FaultReason::Unbacked, level))?) {
+            Progress::Table => assert_eq!(at.level(), level - 1),
+            Progress::Page(page) => return Ok(page.gpa),
+            Progress::Fault(reason) => return Err((reason, level)),
+        }
+    }
+}
+
 fn check_one(space: &Space, gva: u64) -> Result<(), TestCaseError> {
     let mode = space.spec.mode;
     let got = walk(mode, space, Dtb(space.root), Gva(gva));
@@ -91,6 +109,10 @@ fn check_one(space: &Space, gva: u64) -> Result<(), TestCaseError> {
     prop_assert_eq!(
         quick.map(|r| (r.gpa, r.page_shift)),
         got.ok().map(|t| (t.gpa, t.page_shift))
+    );
+    prop_assert_eq!(
+        stepwise(space, gva),
+        got.map(|t| t.gpa).map_err(|f| (f.reason, f.level))
     );
     match (space.expect(gva), got) {
         (Some((start, page)), Ok(t)) => {
