@@ -41,6 +41,10 @@ pub(super) trait Format: Copy {
     fn read<M: TableMemory + ?Sized>(self, memory: &M, gpa: Gpa) -> Option<u64> {
         memory.entry_u64(gpa)
     }
+    /// Reads entries from `gpa` on and returns how many came before the first without memory.
+    fn read_run<M: TableMemory + ?Sized>(self, memory: &M, gpa: Gpa, out: &mut [u64]) -> usize {
+        memory.entries_u64(gpa, out)
+    }
     /// What `value` at `level` says.
     fn decode(self, level: u8, value: u64) -> Entry;
     /// The rights before the first table.

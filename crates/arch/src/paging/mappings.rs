@@ -28,8 +28,12 @@ pub struct TableLimit {
     pub tables: u64,
 }
 
+/// Entries read ahead of each table: few enough to lie on the stack for all levels, enough that memory which costs
+/// a system call a read is asked seldom.
+const AHEAD: u32 = 64;
+
 /// A table being listed.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Frame {
     table: Gpa,
     /// The address of its first entry, in the bits that the tables resolve.
@@ -37,6 +41,70 @@ struct Frame {
     /// The entry to look at next.
     next: u32,
     access: Access,
+    /// Entries `first .. first + read` of the table.
+    ahead: [u64; AHEAD as usize],
+    first: u32,
+    read: u32,
+}
+
+impl Frame {
+    const EMPTY: Self = Self {
+        table: Gpa(0),
+        base: 0,
+        next: 0,
+        access: Access {
+            write: false,
+            user: false,
+            execute: false,
+            user_execute: false,
+            accessed: false,
+            dirty: false,
+            global: false,
+        },
+        ahead: [0; AHEAD as usize],
+        first: 0,
+        read: 0,
+    };
+
+    /// Starts over with another table; what was read ahead of the last one is forgotten.
+    fn begin(&mut self, table: Gpa, base: u64, next: u32, access: Access) {
+        (
+            self.table,
+            self.base,
+            self.next,
+            self.access,
+            self.first,
+            self.read,
+        ) = (table, base, next, access, 0, 0);
+    }
+
+    /// The value of entry `index`, `None` where no memory backs it. `bits` is log2 of the table's entries.
+    fn entry<F: Format, M: TableMemory + ?Sized>(
+        &mut self,
+        format: F,
+        memory: &M,
+        index: u32,
+        bits: u8,
+    ) -> Option<u64> {
+        if index.wrapping_sub(self.first) >= self.read {
+            let want = AHEAD.min((1u32 << bits) - index) as usize;
+            self.first = index;
+            self.read = format.read_run(memory, self.gpa(format, index), self.ahead.get_mut(..want)?) as u32;
+        }
+        let at = index.wrapping_sub(self.first);
+        if at < self.read {
+            self.ahead.get(at as usize).copied()
+        } else {
+            None
+        }
+    }
+
+    fn gpa<F: Format>(&self, format: F, index: u32) -> Gpa {
+        Gpa(self
+            .table
+            .0
+            .wrapping_add(u64::from(index) << format.entry_shift()))
+    }
 }
 
 /// The pages of a range of addresses, in address order. See [`mappings`].
@@ -74,7 +142,7 @@ pub fn mappings<M: TableMemory + ?Sized>(
         memory,
         start,
         end,
-        frames: [Frame::default(); 5],
+        frames: [Frame::EMPTY; 5],
         depth: 0,
         steps: Steps::default(),
         tables: 0,
@@ -90,7 +158,7 @@ pub fn mappings<M: TableMemory + ?Sized>(
             m.steps = Steps::of_levels(format.levels());
             let top = format.levels();
             let next = (start >> format.shift(top)) & ((1 << format.index_bits(top)) - 1);
-            m.frames[0] = Frame { table: format.root(dtb), base: 0, next: next as u32, access: format.start() };
+            m.frames[0].begin(format.root(dtb), 0, next as u32, format.start());
         }
     });
     m
@@ -125,9 +193,8 @@ impl<M: TableMemory + ?Sized> Mappings<'_, M> {
                 self.depth = 0;
                 return None;
             }
-            let (table, above) = (frame.table, frame.access);
-            let entry_gpa = Gpa(table.0.wrapping_add(u64::from(index) << format.entry_shift()));
-            let Some(value) = format.read(self.memory, entry_gpa) else {
+            let (above, entry_gpa) = (frame.access, frame.gpa(format, index));
+            let Some(value) = frame.entry(format, self.memory, index, format.index_bits(level)) else {
                 // Tables lie within a page: what is not backed here is not backed for the rest of the table.
                 self.broken += 1;
                 self.depth -= 1;
@@ -153,12 +220,9 @@ impl<M: TableMemory + ?Sized> Mappings<'_, M> {
                     // Where the range begins inside this entry, so does the listing of its table.
                     let first = self.start.saturating_sub(gva) >> format.shift(below);
                     let access = format.inherit(level, value, above);
-                    *self.frames.get_mut(top + 1)? = Frame {
-                        table: next,
-                        base: bits,
-                        next: first as u32,
-                        access,
-                    };
+                    self.frames
+                        .get_mut(top + 1)?
+                        .begin(next, bits, first as u32, access);
                     self.depth += 1;
                 }
                 Entry::Page(page) => {

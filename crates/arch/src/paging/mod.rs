@@ -24,6 +24,18 @@ pub trait TableMemory {
     fn entry_u64(&self, gpa: Gpa) -> Option<u64>;
     /// The little-endian 4-byte entry at `gpa` (x86 32-bit paging), `None` where no memory backs it.
     fn entry_u32(&self, gpa: Gpa) -> Option<u32>;
+
+    /// Reads consecutive 8-byte entries from `gpa` on and returns how many came before the first that no memory
+    /// backs. Memory for which one long read is cheaper than many short ones does better than this default.
+    fn entries_u64(&self, gpa: Gpa, out: &mut [u64]) -> usize {
+        let mut at = gpa;
+        for (n, slot) in out.iter_mut().enumerate() {
+            let Some(value) = self.entry_u64(at) else { return n };
+            *slot = value;
+            at = at.wrapping_add(8);
+        }
+        out.len()
+    }
 }
 
 impl<M: TableMemory + ?Sized> TableMemory for &M {
@@ -35,6 +47,10 @@ impl<M: TableMemory + ?Sized> TableMemory for &M {
     #[inline]
     fn entry_u32(&self, gpa: Gpa) -> Option<u32> {
         (**self).entry_u32(gpa)
+    }
+
+    fn entries_u64(&self, gpa: Gpa, out: &mut [u64]) -> usize {
+        (**self).entries_u64(gpa, out)
     }
 }
 

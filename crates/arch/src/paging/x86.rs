@@ -248,6 +248,18 @@ impl Format for Legacy {
         memory.entry_u32(gpa).map(u64::from)
     }
 
+    fn read_run<M: TableMemory + ?Sized>(self, memory: &M, gpa: Gpa, out: &mut [u64]) -> usize {
+        let mut n = 0;
+        while let Some(slot) = out.get_mut(n) {
+            let Some(value) = memory.entry_u32(Gpa(gpa.0.wrapping_add(4 * n as u64))) else {
+                break;
+            };
+            *slot = value.into();
+            n += 1;
+        }
+        n
+    }
+
     #[inline(always)]
     fn decode(self, level: u8, value: u64) -> Entry {
         if value & PRESENT == 0 {
