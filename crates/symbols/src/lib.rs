@@ -1,5 +1,6 @@
 //! The profile of one kernel build: its symbols and types.
 
+pub mod kallsyms;
 pub mod kernel;
 pub mod layout;
 mod profile;

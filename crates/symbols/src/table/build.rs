@@ -36,8 +36,6 @@ impl SymbolTableBuilder {
 
     /// A builder over what a decoder has prepared: everything by symbol, `ends[i]` being where name `i` ends in
     /// `names`, which must be UTF-8 within each name. `None` where lengths disagree, ends descend or a cap is passed.
-    #[allow(dead_code)] // the kallsyms decoder, next
-    #[allow(dead_code)] // the kallsyms decoder, next
     pub(crate) fn from_parts(
         addresses: Vec<u64>,
         kinds: Vec<u8>,
