@@ -7,6 +7,6 @@ mod profile;
 pub mod table;
 pub mod types;
 
-pub use profile::{Profile, ProfileSource};
+pub use profile::{Profile, ProfileError, ProfileSource};
 pub use table::{Symbol, SymbolTable, SymbolTableBuilder};
 pub use types::{Bytes, Field, Kind, Kinds, Member, Type, TypeId, Types, TypesError};

@@ -37,6 +37,7 @@ impl Encoding {
     }
 
     /// A number for the cache file.
+    #[allow(dead_code)] // for the cache, next
     pub(crate) fn tag(self) -> u8 {
         match self {
             Self::Absolute => 1,

@@ -1,1 +1,114 @@
-//! The symbols that the kernel exports to modules (`__ksymtab`), for kernels whose kallsyms has no data symbols.
+//! The symbols that the kernel exports to modules (`__ksymtab`), for kernels whose kallsyms has no data symbols
+//! (CONFIG_KALLSYMS_ALL off): `init_task`, `init_net`, `__per_cpu_offset`, `phys_base` are among them.
+//!
+//! An entry is two or three `i32`: value, name and namespace, each to be added to the place where it lies
+//! (include/linux/export-internal.h, CONFIG_HAVE_ARCH_PREL32_RELOCATIONS; namespaces since 5.4). The table is found from the
+//! string of a name that every kernel exports.
+
+use memchr::memmem;
+
+use super::{Image, Section};
+use crate::table::{MAX_NAME, is_absolute};
+
+/// One exported symbol.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Export {
+    /// Its name.
+    pub name: String,
+    /// Its run-time address, or its value where it is absolute.
+    pub address: u64,
+}
+
+/// Names that kernels of every configuration export.
+const ANCHORS: [&[u8]; 6] = [
+    b"\0init_task\0",
+    b"\0init_net\0",
+    b"\0phys_base\0",
+    b"\0page_offset_base\0",
+    b"\0jiffies\0",
+    b"\0__per_cpu_offset\0",
+];
+
+/// More than twice what any kernel exports.
+const MAX_EXPORTS: usize = 1 << 16;
+
+/// No per-CPU offset is above.
+const ABSOLUTE_MAX: u64 = 64 << 20;
+
+/// All exports in `section`, which must hold `__ksymtab` and its strings; empty where none are found.
+pub fn find(section: Section<'_>, image: &Image) -> Vec<Export> {
+    let strings: Vec<usize> = ANCHORS
+        .iter()
+        .filter_map(|a| memmem::find(section.bytes, a))
+        .map(|at| at + 1)
+        .collect();
+    let (Some(&low), Some(&high)) = (strings.iter().min(), strings.iter().max()) else {
+        return Vec::new();
+    };
+    let mut best = Vec::new();
+    for (i, word) in section.bytes.chunks_exact(4).enumerate() {
+        let at = 4 * i;
+        let value = i32::from_le_bytes(word.try_into().unwrap_or_default());
+        let target = at.wrapping_add_signed(value as isize);
+        if target < low || target > high || !strings.contains(&target) || at < 4 {
+            continue;
+        }
+        for stride in [12, 8] {
+            let table = Table {
+                section,
+                image,
+                stride,
+            };
+            let found = table.around(at - 4);
+            if found.len() > best.len() {
+                best = found;
+            }
+        }
+        // A handful would be chance.
+        if best.len() >= 100 {
+            break;
+        }
+    }
+    best
+}
+
+struct Table<'a> {
+    section: Section<'a>,
+    image: &'a Image,
+    stride: usize,
+}
+
+impl Table<'_> {
+    /// The entries before and after the one at `at`, as far as they are entries.
+    fn around(&self, at: usize) -> Vec<Export> {
+        let before = (1..MAX_EXPORTS).map_while(|k| self.entry(at.checked_sub(k.checked_mul(self.stride)?)?));
+        let mut all: Vec<Export> = before.collect();
+        all.reverse();
+        all.extend((0..MAX_EXPORTS).map_while(|k| self.entry(at.checked_add(k.checked_mul(self.stride)?)?)));
+        all
+    }
+
+    fn entry(&self, at: usize) -> Option<Export> {
+        let relative = |at: usize| {
+            let value = crate::types::bytes::word(self.section.bytes, at)? as i32;
+            Some((at as u64).wrapping_add_signed(i64::from(value)))
+        };
+        let address = self.section.address.wrapping_add(relative(at)?);
+        let inside = address >= self.image.span.start && address <= self.image.span.end;
+        let absolute = is_absolute(address) && address < ABSOLUTE_MAX;
+        if !inside && !absolute {
+            return None;
+        }
+        let name_at = usize::try_from(relative(at + 4)?).ok()?;
+        // Strings follow one another, so one that begins a name has a NUL before it.
+        if self.section.bytes.get(name_at.checked_sub(1)?)? != &0 {
+            return None;
+        }
+        let rest = self.section.bytes.get(name_at..)?;
+        let rest = rest.get(..rest.len().min(MAX_NAME + 1))?;
+        let name = rest.get(..memchr::memchr(0, rest)?)?;
+        let plain = !name.is_empty() && name.iter().all(u8::is_ascii_graphic);
+        let name = plain.then(|| String::from_utf8_lossy(name).into_owned())?;
+        Some(Export { name, address })
+    }
+}

@@ -11,7 +11,11 @@ pub(super) fn by_clock<'a>(
     images: impl Iterator<Item = &'a KernelImage>,
 ) -> Option<(usize, String)> {
     let clocks: Vec<Option<u64>> = images.map(|image| wall_clock(memory, image)).collect();
-    let (best, time) = clocks.iter().enumerate().filter_map(|(i, c)| Some((i, (*c)?))).max_by_key(|&(_, c)| c)?;
+    let (best, time) = clocks
+        .iter()
+        .enumerate()
+        .filter_map(|(i, c)| Some((i, (*c)?)))
+        .max_by_key(|&(_, c)| c)?;
     let unique = clocks.iter().filter(|c| **c == Some(time)).count() == 1;
     unique.then(|| {
         let others: Vec<String> = clocks
@@ -20,7 +24,13 @@ pub(super) fn by_clock<'a>(
             .filter(|&(i, _)| i != best)
             .map(|(_, c)| c.map_or_else(|| "unreadable".to_owned(), |c| format!("{} s behind", time - c)))
             .collect();
-        (best, format!("its clock ({time} s since 1970) is the latest; others: {}", others.join(", ")))
+        (
+            best,
+            format!(
+                "its clock ({time} s since 1970) is the latest; others: {}",
+                others.join(", ")
+            ),
+        )
     })
 }
 
@@ -32,15 +42,25 @@ fn wall_clock(memory: &GuestMemory, image: &KernelImage) -> Option<u64> {
     let timekeeper = match types.member("tk_data", "timekeeper") {
         Some(field) => field.offset,
         None => {
-            let seq = types.find_struct("seqcount_raw_spinlock").or_else(|| types.find_struct("seqcount"))?;
+            let seq = types
+                .find_struct("seqcount_raw_spinlock")
+                .or_else(|| types.find_struct("seqcount"))?;
             types.size_of(seq)?.next_multiple_of(8)
         }
     };
     let xtime = types.member("timekeeper", "xtime_sec")?.offset;
-    let core = profile.symbols.address("tk_core").or_else(|| profile.symbols.address("timekeeper_data"))?;
-    let offset = core.wrapping_sub(profile.text_start).wrapping_add(timekeeper).wrapping_add(xtime);
+    let core = profile
+        .symbols
+        .address("tk_core")
+        .or_else(|| profile.symbols.address("timekeeper_data"))?;
+    let offset = core
+        .wrapping_sub(profile.text_start)
+        .wrapping_add(timekeeper)
+        .wrapping_add(xtime);
     let bytes = ImageBytes::of(memory, image).read(offset, 8)?;
     let seconds = u64::from_le_bytes(bytes.as_ref().try_into().ok()?);
     // From 2001 on, and before the year 5138: anything else is no clock.
-    (1_000_000_000..100_000_000_000).contains(&seconds).then_some(seconds)
+    (1_000_000_000..100_000_000_000)
+        .contains(&seconds)
+        .then_some(seconds)
 }

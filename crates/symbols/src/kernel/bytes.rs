@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use rayon::prelude::*;
-use vmsight_arch::{Gpa, Gva};
+use vmsight_arch::Gpa;
 use vmsight_memory::GuestMemory;
 
 use super::KernelImage;
@@ -30,30 +30,40 @@ pub struct Part {
 pub(crate) struct ImageBytes<'m> {
     memory: &'m GuestMemory,
     phys: Gpa,
-    text: Gva,
     len: u64,
     parts: Vec<Part>,
 }
 
 impl<'m> ImageBytes<'m> {
-    pub(super) fn new(memory: &'m GuestMemory, phys: Gpa, text: Gva, len: u64, segments: &[Segment]) -> Self {
+    pub(super) fn new(memory: &'m GuestMemory, phys: Gpa, len: u64, segments: &[Segment]) -> Self {
         let parts = segments
             .iter()
-            .map(|s| Part { start: s.start, len: s.len, write: s.write, execute: s.execute })
+            .map(|s| Part {
+                start: s.start,
+                len: s.len,
+                write: s.write,
+                execute: s.execute,
+            })
             .collect();
-        Self { memory, phys, text, len, parts }
+        Self {
+            memory,
+            phys,
+            len,
+            parts,
+        }
     }
 
     pub(crate) fn of(memory: &'m GuestMemory, image: &KernelImage) -> Self {
-        Self { memory, phys: image.phys, text: image.text, len: image.len, parts: image.parts.clone() }
+        Self {
+            memory,
+            phys: image.phys,
+            len: image.len,
+            parts: image.parts.clone(),
+        }
     }
 
     pub(super) fn parts(&self) -> Vec<Part> {
         self.parts.clone()
-    }
-
-    pub(crate) fn text(&self) -> Gva {
-        self.text
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -73,7 +83,9 @@ impl<'m> ImageBytes<'m> {
         parts.sort_by_key(|&(_, len)| std::cmp::Reverse(len));
         parts.truncate(8);
         parts.push((0, self.len));
-        parts.into_iter().filter_map(|(start, len)| Some((start, self.read(start, len.min(MAX_PART))?)))
+        parts
+            .into_iter()
+            .filter_map(|(start, len)| Some((start, self.read(start, len.min(MAX_PART))?)))
     }
 
     /// `len` bytes from `start` bytes behind `_text`. Bytes that memory lacks are zero; `None` if none is there or the range
@@ -83,7 +95,7 @@ impl<'m> ImageBytes<'m> {
             return None;
         }
         let gpa = self.phys.checked_add(start)?;
-        if let Some(bytes) = self.memory.frozen(gpa, len) {
+        if let Some(bytes) = self.memory.frozen(gpa, usize::try_from(len).ok()?) {
             return Some(Cow::Borrowed(bytes));
         }
         let mut bytes = vec![0; usize::try_from(len).ok()?];
@@ -97,7 +109,9 @@ impl<'m> ImageBytes<'m> {
                     return 0;
                 }
                 let pages = piece.chunks_mut(0x1000).enumerate();
-                pages.filter_map(|(j, p)| self.memory.read(at.wrapping_add(j as u64 * 0x1000), p).err()).count()
+                pages
+                    .filter_map(|(j, p)| self.memory.read(at.wrapping_add(j as u64 * 0x1000), p).err())
+                    .count()
             })
             .sum();
         (failed < bytes.len().div_ceil(0x1000)).then_some(Cow::Owned(bytes))

@@ -25,7 +25,7 @@ pub(super) struct Identity {
 
 const BANNER: &[u8] = b"Linux version ";
 /// `linux_banner` has release, compiler and build time; 512 bytes are plenty (NEW_UTS_LEN is 64).
-const BANNER_MAX: usize = 512;
+pub(crate) const BANNER_MAX: u64 = 512;
 /// Bytes of a build-id that are believed: SHA-1 has 20.
 const BUILD_ID: std::ops::RangeInclusive<u32> = 8..=64;
 
@@ -48,7 +48,11 @@ pub(super) fn of(image: &ImageBytes<'_>, known: &[Known]) -> Result<Identity, St
     }
     let (at, banner) = banner.ok_or("there is no Linux banner in the image")?;
     let evidence = format!("its banner is at _text+{at:#x}");
-    Ok(Identity { banner, build_id: build_id.map(|(_, id)| id), evidence })
+    Ok(Identity {
+        banner,
+        build_id: build_id.map(|(_, id)| id),
+        evidence,
+    })
 }
 
 fn recall(image: &ImageBytes<'_>, known: &Known) -> Option<Identity> {
@@ -56,20 +60,46 @@ fn recall(image: &ImageBytes<'_>, known: &Known) -> Option<Identity> {
     if *id != *known.build_id {
         return None;
     }
-    let len = (BANNER_MAX as u64).min(image.len().checked_sub(known.banner_at)?);
+    let len = BANNER_MAX.min(image.len().checked_sub(known.banner_at)?);
     let banner = banner_at(&image.read(known.banner_at, len)?)?;
-    let evidence = format!("its build-id and its banner at _text+{:#x} are those of a known build", known.banner_at);
-    Some(Identity { banner, build_id: Some(known.build_id.clone()), evidence })
+    let evidence = format!(
+        "its build-id and its banner at _text+{:#x} are those of a known build",
+        known.banner_at
+    );
+    Some(Identity {
+        banner,
+        build_id: Some(known.build_id.clone()),
+        evidence,
+    })
 }
 
-/// The first banner in `bytes`, and where.
+/// The banner in `bytes`, and where. Since 6.2 there are two: the one without a build number ("# SMP") is what an early
+/// step of the build leaves (init/version.c), and the kernel shows the other.
 pub(crate) fn find_banner(bytes: &[u8]) -> Option<(usize, String)> {
-    memmem::find_iter(bytes, BANNER).find_map(|at| Some((at, banner_at(bytes.get(at..)?)?)))
+    let mut first = None;
+    for at in memmem::find_iter(bytes, BANNER) {
+        let Some(text) = bytes.get(at..).and_then(banner_at) else {
+            continue;
+        };
+        if is_numbered(&text) {
+            return Some((at, text));
+        }
+        first = first.or(Some((at, text)));
+    }
+    first
+}
+
+/// Whether the banner has a build number: "#1 SMP".
+fn is_numbered(banner: &str) -> bool {
+    banner
+        .split(" #")
+        .skip(1)
+        .any(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 /// The banner that `bytes` begin with: "Linux version 6.1.0 …", ended by newline and NUL.
-fn banner_at(bytes: &[u8]) -> Option<String> {
-    let bytes = bytes.get(..BANNER_MAX.min(bytes.len()))?;
+pub(crate) fn banner_at(bytes: &[u8]) -> Option<String> {
+    let bytes = bytes.get(..bytes.len().min(BANNER_MAX as usize))?;
     let rest = bytes.strip_prefix(BANNER)?;
     let end = rest.iter().position(|&b| b == b'\n' || b == 0)?;
     let text = rest.get(..end)?;
@@ -108,7 +138,9 @@ pub(super) fn banners_anywhere(memory: &GuestMemory) -> Vec<(Gpa, String)> {
         .iter()
         .flat_map(|r| {
             let end = r.start.0.saturating_add(r.len);
-            (r.start.0..end).step_by(PIECE as usize).map(move |s| (s, PIECE.min(end - s)))
+            (r.start.0..end)
+                .step_by(PIECE as usize)
+                .map(move |s| (s, PIECE.min(end - s)))
         })
         .collect();
     let mut found: Vec<(Gpa, String)> = pieces

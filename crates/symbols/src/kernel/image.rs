@@ -3,6 +3,8 @@
 use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Gva};
 
+use super::Part;
+
 /// A kernel image in guest memory, proven by page tables that map it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct KernelImage {
@@ -20,6 +22,8 @@ pub struct KernelImage {
     pub mode: PagingMode,
     /// Where the kernel maps all physical memory linearly (`page_offset_base`), when that could be proven.
     pub direct_map: Option<Gva>,
+    /// The image's pages by what they may be used for, ascending. Pages given back after boot are in none.
+    pub parts: Vec<Part>,
     /// The kernel's `linux_banner`, "Linux version …", without the newline.
     pub banner: String,
     /// The GNU build-id note of the image.

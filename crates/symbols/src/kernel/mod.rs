@@ -19,8 +19,9 @@ use std::fmt;
 use vmsight_arch::{Gpa, Registers};
 use vmsight_memory::GuestMemory;
 
-pub(crate) use bytes::{ImageBytes, Part};
-pub(crate) use identity::Known;
+pub(crate) use bytes::ImageBytes;
+pub use bytes::Part;
+pub(crate) use identity::{BANNER_MAX, Known, banner_at, find_banner, find_build_id};
 pub use image::KernelImage;
 pub(crate) use image::release_of;
 
@@ -37,7 +38,10 @@ pub struct Hints {
 impl Hints {
     /// Hints with registers that are at hand, as in a dump that carries them.
     pub fn with_registers(registers: Vec<Registers>) -> Self {
-        Self { registers: Some(Box::new(move || registers.clone())), thorough: false }
+        Self {
+            registers: Some(Box::new(move || registers.clone())),
+            thorough: false,
+        }
     }
 }
 
@@ -92,7 +96,13 @@ pub fn find(memory: &GuestMemory, hints: &Hints) -> Result<Found, FindError> {
 
 /// [`find`], sparing the search for banner and build-id where a kernel is one of `known`.
 pub(crate) fn find_known(memory: &GuestMemory, hints: &Hints, known: &[Known]) -> Result<Found, FindError> {
-    let mut search = Search { memory, known, anchors: Vec::new(), proven: Vec::new(), rejected: Vec::new() };
+    let mut search = Search {
+        memory,
+        known,
+        anchors: Vec::new(),
+        proven: Vec::new(),
+        rejected: Vec::new(),
+    };
 
     let trampoline = x86::anchors::by_trampoline(memory);
     let mut tried = search.run("the trampoline page below 1 MiB", &trampoline);
@@ -108,7 +118,10 @@ pub(crate) fn find_known(memory: &GuestMemory, hints: &Hints, known: &[Known]) -
         tried = format!("{tried}; {note}");
     }
     if search.proven.is_empty() || hints.thorough {
-        let note = search.run("all of memory for a kernel's page tables", &x86::anchors::by_scan(memory));
+        let note = search.run(
+            "all of memory for a kernel's page tables",
+            &x86::anchors::by_scan(memory),
+        );
         tried = format!("{tried}; {note}");
     }
     if search.proven.is_empty() {
@@ -116,7 +129,8 @@ pub(crate) fn find_known(memory: &GuestMemory, hints: &Hints, known: &[Known]) -
             tried = format!("{tried}; {rejected}");
         }
         for (gpa, banner) in identity::banners_anywhere(memory) {
-            tried = format!("{tried}; a banner \"{banner}\" is at {gpa}, but no page tables of its own map it");
+            tried =
+                format!("{tried}; a banner \"{banner}\" is at {gpa}, but no page tables of its own map it");
         }
         return Err(FindError::NotFound { tried });
     }
@@ -145,7 +159,8 @@ impl Search<'_> {
                 continue;
             }
             if self.anchors.len() >= MAX_ANCHORS {
-                self.rejected.push(format!("{} more places: too many", anchors.len()));
+                self.rejected
+                    .push(format!("{} more places: too many", anchors.len()));
                 break;
             }
             self.anchors.push(anchor);
@@ -157,12 +172,16 @@ impl Search<'_> {
                 }
             }
         }
-        format!("{strategy} ({} places, {} proven)", anchors.len(), self.proven.len() - before)
+        format!(
+            "{strategy} ({} places, {} proven)",
+            anchors.len(),
+            self.proven.len() - before
+        )
     }
 
     fn prove(&self, level3: Gpa, strategy: &str) -> Result<KernelImage, String> {
         let proven = x86::prove(self.memory, level3)?;
-        let bytes = ImageBytes::new(self.memory, proven.phys, proven.text, proven.len, &proven.segments);
+        let bytes = ImageBytes::new(self.memory, proven.phys, proven.len, &proven.segments);
         let identity = identity::of(&bytes, self.known)?;
         let mut evidence = vec![format!("found by {strategy}")];
         evidence.extend(proven.evidence);
@@ -185,21 +204,37 @@ impl Search<'_> {
     /// Which of the proven images runs. There is at least one.
     fn choose(self, trampoline: &[Gpa], by_registers: &[Gpa]) -> Found {
         let position = |anchors: &[Gpa]| {
-            anchors.iter().find_map(|a| self.proven.iter().position(|(level3, _)| level3 == a))
+            anchors
+                .iter()
+                .find_map(|a| self.proven.iter().position(|(level3, _)| level3 == a))
         };
         let images = || self.proven.iter().map(|(_, image)| image);
         let (chosen, why) = if self.proven.len() == 1 {
             (0, "the only kernel that could be proven".to_owned())
         } else if let Some(i) = position(by_registers) {
-            (i, format!("CR3 leads to it, and to none of the other {}", self.proven.len() - 1))
+            (
+                i,
+                format!(
+                    "CR3 leads to it, and to none of the other {}",
+                    self.proven.len() - 1
+                ),
+            )
         } else if let Some(found) = alive::by_clock(self.memory, images()) {
             found
         } else if let Some(i) = position(trampoline) {
-            (i, "the trampoline page below 1 MiB, which a running kernel keeps, is its own".to_owned())
+            (
+                i,
+                "the trampoline page below 1 MiB, which a running kernel keeps, is its own".to_owned(),
+            )
         } else {
             (0, "nothing tells which of them runs: the first".to_owned())
         };
         let candidates = self.proven.into_iter().map(|(_, image)| image).collect();
-        Found { candidates, chosen, why, rejected: self.rejected }
+        Found {
+            candidates,
+            chosen,
+            why,
+            rejected: self.rejected,
+        }
     }
 }

@@ -5,7 +5,7 @@ use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Registers};
 use vmsight_memory::GuestMemory;
 
-use super::entry::{Entry, read_table};
+use super::entry::{Entry, last_entries, read_table};
 use super::is_level3;
 
 const PAGE: u64 = 0x1000;
@@ -18,16 +18,20 @@ const NEAR: u64 = 64 * MIB;
 /// and wakes it from sleep (`trampoline_pgd`, arch/x86/realmode/init.c). Its last entry is that of init_top_pgt.
 /// A kernel started by kexec puts its own there, as a rule over the old one. Costs 256 reads.
 pub(in crate::kernel) fn by_trampoline(memory: &GuestMemory) -> Vec<Gpa> {
+    let pages: Vec<Gpa> = (0..MIB).step_by(PAGE as usize).map(Gpa).collect();
     let mut found = Vec::new();
-    for page in (0..MIB).step_by(PAGE as usize) {
-        let last = memory.read_u64(Gpa(page + PAGE - 8)).map_or(Entry(0), Entry);
-        if let Some(level3) = last.table().filter(|t| t.0 >= MIB).and_then(|t| level3_below(memory, t)) {
-            if !found.contains(&level3) {
-                found.push(level3);
-            }
-        }
+    for table in last_entries(memory, &pages)
+        .iter()
+        .filter_map(|e| e.table())
+        .filter(|t| t.0 >= MIB)
+    {
+        add(&mut found, level3_below(memory, table));
     }
     found
+}
+
+fn add(found: &mut Vec<Gpa>, level3: Option<Gpa>) {
+    found.extend(level3.filter(|l| !found.contains(l)));
 }
 
 /// `level3_kernel_pgt`, given what the last entry of a top-level table leads to: itself, or with five levels a table whose last
@@ -46,15 +50,12 @@ fn level3_below(memory: &GuestMemory, gpa: Gpa) -> Option<Gpa> {
 pub(in crate::kernel) fn by_registers(memory: &GuestMemory, registers: &[Registers]) -> Vec<Gpa> {
     let mut found = Vec::new();
     for r in registers {
-        let Some(PagingMode::X86Level4 | PagingMode::X86Level5) = PagingMode::from_registers(r) else { continue };
+        let Some(PagingMode::X86Level4 | PagingMode::X86Level5) = PagingMode::from_registers(r) else {
+            continue;
+        };
         let Dtb(root) = Dtb::from_cr3(r.cr3);
-        for root in [root, root & !PAGE] {
-            let last = memory.read_u64(Gpa(root.wrapping_add(PAGE - 8))).map_or(Entry(0), Entry);
-            if let Some(level3) = last.table().and_then(|t| level3_below(memory, t)) {
-                if !found.contains(&level3) {
-                    found.push(level3);
-                }
-            }
+        for last in last_entries(memory, &[Gpa(root), Gpa(root & !PAGE)]) {
+            add(&mut found, last.table().and_then(|t| level3_below(memory, t)));
         }
     }
     found
@@ -69,7 +70,9 @@ pub(in crate::kernel) fn by_scan(memory: &GuestMemory) -> Vec<Gpa> {
         .flat_map(|r| {
             let start = r.start.0.next_multiple_of(PAGE);
             let end = r.start.0.saturating_add(r.len);
-            (start..end).step_by(4 * MIB as usize).map(move |s| (s, end.min(s.saturating_add(4 * MIB))))
+            (start..end)
+                .step_by(4 * MIB as usize)
+                .map(move |s| (s, end.min(s.saturating_add(4 * MIB))))
         })
         .collect();
     pieces
@@ -93,5 +96,7 @@ fn tail_fits(tail: &[u8; 64], page: Gpa) -> bool {
     };
     let near = |t: Gpa| t.0.abs_diff(page.0) < NEAR;
     (0..6).all(|i| entry(i).0 == 0)
-        && [6, 7].into_iter().all(|i| entry(i).table().is_some_and(near) && entry(i).may_write())
+        && [6, 7]
+            .into_iter()
+            .all(|i| entry(i).table().is_some_and(near) && entry(i).may_write())
 }

@@ -1,7 +1,7 @@
 //! Page-table entries and tables as plain numbers. The walkers in `arch` translate; here the tables themselves are looked at.
 
 use vmsight_arch::Gpa;
-use vmsight_memory::GuestMemory;
+use vmsight_memory::{GuestMemory, ReadOp};
 
 /// One entry (SDM vol. 3A, table 4-14 and on).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,7 +48,10 @@ pub(super) struct Table(Box<[u8; 4096]>);
 
 impl Table {
     pub(super) fn entry(&self, index: usize) -> Entry {
-        let bytes = self.0.get(index * 8..index * 8 + 8).and_then(|b| b.try_into().ok());
+        let bytes = self
+            .0
+            .get(index * 8..index * 8 + 8)
+            .and_then(|b| b.try_into().ok());
         Entry(bytes.map_or(0, u64::from_le_bytes))
     }
 
@@ -62,4 +65,22 @@ pub(super) fn read_table(memory: &GuestMemory, gpa: Gpa) -> Option<Table> {
     let mut bytes = Box::new([0; 4096]);
     memory.read(gpa.page_start(), bytes.as_mut_slice()).ok()?;
     Some(Table(bytes))
+}
+
+/// The last entry of each page that is read as a table; an empty entry where no memory is. Read in one go, which counts when the
+/// memory is another process's.
+pub(super) fn last_entries(memory: &GuestMemory, pages: &[Gpa]) -> Vec<Entry> {
+    let mut bytes = vec![[0_u8; 8]; pages.len()];
+    let mut ops: Vec<ReadOp<'_>> = pages
+        .iter()
+        .zip(&mut bytes)
+        .map(|(p, b)| ReadOp::new(p.wrapping_add(0xff8), b))
+        .collect();
+    memory.read_batch(&mut ops);
+    let failed: Vec<bool> = ops.iter().map(|op| op.result.is_err()).collect();
+    bytes
+        .iter()
+        .zip(failed)
+        .map(|(b, failed)| Entry(if failed { 0 } else { u64::from_le_bytes(*b) }))
+        .collect()
 }

@@ -44,7 +44,8 @@ pub(super) fn of(memory: &GuestMemory, level2: Gpa) -> Result<Extent, String> {
         .entries()
         .find(|(_, e)| e.is_present())
         .ok_or_else(|| format!("level2_kernel_pgt at {level2} maps nothing"))?;
-    let phys = begin(memory, entry).ok_or_else(|| format!("the mapping of _text at {level2} leads nowhere"))?;
+    let phys =
+        begin(memory, entry).ok_or_else(|| format!("the mapping of _text at {level2} leads nowhere"))?;
     if phys.0 % LARGE != 0 {
         return Err(format!("_text would be at {phys}, which is no multiple of 2 MiB"));
     }
@@ -61,7 +62,9 @@ pub(super) fn of(memory: &GuestMemory, level2: Gpa) -> Result<Extent, String> {
         image.len += LARGE;
     }
     if image.len < LARGE {
-        return Err(format!("the page tables at {level2} do not map an image in one piece"));
+        return Err(format!(
+            "the page tables at {level2} do not map an image in one piece"
+        ));
     }
     Ok(image)
 }
@@ -85,14 +88,22 @@ impl Extent {
             return page == want;
         }
         // Split where rights change within 2 MiB, and where the memory of init code was given back.
-        let Some(table) = entry.table().and_then(|t| read_table(memory, t)) else { return false };
+        let Some(table) = entry.table().and_then(|t| read_table(memory, t)) else {
+            return false;
+        };
         self.add_pages(&table, want)
     }
 
     fn add_pages(&mut self, table: &Table, want: Gpa) -> bool {
         let expected = |i: usize| Gpa(want.0.wrapping_add(i as u64 * PAGE));
-        let right = table.entries().filter(|&(i, e)| e.page() == Some(expected(i))).count();
-        let wrong = table.entries().filter(|&(i, e)| e.page().is_some_and(|p| p != expected(i))).count();
+        let right = table
+            .entries()
+            .filter(|&(i, e)| e.page() == Some(expected(i)))
+            .count();
+        let wrong = table
+            .entries()
+            .filter(|&(i, e)| e.page().is_some_and(|p| p != expected(i)))
+            .count();
         // All pages unmapped is a hole within the image: pages given back. Others' pages are a module's.
         if wrong > right / 8 {
             return false;
@@ -109,7 +120,12 @@ impl Extent {
         let (write, execute) = (entry.may_write(), entry.may_execute());
         match self.segments.last_mut() {
             Some(s) if s.start + s.len == start && s.write == write && s.execute == execute => s.len += len,
-            _ => self.segments.push(Segment { start, len, write, execute }),
+            _ => self.segments.push(Segment {
+                start,
+                len,
+                write,
+                execute,
+            }),
         }
     }
 }

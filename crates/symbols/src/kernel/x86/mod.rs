@@ -42,7 +42,10 @@ pub(super) struct Proven {
 /// What contradicts, in words.
 pub(super) fn prove(memory: &GuestMemory, level3: Gpa) -> Result<Proven, String> {
     let table = read_table(memory, level3).ok_or_else(|| format!("no memory at {level3}"))?;
-    let level2 = table.entry(510).table().ok_or_else(|| format!("entry 510 of {level3} is no table"))?;
+    let level2 = table
+        .entry(510)
+        .table()
+        .ok_or_else(|| format!("entry 510 of {level3} is no table"))?;
     let image = extent::of(memory, level2)?;
     for (name, gpa) in [("level3_kernel_pgt", level3), ("level2_kernel_pgt", level2)] {
         if !image.holds(gpa) {

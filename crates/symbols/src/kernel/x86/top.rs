@@ -4,7 +4,7 @@ use vmsight_arch::paging::{self, PagingMode};
 use vmsight_arch::{Dtb, Gpa, Gva};
 use vmsight_memory::GuestMemory;
 
-use super::entry::{Entry, Table, read_table};
+use super::entry::{Entry, Table, last_entries, read_table};
 use super::extent::Extent;
 
 const PAGE: u64 = 0x1000;
@@ -28,31 +28,47 @@ pub(super) fn find(memory: &GuestMemory, image: &Extent, level3: Gpa) -> Result<
     let mut checked = 0;
     let mut why = String::new();
     // init_top_pgt is among the first pages of the writable data. The rest is looked at where rights are off or smeared.
-    let writable = image.segments.iter().filter(|s| s.write).map(|s| (s.start, s.len));
-    let other = image.segments.iter().filter(|s| !s.write).map(|s| (s.start, s.len));
+    let writable = image
+        .segments
+        .iter()
+        .filter(|s| s.write)
+        .map(|s| (s.start, s.len));
+    let other = image
+        .segments
+        .iter()
+        .filter(|s| !s.write)
+        .map(|s| (s.start, s.len));
     for (start, len) in writable.chain(other) {
-        for offset in (start..start.saturating_add(len)).step_by(PAGE as usize) {
-            let page = Gpa(image.phys.0.wrapping_add(offset));
-            let Some(next) = last_entry(memory, page).table() else { continue };
-            let mode = if next == level3 {
-                PagingMode::X86Level4
-            } else if image.holds(next) && last_entry(memory, next).table() == Some(level3) {
-                PagingMode::X86Level5
-            } else {
-                continue;
-            };
-            checked += 1;
-            match check(memory, image, page, mode, level3) {
-                Ok(top) => return Ok(top),
-                Err(e) => why = format!("; {page}: {e}"),
+        let pages: Vec<Gpa> = (start..start.saturating_add(len))
+            .step_by(PAGE as usize)
+            .map(|offset| image.phys.wrapping_add(offset))
+            .collect();
+        // In pieces, since the search mostly ends with the first.
+        for pages in pages.chunks(256) {
+            for (&page, last) in pages.iter().zip(last_entries(memory, pages)) {
+                let Some(mode) = last.table().and_then(|next| mode(memory, image, next, level3)) else {
+                    continue;
+                };
+                checked += 1;
+                match check(memory, image, page, mode, level3) {
+                    Ok(top) => return Ok(top),
+                    Err(e) => why = format!("; {page}: {e}"),
+                }
             }
         }
     }
-    Err(format!("none of {checked} pages that lead to level3_kernel_pgt is the kernel's top-level table{why}"))
+    Err(format!(
+        "none of {checked} pages that lead to level3_kernel_pgt is the kernel's top-level table{why}"
+    ))
 }
 
-fn last_entry(memory: &GuestMemory, page: Gpa) -> Entry {
-    Entry(memory.read_u64(Gpa(page.0.wrapping_add(PAGE - 8))).unwrap_or(0))
+/// How many levels there would be above `level3`, if `next` is what the last entry of the top-level table leads to.
+fn mode(memory: &GuestMemory, image: &Extent, next: Gpa, level3: Gpa) -> Option<PagingMode> {
+    if next == level3 {
+        return Some(PagingMode::X86Level4);
+    }
+    let below = |next| last_entries(memory, &[next]).first().and_then(|e| e.table());
+    (image.holds(next) && below(next) == Some(level3)).then_some(PagingMode::X86Level5)
 }
 
 fn check(
@@ -73,7 +89,11 @@ fn check(
     }
     let direct_map = direct_map(memory, &table, mode, dtb, &[image.phys, level3])
         .ok_or("no direct map of the image's memory in it")?;
-    let (levels, name) = if mode == PagingMode::X86Level5 { (5, "level4_kernel_pgt") } else { (4, "level3_kernel_pgt") };
+    let (levels, name) = if mode == PagingMode::X86Level5 {
+        (5, "level4_kernel_pgt")
+    } else {
+        (4, "level3_kernel_pgt")
+    };
     Ok(Top {
         dtb,
         mode,
@@ -87,19 +107,35 @@ fn check(
 
 /// Where all physical memory is mapped linearly: the first mapping in the kernel's half from which all of `probes` can be
 /// reached by their distance.
-fn direct_map(memory: &GuestMemory, table: &Table, mode: PagingMode, dtb: Dtb, probes: &[Gpa]) -> Option<Gva> {
+fn direct_map(
+    memory: &GuestMemory,
+    table: &Table,
+    mode: PagingMode,
+    dtb: Dtb,
+    probes: &[Gpa],
+) -> Option<Gva> {
     let shift = if mode == PagingMode::X86Level5 { 48 } else { 39 };
-    let extended = if mode == PagingMode::X86Level5 { 0xfe00_0000_0000_0000 } else { 0xffff_0000_0000_0000 };
-    table.entries().skip(256).take(255).filter(|(_, e)| e.is_present()).take(4).find_map(|(i, entry)| {
-        let start = extended | (i as u64) << shift;
-        let (gva, gpa) = first_page(memory, entry, shift, start)?;
-        // Randomised by the gigabyte at the finest (arch/x86/mm/kaslr.c).
-        let base = gva.wrapping_sub(gpa);
-        let reaches = |&p: &Gpa| {
-            paging::walk(mode, memory, dtb, Gva(base.wrapping_add(p.0))).is_ok_and(|t| t.gpa == p)
-        };
-        (base % GIB == 0 && probes.iter().all(reaches)).then_some(Gva(base))
-    })
+    let extended = if mode == PagingMode::X86Level5 {
+        0xfe00_0000_0000_0000
+    } else {
+        0xffff_0000_0000_0000
+    };
+    table
+        .entries()
+        .skip(256)
+        .take(255)
+        .filter(|(_, e)| e.is_present())
+        .take(4)
+        .find_map(|(i, entry)| {
+            let start = extended | (i as u64) << shift;
+            let (gva, gpa) = first_page(memory, entry, shift, start)?;
+            // Randomised by the gigabyte at the finest (arch/x86/mm/kaslr.c).
+            let base = gva.wrapping_sub(gpa);
+            let reaches = |&p: &Gpa| {
+                paging::walk(mode, memory, dtb, Gva(base.wrapping_add(p.0))).is_ok_and(|t| t.gpa == p)
+            };
+            (base % GIB == 0 && probes.iter().all(reaches)).then_some(Gva(base))
+        })
 }
 
 /// The first page mapped below `entry`, whose table covers the 2^`shift` bytes from `start`: its virtual and physical address.

@@ -1,9 +1,13 @@
 //! The profile of one kernel build: who it is, its symbols and its types.
 
+mod memory;
+
 use std::fmt;
 
 use crate::kernel::release_of;
 use crate::{SymbolTable, Types};
+
+pub use memory::ProfileError;
 
 /// Where a profile came from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -79,7 +83,6 @@ impl Profile {
 }
 
 /// What a kernel without BTF has for types.
-#[allow(dead_code)] // for profiles out of memory, next
 pub(crate) fn no_types() -> Types {
     // A header of 24 bytes, no types, and the one empty string that every blob has.
     const EMPTY: [u8; 25] = [

@@ -1,0 +1,307 @@
+//! A profile out of the guest's own memory.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use vmsight_arch::Gva;
+use vmsight_memory::GuestMemory;
+
+use super::{Profile, ProfileSource, no_types};
+use crate::kallsyms::{self, Encoding, Image, Kallsyms, KallsymsError, Section, exports};
+use crate::kernel::{self, ImageBytes, KernelImage};
+use crate::table::is_absolute;
+use crate::types::bytes::word;
+use crate::{SymbolTable, SymbolTableBuilder, Types};
+
+/// Why no profile could be made.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ProfileError {
+    /// The kernel's symbol table could not be read, and it exports nothing either.
+    #[error("no symbols of {release} could be read from the guest's memory: {cause}")]
+    Symbols {
+        /// Release of the kernel.
+        release: String,
+        /// What went wrong.
+        cause: KallsymsError,
+    },
+    /// None of the image's read-only data is in memory.
+    #[error("the read-only data of {release} at {text} is not in memory")]
+    NoData {
+        /// Release of the kernel.
+        release: String,
+        /// Where the image begins.
+        text: Gva,
+    },
+}
+
+/// A profile, and what it was made from: for the cache.
+#[allow(dead_code)] // for the cache, next
+pub(crate) struct Made {
+    pub(crate) profile: Profile,
+    /// Bytes of the image, from `_text` on, that decide what the profile says.
+    pub(crate) sources: Vec<Range<u64>>,
+    pub(crate) facts: Facts,
+}
+
+/// What decides about a profile and is not in its sources.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Facts {
+    pub(crate) encoding: Option<Encoding>,
+    /// Link-time address of kallsyms' relative base.
+    pub(crate) relative_base: u64,
+    /// Bytes of the mapped image.
+    pub(crate) image_len: u64,
+    /// From `_text`.
+    pub(crate) banner_at: Option<u64>,
+    pub(crate) build_id_at: Option<u64>,
+    /// Where `boot_params` lies, which says the link-time address.
+    pub(crate) boot_params_at: Option<u64>,
+}
+
+impl Profile {
+    /// Reads symbols and types out of the memory of the guest that runs `image`.
+    ///
+    /// Kernels that keep no data symbols (CONFIG_KALLSYMS_ALL off) have those added that they export to modules; kernels without
+    /// BTF give a profile without types ([`Profile::has_types`]). Both are said in [`Profile::warnings`].
+    ///
+    /// # Errors
+    /// If the kernel's symbols cannot be found or contradict the image.
+    pub fn from_memory(memory: &GuestMemory, image: &KernelImage) -> Result<Self, ProfileError> {
+        make(memory, image).map(|made| made.profile)
+    }
+}
+
+pub(crate) fn make(memory: &GuestMemory, image: &KernelImage) -> Result<Made, ProfileError> {
+    let bytes = ImageBytes::of(memory, image);
+    let mut error = None;
+    for (start, part) in bytes.constant_parts() {
+        match of_part(&bytes, image, start, &part) {
+            Ok(made) => return Ok(made),
+            // The first part is the likeliest, so its reason is the best.
+            Err(e) => error = error.or(Some(e)),
+        }
+    }
+    let release = image.release().to_owned();
+    Err(match error {
+        Some(cause) => ProfileError::Symbols { release, cause },
+        None => ProfileError::NoData {
+            release,
+            text: image.text,
+        },
+    })
+}
+
+fn of_part(
+    bytes: &ImageBytes<'_>,
+    image: &KernelImage,
+    start: u64,
+    part: &[u8],
+) -> Result<Made, KallsymsError> {
+    let section = Section {
+        bytes: part,
+        address: image.text.0.wrapping_add(start),
+    };
+    let span = image.text.0..image.text.0.wrapping_add(image.len);
+    let mut bounds = Image {
+        span,
+        slide: image.slide,
+    };
+    let (symbols, types) = rayon::join(|| kallsyms::decode(section, &bounds), || find_types(part));
+    let mut kallsyms = symbols?;
+
+    // Where the image was linked to is not in kallsyms, which KASLR moves as a whole; the boot loader's header says it.
+    let boot_params_at = kallsyms
+        .symbols
+        .address("boot_params")
+        .map(|a| image.runtime(a).0.wrapping_sub(image.text.0));
+    let text_start = boot_params_at
+        .and_then(|at| link_time_text(bytes, at))
+        .unwrap_or(image.link_time(image.text));
+    if text_start != image.link_time(image.text) {
+        bounds.slide = image.text.0.wrapping_sub(text_start);
+        kallsyms = kallsyms::decode(section, &bounds)?;
+    }
+
+    let mut warnings = Vec::new();
+    if kallsyms.damaged_blocks > 0 {
+        warnings.push(format!(
+            "{} blocks of 256 symbols are damaged in memory and were left out",
+            kallsyms.damaged_blocks
+        ));
+    }
+    let symbols = with_exports(kallsyms.symbols.clone(), section, &bounds, &mut warnings);
+    let offset = |name: &str| symbols.address(name).map(|a| a.wrapping_sub(text_start));
+
+    let types = bind_types(types, bytes, &offset, start, &mut warnings);
+    let banner = banner(bytes, &offset, start, part);
+    let build_id = build_id(bytes, &offset, start, part);
+    let mut profile = Profile::new(
+        build_id
+            .as_ref()
+            .map(|(_, id)| id.clone())
+            .or_else(|| image.build_id.clone()),
+        banner
+            .as_ref()
+            .map_or_else(|| image.banner.clone(), |(_, text)| text.clone()),
+        symbols,
+        types.as_ref().map_or_else(no_types, |(_, t)| t.clone()),
+        ProfileSource::Memory,
+    );
+    profile.text_start = text_start;
+    profile.warnings = warnings;
+    let mut sources = sources(&kallsyms, start);
+    sources.extend(types.map(|(range, _)| range));
+    Ok(Made {
+        profile,
+        sources,
+        facts: Facts {
+            encoding: Some(kallsyms.encoding),
+            relative_base: kallsyms.relative_base,
+            image_len: image.len,
+            banner_at: banner.map(|(at, _)| at),
+            build_id_at: build_id.map(|(at, _)| at),
+            boot_params_at,
+        },
+    })
+}
+
+fn sources(kallsyms: &Kallsyms, start: u64) -> Vec<Range<u64>> {
+    kallsyms
+        .sources
+        .iter()
+        .map(|r| start + r.start as u64..start + r.end as u64)
+        .collect()
+}
+
+/// The link-time address of `_text` out of `struct boot_params`, whose setup header (Documentation/arch/x86/boot.rst) is at
+/// 0x1f1: "HdrS" at 0x202, protocol version at 0x206, pref_address (2.10 and later) at 0x258. The image is linked for that
+/// physical address. `None` where the boot loader made the header up (PVH, direct boot of an ELF file).
+pub(crate) fn link_time_text(bytes: &ImageBytes<'_>, boot_params_at: u64) -> Option<u64> {
+    const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+    let header = bytes.read(boot_params_at, 0x260)?;
+    let version = u16::from_le_bytes(header.get(0x206..0x208)?.try_into().ok()?);
+    let preferred = u64::from_le_bytes(header.get(0x258..0x260)?.try_into().ok()?);
+    let sane = header.get(0x202..0x206)? == b"HdrS"
+        && version >= 0x20a
+        && preferred % 0x20_0000 == 0
+        && (0x20_0000..0x4000_0000).contains(&preferred);
+    sane.then(|| KERNEL_MAP + preferred)
+}
+
+/// Adds exported data symbols where kallsyms has only functions.
+fn with_exports(
+    symbols: SymbolTable,
+    section: Section<'_>,
+    image: &Image,
+    warnings: &mut Vec<String>,
+) -> SymbolTable {
+    if symbols.address("init_task").is_some() {
+        return symbols;
+    }
+    let exports = exports::find(section, image);
+    let mut builder = SymbolTableBuilder::new();
+    for s in symbols.iter() {
+        builder.push(s.name, s.address, s.kind);
+    }
+    let mut added = 0;
+    for e in exports {
+        let address = if is_absolute(e.address) {
+            e.address
+        } else {
+            e.address.wrapping_sub(image.slide)
+        };
+        if symbols.address(&e.name).is_none() && builder.push(&e.name, address, b'D') {
+            added += 1;
+        }
+    }
+    warnings.push(format!(
+        "the kernel keeps no data symbols (CONFIG_KALLSYMS_ALL is off); {added} that it exports to modules were added"
+    ));
+    if added == 0 { symbols } else { builder.finish() }
+}
+
+/// The offset of a symbol from `_text`.
+type Offset<'a> = &'a dyn Fn(&str) -> Option<u64>;
+
+/// Types of the one BTF blob in `part`, with its range. There may be another in memory, left from boot, but not in the image.
+fn find_types(part: &[u8]) -> Option<(Range<usize>, Types)> {
+    // Magic, version, flags, and the length of the header (include/uapi/linux/btf.h): 24 bytes, 32 since 7.1.
+    let starts = [b"\x9f\xeb\x01\0\x18\0\0\0", b"\x9f\xeb\x01\0\x20\0\0\0"];
+    starts.iter().find_map(|start| {
+        memchr::memmem::find_iter(part, *start).find_map(|at| {
+            let len = btf_len(part.get(at..)?)?;
+            // vmlinux's own is megabytes; anything small is test data or a module's.
+            let blob = part.get(at..at.checked_add(len)?).filter(|_| len > 0x1_0000)?;
+            Some((at..at + len, Types::from_btf(blob.to_vec()).ok()?))
+        })
+    })
+}
+
+/// The length of the BTF blob at the start of `bytes`, by its header.
+fn btf_len(bytes: &[u8]) -> Option<usize> {
+    let header = word(bytes, 4)? as usize;
+    let section = |at: usize| Some((word(bytes, at)? as usize).saturating_add(word(bytes, at + 4)? as usize));
+    let mut end = section(8)?.max(section(16)?);
+    if header >= 32 {
+        end = end.max(section(24)?);
+    }
+    header.checked_add(end)
+}
+
+/// Makes sure that the types are those between `__start_BTF` and `__stop_BTF`, where there are such symbols.
+fn bind_types(
+    found: Option<(Range<usize>, Types)>,
+    bytes: &ImageBytes<'_>,
+    offset: Offset<'_>,
+    start: u64,
+    warnings: &mut Vec<String>,
+) -> Option<(Range<u64>, Types)> {
+    let found = found.map(|(r, t)| (start + r.start as u64..start + r.end as u64, t));
+    let (Some(from), Some(to)) = (offset("__start_BTF"), offset("__stop_BTF")) else {
+        if found.is_none() {
+            warnings.push("the kernel has no BTF: no types".to_owned());
+        }
+        return found;
+    };
+    if let Some((range, types)) = found {
+        // The symbols may include padding.
+        if range.start == from && range.end <= to {
+            return Some((range, types));
+        }
+    }
+    let blob = to
+        .checked_sub(from)
+        .filter(|&len| len > 0)
+        .and_then(|len| bytes.read(from, len));
+    let Some(blob) = blob else {
+        warnings.push("the kernel has no BTF in memory: no types".to_owned());
+        return None;
+    };
+    match Types::from_btf(blob.into_owned()) {
+        Ok(types) => Some((from..to, types)),
+        Err(e) => {
+            warnings.push(format!(
+                "the kernel's BTF at _text+{from:#x} is damaged: {e}; no types"
+            ));
+            None
+        }
+    }
+}
+
+/// The banner at `linux_banner`, or where there is no such symbol in the read-only data.
+fn banner(bytes: &ImageBytes<'_>, offset: Offset<'_>, start: u64, part: &[u8]) -> Option<(u64, String)> {
+    let at_symbol = offset("linux_banner").and_then(|at| {
+        let len = bytes.len().checked_sub(at)?.min(kernel::BANNER_MAX);
+        Some((at, kernel::banner_at(&bytes.read(at, len)?)?))
+    });
+    at_symbol.or_else(|| kernel::find_banner(part).map(|(at, text)| (start + at as u64, text)))
+}
+
+/// The build-id between `__start_notes` and `__stop_notes`, or where there are no such symbols in the read-only data.
+fn build_id(bytes: &ImageBytes<'_>, offset: Offset<'_>, start: u64, part: &[u8]) -> Option<(u64, Vec<u8>)> {
+    let (notes_at, notes): (u64, Cow<'_, [u8]>) = match (offset("__start_notes"), offset("__stop_notes")) {
+        (Some(from), Some(to)) => (from, bytes.read(from, to.checked_sub(from)?)?),
+        _ => (start, Cow::Borrowed(part)),
+    };
+    kernel::find_build_id(&notes).map(|(at, id)| (notes_at + at as u64, id))
+}
