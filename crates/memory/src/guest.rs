@@ -195,6 +195,16 @@ impl GuestMemory {
         &self.inner.regions
     }
 
+    /// The backed region `gpa` lies in.
+    pub fn region_of(&self, gpa: Gpa) -> Option<Region> {
+        let after = self.inner.regions.partition_point(|region| region.start <= gpa);
+        self.inner
+            .regions
+            .get(after.checked_sub(1)?)
+            .copied()
+            .filter(|region| region.contains(gpa))
+    }
+
     /// Bytes backed in all.
     pub fn size(&self) -> u64 {
         self.inner
@@ -226,6 +236,10 @@ impl GuestMemory {
     /// Remarks of whoever put the memory together: what is missing, what was guessed.
     pub fn notes(&self) -> &[String] {
         &self.inner.notes
+    }
+
+    pub(crate) fn slots(&self) -> &[Slot] {
+        &self.inner.slots
     }
 
     pub(crate) fn parts(&self, gpa: Gpa, len: usize) -> Parts<'_> {

@@ -11,8 +11,10 @@ mod error;
 mod fault;
 mod guest;
 mod mapping;
+mod pagemap;
 mod process;
 mod region;
+mod scan;
 mod slot;
 mod source;
 
@@ -23,4 +25,5 @@ pub use guest::GuestMemory;
 pub use mapping::{Mapping, MappingKind};
 pub use process::ProcessMemory;
 pub use region::Region;
+pub use scan::{Chunk, Chunks, Scan, ScanOptions};
 pub use source::Source;

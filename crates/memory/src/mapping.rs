@@ -4,6 +4,7 @@ use crate::fault::Watch;
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 /// Whether mapped bytes can change, and whether we may change them.
@@ -27,6 +28,14 @@ pub struct Mapping {
     watch: Watch,
     raw: MmapRaw,
     kind: MappingKind,
+    backing: Option<Backing>,
+}
+
+/// The file behind a mapping.
+#[derive(Debug)]
+struct Backing {
+    file: File,
+    offset: u64,
 }
 
 impl Mapping {
@@ -65,7 +74,16 @@ impl Mapping {
             MappingKind::Live { writable: false } | MappingKind::Frozen => options.map_raw_read_only(file)?,
         };
         let watch = Watch::new(raw.as_ptr(), raw.len())?;
-        Ok(Arc::new(Self { watch, raw, kind }))
+        let backing = Some(Backing {
+            file: reopen(file)?,
+            offset,
+        });
+        Ok(Arc::new(Self {
+            watch,
+            raw,
+            kind,
+            backing,
+        }))
     }
 
     /// A mapping of its own that starts with `bytes`. With [`MappingKind::Live`] it stands for a guest that runs.
@@ -77,7 +95,12 @@ impl Mapping {
         map.copy_from_slice(bytes);
         let raw = MmapRaw::from(map);
         let watch = Watch::new(raw.as_ptr(), raw.len())?;
-        Ok(Arc::new(Self { watch, raw, kind }))
+        Ok(Arc::new(Self {
+            watch,
+            raw,
+            kind,
+            backing: None,
+        }))
     }
 
     /// Length in bytes.
@@ -104,4 +127,67 @@ impl Mapping {
     pub(crate) fn watch(&self) -> &Watch {
         &self.watch
     }
+
+    /// Gives the pages of `[offset, offset + len)` back; they are read again from the file when touched. Keeps the
+    /// resident size of a scan of a big dump small. Nothing is lost: only done where a file holds the bytes.
+    pub(crate) fn release(&self, offset: u64, len: u64) {
+        if self.backing.is_none() {
+            return;
+        }
+        const PAGE: usize = 4096;
+        let (Ok(offset), Ok(len)) = (usize::try_from(offset), usize::try_from(len)) else {
+            return;
+        };
+        let Some(end) = offset.checked_add(len).filter(|&end| end <= self.raw.len()) else {
+            return;
+        };
+        let base = self.raw.as_ptr() as usize;
+        let (first, last) = ((base + offset).next_multiple_of(PAGE), (base + end) & !(PAGE - 1));
+        if first < last {
+            // SAFETY: whole pages inside our mapping, which is either shared or a private one nobody ever wrote to;
+            // MADV_DONTNEED drops them and the next access brings the file's bytes back.
+            unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_DONTNEED) };
+        }
+    }
+
+    /// The next stretch at or after `from` (offsets in the mapping) that holds data, as far as the file system can
+    /// tell; the rest reads as zeros and was never written. `None` when nothing follows.
+    pub(crate) fn next_data(&self, from: u64) -> Option<std::ops::Range<u64>> {
+        let len = self.len();
+        if from >= len {
+            return None;
+        }
+        let Some(backing) = &self.backing else {
+            return Some(from..len);
+        };
+        let whole = Some(from..len);
+        let Some(at) = backing.offset.checked_add(from) else {
+            return whole;
+        };
+        let data = match seek(&backing.file, at, libc::SEEK_DATA) {
+            Ok(data) => data,
+            // ENXIO: nothing but a hole up to the end of the file.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return None,
+            Err(_) => return whole,
+        };
+        let hole = match seek(&backing.file, data, libc::SEEK_HOLE) {
+            Ok(hole) if hole > data => hole,
+            _ => return whole,
+        };
+        let start = data.checked_sub(backing.offset)?.max(from);
+        let end = hole.checked_sub(backing.offset)?.min(len);
+        (start < end).then_some(start..end)
+    }
+}
+
+/// The same file with a position of its own, so that seeking does not move the position of whoever gave us the file.
+fn reopen(file: &File) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).or_else(|_| file.try_clone())
+}
+
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<u64> {
+    let offset = libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: a plain system call on a descriptor we own.
+    let at = unsafe { libc::lseek64(file.as_raw_fd(), offset, whence) };
+    u64::try_from(at).map_err(|_| io::Error::last_os_error())
 }
