@@ -7,6 +7,7 @@
 mod batch;
 mod builder;
 mod copy;
+pub mod dump;
 mod error;
 mod fault;
 mod guest;

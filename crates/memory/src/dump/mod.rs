@@ -1,0 +1,271 @@
+//! Memory dumps: raw images, LiME files, ELF cores of QEMU, libvirt and VirtualBox.
+//!
+//! The file is mapped whole and read in place. What is missing of it is said in [`Dump::notes`] and by the error of a read
+//! there; the rest is read.
+
+mod bytes;
+mod cover;
+mod elf;
+mod headers;
+mod lime;
+mod notes;
+mod raw;
+
+pub use cover::Segment;
+pub use headers::{Headers, parse_headers, sniff};
+pub use raw::{RawLayout, raw_layouts};
+
+use crate::{BuildError, GuestMemory, Mapping, MappingKind};
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use thiserror::Error;
+use vmsight_arch::{Gpa, Registers};
+
+/// Smaller than this no machine's memory is.
+const SMALLEST: u64 = 4096;
+
+/// The format of a dump.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum DumpFormat {
+    /// Bytes without a header.
+    Raw(RawLayout),
+    /// LiME, version 1.
+    Lime,
+    /// An ELF core file with physical addresses.
+    Elf,
+}
+
+impl fmt::Display for DumpFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Raw(RawLayout::Flat) => write!(f, "raw image"),
+            Self::Raw(layout) => write!(f, "raw image, {layout}"),
+            Self::Lime => write!(f, "LiME"),
+            Self::Elf => write!(f, "ELF core"),
+        }
+    }
+}
+
+/// Why a dump could not be opened.
+#[derive(Debug, Error)]
+pub enum DumpError {
+    /// The system would not open, map or measure the file.
+    #[error("cannot open {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A directory, pipe, socket or terminal.
+    #[error("{} is neither a file nor a block device", .0.display())]
+    NotAFile(PathBuf),
+    /// Too small to be a machine's memory.
+    #[error("{} has {len} bytes: too small for a memory dump", path.display())]
+    TooSmall {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// A format that is known, but not read here.
+    #[error("this is {what}, which vmsight does not read: {instead}")]
+    Foreign {
+        /// What it is.
+        what: &'static str,
+        /// What to do instead.
+        instead: &'static str,
+    },
+    /// Not what the format asks for.
+    #[error("not a memory dump: {0}")]
+    Broken(Box<str>),
+    /// The parts of the file do not make a memory: a fault of ours, for parsing makes them disjoint.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+}
+
+impl DumpError {
+    fn broken(what: &str) -> Self {
+        Self::Broken(what.into())
+    }
+}
+
+/// An open dump.
+#[derive(Clone, Debug)]
+pub struct Dump {
+    /// The memory.
+    pub memory: GuestMemory,
+    /// The format it was read in.
+    pub format: DumpFormat,
+    /// What the vCPUs held, where the file says; empty where not.
+    pub registers: Vec<Registers>,
+    /// What is missing and what was guessed, for the user.
+    pub notes: Vec<String>,
+    /// The guest kernel's VMCOREINFO, where the file has it.
+    pub vmcoreinfo: Option<String>,
+    mapping: Arc<Mapping>,
+}
+
+/// Opens a dump. Without a format the file's first bytes tell; what has no signature is a raw image, laid out flat (see
+/// [`Dump::with_layout`]).
+///
+/// # Errors
+/// A file that cannot be mapped, or that is no dump.
+pub fn open(path: &Path, format: Option<DumpFormat>) -> Result<Dump, DumpError> {
+    let failed = |source| DumpError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    // Before opening: to open a pipe is to wait for its other end.
+    let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(DumpError::NotAFile(path.to_owned()));
+    }
+    let mut file = File::open(path).map_err(failed)?;
+    // The length of a block device is not in its metadata.
+    let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    if len < SMALLEST {
+        return Err(DumpError::TooSmall {
+            path: path.to_owned(),
+            len,
+        });
+    }
+    let mut start = [0; 64];
+    file.read_exact_at(&mut start, 0).map_err(failed)?;
+    let format = match format {
+        Some(format) => format,
+        None => sniff(&start)?,
+    };
+    let change = may_change(&file);
+    // A file with headers is no VM's memory: at worst it is still being written.
+    let live = change.is_some() && matches!(format, DumpFormat::Raw(_));
+    let mapping = if live {
+        Mapping::live(&file, 0, len, false)
+    } else {
+        Mapping::frozen(&file, 0, len)
+    };
+    let mut dump = read(mapping.map_err(failed)?, format)?;
+    match change {
+        Some(Change::Written) if live => {
+            dump.notes
+                .push("the file is open for writing elsewhere: read as memory that may change".to_owned());
+        }
+        Some(Change::Written) => {
+            dump.notes
+                .push("the file is open for writing elsewhere: it may not be complete".to_owned());
+        }
+        Some(Change::Unknown) | None => {}
+    }
+    Ok(dump)
+}
+
+/// Why a file may change.
+enum Change {
+    /// Somebody has it open for writing.
+    Written,
+    /// It is in memory, where the memory backends of VMs are, and the kernel does not say whether somebody has it open.
+    Unknown,
+}
+
+/// Whether somebody may be writing to the file, and how that looks. A VM's memory backend is a file like any other and may
+/// be opened by name, but must then be taken for what it is: memory that lives.
+fn may_change(file: &File) -> Option<Change> {
+    // SAFETY: plain system calls on a descriptor that lives.
+    unsafe {
+        let fd = file.as_raw_fd();
+        // A read lease is refused while anybody has the file open, or mapped, for writing (fcntl(2), F_SETLEASE).
+        if libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) == 0 {
+            libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK);
+            return None;
+        }
+        if io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN) {
+            return Some(Change::Written);
+        }
+        // No lease for us: not our file, or not that kind of file system.
+        let mut stat: libc::statfs = std::mem::zeroed();
+        let in_memory = libc::fstatfs(fd, &mut stat) == 0
+            && [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&stat.f_type);
+        in_memory.then_some(Change::Unknown)
+    }
+}
+
+/// Reads the headers and makes the memory.
+fn read(mapping: Arc<Mapping>, format: DumpFormat) -> Result<Dump, DumpError> {
+    let len = mapping.len();
+    let whole = GuestMemory::builder().mapped(Gpa(0), len, &mapping, 0).build()?;
+    let headers = match usize::try_from(len)
+        .ok()
+        .and_then(|len| whole.frozen(Gpa(0), len))
+    {
+        Some(data) => parse_headers(data, len, Some(format))?,
+        // Only raw images are live, and of those only the beginning counts.
+        None => {
+            let mut start = [0; 64];
+            whole
+                .read(Gpa(0), &mut start)
+                .map_err(|error| DumpError::broken(&error.to_string()))?;
+            parse_headers(&start, len, Some(format))?
+        }
+    };
+    let Headers {
+        format,
+        segments,
+        missing,
+        registers,
+        vmcoreinfo,
+        notes,
+    } = headers;
+    let mut builder = GuestMemory::builder();
+    for segment in &segments {
+        builder = builder.mapped(segment.gpa, segment.len, &mapping, segment.offset);
+    }
+    for region in missing {
+        builder = builder.missing(region);
+    }
+    for note in &notes {
+        builder = builder.note(note.clone());
+    }
+    Ok(Dump {
+        memory: builder.build()?,
+        format,
+        registers,
+        notes,
+        vmcoreinfo,
+        mapping,
+    })
+}
+
+impl Dump {
+    /// The same raw image in another layout; the file is not opened again. For a dump with headers, which say where its
+    /// memory is, this is an error.
+    ///
+    /// # Errors
+    /// Not a raw image.
+    pub fn with_layout(&self, layout: RawLayout) -> Result<Self, DumpError> {
+        if !matches!(self.format, DumpFormat::Raw(_)) {
+            return Err(DumpError::broken(&format!(
+                "the layout of a dump in {} format is fixed",
+                self.format
+            )));
+        }
+        read(Arc::clone(&self.mapping), DumpFormat::Raw(layout))
+    }
+
+    /// The layouts this dump can have: see [`raw_layouts`]. None to be tried for a dump with headers.
+    pub fn layouts(&self) -> Vec<RawLayout> {
+        match self.format {
+            DumpFormat::Raw(_) => raw_layouts(self.mapping.len()),
+            DumpFormat::Lime | DumpFormat::Elf => Vec::new(),
+        }
+    }
+
+    /// Whether the file can still change.
+    pub fn is_live(&self) -> bool {
+        self.mapping.kind() != MappingKind::Frozen
+    }
+}
