@@ -1,0 +1,292 @@
+//! A small QMP client: one connection, one command at a time, a deadline on everything.
+//!
+//! A QMP socket serves one client. Whoever is second is put in a queue: its `connect` succeeds and then
+//! nothing comes. So a socket that does not greet in time is either in use or its QEMU hangs; [`QmpError`]
+//! says which, and names the client that holds it where the kernel tells. Connections are closed as soon as
+//! the answer is there, for the same reason.
+//!
+//! Why not the `qapi` crate: it brings types for the whole QMP schema (minutes of compiling for a dozen
+//! commands) and leaves deadlines to the stream.
+
+mod connect;
+mod error;
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+pub use error::QmpError;
+
+pub(crate) use connect::connect_unix;
+
+/// The longest answer taken. `info mtree -f` of a machine with hundreds of devices has about a megabyte.
+const MAX_ANSWER: usize = 32 << 20;
+
+/// A connection to a QMP monitor, past the greeting.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    path: PathBuf,
+    timeout: Duration,
+    server: Option<u32>,
+    version: (u32, u32),
+}
+
+/// Whether a machine runs, as `query-status` says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Status {
+    /// Its vCPUs run.
+    pub running: bool,
+    /// QEMU's word for it: `running`, `paused`, `prelaunch`, `suspended`, …
+    pub name: String,
+}
+
+impl Qmp {
+    /// Connects to the socket at `path` and waits for the greeting. `timeout` holds for this and for each
+    /// command after it.
+    ///
+    /// # Errors
+    /// [`QmpError::Busy`] where another client holds the socket, [`QmpError::Silent`] where nothing is heard.
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        let deadline = Instant::now() + timeout;
+        let stream = match connect_unix(path, deadline) {
+            Ok(stream) => stream,
+            // The queue of clients that wait is full: others wait too.
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                return Err(QmpError::silent(path, None, timeout));
+            }
+            Err(source) => {
+                return Err(QmpError::Connect {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
+        };
+        let server = crate::host::peers::listener_pid(&stream);
+        let mut qmp = Self {
+            stream,
+            buffer: Vec::new(),
+            path: path.to_owned(),
+            timeout,
+            server,
+            version: (0, 0),
+        };
+        let greeting = match qmp.message(deadline, "the greeting") {
+            Err(QmpError::Timeout { .. }) => return Err(QmpError::silent(path, Some(&qmp.stream), timeout)),
+            other => other?,
+        };
+        let Some(version) = greeting.pointer("/QMP/version/qemu") else {
+            return Err(qmp.protocol("it does not greet as QMP does"));
+        };
+        let number = |key| {
+            version
+                .get(key)
+                .and_then(Value::as_u64)
+                .and_then(|n| u32::try_from(n).ok())
+        };
+        qmp.version = (number("major").unwrap_or(0), number("minor").unwrap_or(0));
+        qmp.execute("qmp_capabilities", Value::Null)?;
+        Ok(qmp)
+    }
+
+    /// QEMU's version, major and minor.
+    #[must_use]
+    pub fn version(&self) -> (u32, u32) {
+        self.version
+    }
+
+    /// The process that listens on the socket, as the kernel recorded it; `None` where it is none that we can
+    /// see (another pid namespace).
+    #[must_use]
+    pub fn server_pid(&self) -> Option<u32> {
+        self.server.filter(|pid| *pid != 0)
+    }
+
+    /// The socket's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs a command and waits for its answer. Events that come meanwhile are passed over.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let deadline = Instant::now() + self.timeout;
+        let mut request = json!({ "execute": command });
+        if !arguments.is_null()
+            && let Some(object) = request.as_object_mut()
+        {
+            object.insert("arguments".into(), arguments);
+        }
+        let mut line = request.to_string();
+        line.push('\n');
+        self.send(line.as_bytes(), deadline, command)?;
+        loop {
+            let mut answer = self.message(deadline, command)?;
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = answer.get("error") {
+                let text = |key| {
+                    error
+                        .get(key)
+                        .and_then(Value::as_str)
+                        .unwrap_or_default()
+                        .to_owned()
+                };
+                return Err(QmpError::Command {
+                    path: self.path.clone(),
+                    command: command.to_owned(),
+                    class: text("class"),
+                    reason: text("desc"),
+                });
+            }
+            if answer.get("event").is_none() {
+                return Err(self.protocol("an answer that is neither result nor error nor event"));
+            }
+        }
+    }
+
+    /// Runs a command of the human monitor and gives its text, lines ended by `\n`.
+    pub fn hmp(&mut self, line: &str) -> Result<String, QmpError> {
+        let value = self.execute("human-monitor-command", json!({ "command-line": line }))?;
+        match value {
+            Value::String(text) => Ok(text.replace("\r\n", "\n")),
+            _ => Err(self.protocol("human-monitor-command gave no text")),
+        }
+    }
+
+    /// Whether the machine runs.
+    pub fn status(&mut self) -> Result<Status, QmpError> {
+        let value = self.execute("query-status", Value::Null)?;
+        let running = value.get("running").and_then(Value::as_bool);
+        let name = value.get("status").and_then(Value::as_str);
+        match (running, name) {
+            (Some(running), Some(name)) => Ok(Status {
+                running,
+                name: name.to_owned(),
+            }),
+            _ => Err(self.protocol("query-status gave no status")),
+        }
+    }
+
+    /// Stops the vCPUs. Whoever does this must see to it that they go on: see [`crate::Target::pause`].
+    pub fn stop(&mut self) -> Result<(), QmpError> {
+        self.execute("stop", Value::Null).map(drop)
+    }
+
+    /// Lets the vCPUs go on.
+    pub fn cont(&mut self) -> Result<(), QmpError> {
+        self.execute("cont", Value::Null).map(drop)
+    }
+
+    /// The machine's name, where it has one.
+    pub fn name(&mut self) -> Result<Option<String>, QmpError> {
+        let value = self.execute("query-name", Value::Null)?;
+        Ok(value.get("name").and_then(Value::as_str).map(str::to_owned))
+    }
+
+    /// The ids of the memory backends (`pc.ram`, `dimm0`, …).
+    pub fn memory_backends(&mut self) -> Result<Vec<String>, QmpError> {
+        let value = self.execute("query-memdev", Value::Null)?;
+        let all = value.as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(all
+            .iter()
+            .filter_map(|m| m.get("id")?.as_str().map(str::to_owned))
+            .collect())
+    }
+
+    /// A second handle on the connection, for the process that keeps watch over a pause.
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.stream.as_fd().try_clone_to_owned()
+    }
+
+    fn send(&mut self, bytes: &[u8], deadline: Instant, doing: &str) -> Result<(), QmpError> {
+        let left = self.left(deadline, doing)?;
+        let sent = self
+            .stream
+            .set_write_timeout(Some(left))
+            .and_then(|()| self.stream.write_all(bytes));
+        sent.map_err(|e| self.lost(e, doing))
+    }
+
+    /// The next message, whatever it is.
+    fn message(&mut self, deadline: Instant, doing: &str) -> Result<Value, QmpError> {
+        let mut searched = 0;
+        loop {
+            let unsearched = self.buffer.get(searched..).unwrap_or_default();
+            if let Some(at) = unsearched.iter().position(|b| *b == b'\n') {
+                let end = searched + at;
+                let parsed = serde_json::from_slice(self.buffer.get(..end).unwrap_or_default());
+                self.buffer.drain(..=end);
+                return parsed.map_err(|_| self.protocol("a line that is no JSON"));
+            }
+            searched = self.buffer.len();
+            if searched > MAX_ANSWER {
+                return Err(self.protocol("an answer without end"));
+            }
+            let left = self.left(deadline, doing)?;
+            let mut chunk = [0; 16 * 1024];
+            let got = self
+                .stream
+                .set_read_timeout(Some(left))
+                .and_then(|()| self.stream.read(&mut chunk));
+            match got {
+                Ok(0) => {
+                    return Err(QmpError::Closed {
+                        path: self.path.clone(),
+                        doing: doing.to_owned(),
+                    });
+                }
+                Ok(n) => self.buffer.extend_from_slice(chunk.get(..n).unwrap_or_default()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.lost(e, doing)),
+            }
+        }
+    }
+
+    fn left(&self, deadline: Instant, doing: &str) -> Result<Duration, QmpError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            Err(self.timed_out(doing))
+        } else {
+            Ok(left)
+        }
+    }
+
+    fn timed_out(&self, doing: &str) -> QmpError {
+        QmpError::Timeout {
+            path: self.path.clone(),
+            doing: doing.to_owned(),
+            after: self.timeout,
+        }
+    }
+
+    fn lost(&self, error: io::Error, doing: &str) -> QmpError {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.timed_out(doing),
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => QmpError::Closed {
+                path: self.path.clone(),
+                doing: doing.to_owned(),
+            },
+            _ => QmpError::Connect {
+                path: self.path.clone(),
+                source: error,
+            },
+        }
+    }
+
+    fn protocol(&self, reason: &str) -> QmpError {
+        QmpError::Protocol {
+            path: self.path.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+//! Sockets that behave badly. What real QEMUs answer is tested in `tests/qemu`.
+
+use std::io::BufRead;
+use std::os::unix::net::UnixListener;
+use std::thread;
+
+use super::*;
+
+const SHORT: Duration = Duration::from_millis(200);
+
+/// A server that says these lines, one for each line it is sent; the first at once.
+fn server(lines: &'static [&'static str]) -> (tempfile::TempDir, PathBuf, thread::JoinHandle<Vec<String>>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let handle = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut heard = Vec::new();
+        let mut input = io::BufReader::new(stream.try_clone().unwrap()).lines();
+        for line in lines {
+            if stream.write_all(line.as_bytes()).is_err() {
+                break;
+            }
+            match input.next() {
+                Some(Ok(line)) => heard.push(line),
+                _ => break,
+            }
+        }
+        heard
+    });
+    (dir, path, handle)
+}
+
+const GREETING: &str = "{\"QMP\":{\"version\":{\"qemu\":{\"micro\":0,\"minor\":2,\"major\":7}}}}\n";
+
+#[test]
+fn a_socket_that_never_greets_is_an_error_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let start = Instant::now();
+    let error = Qmp::connect(&path, SHORT).unwrap_err();
+    assert!(start.elapsed() < SHORT * 5, "{:?}", start.elapsed());
+    assert!(matches!(error, QmpError::Silent { .. }), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains(&format!("process {} hangs", std::process::id())),
+        "{error}"
+    );
+    drop(listener);
+    let error = Qmp::connect(&path, SHORT).unwrap_err();
+    assert!(
+        error.is_exit() && error.to_string().contains("did the VM exit"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_held_socket_names_who_holds_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let _owner = UnixStream::connect(&path).unwrap();
+    let _session = listener.accept().unwrap();
+    match Qmp::connect(&path, SHORT).unwrap_err() {
+        QmpError::Busy { clients, .. } => assert_eq!(clients[0].0, std::process::id()),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_full_queue_does_not_block() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        None,
+    )
+    .unwrap();
+    rustix::net::bind(&socket, &rustix::net::SocketAddrUnix::new(&path).unwrap()).unwrap();
+    rustix::net::listen(&socket, 0).unwrap();
+    let _waits = UnixStream::connect(&path).unwrap();
+    let start = Instant::now();
+    let error = Qmp::connect(&path, SHORT).unwrap_err();
+    assert!(start.elapsed() < SHORT * 5);
+    assert!(matches!(error, QmpError::Silent { .. }), "{error}");
+}
+
+#[test]
+fn answers_errors_and_events() {
+    let (_dir, path, handle) = server(&[
+        GREETING,
+        "{\"return\":{}}\n",
+        "{\"event\":\"STOP\"}\n{\"return\":{\"status\":\"paused\",\"running\":false}}\n",
+        "{\"error\":{\"class\":\"CommandNotFound\",\"desc\":\"no such\"}}\n",
+        "{\"return\":\"a\\r\\nb\\r\\n\"}\n",
+        "{\"return\":[{\"id\":\"pc.ram\"},{\"size\":1}]}\n",
+    ]);
+    let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
+    assert_eq!(qmp.version(), (7, 2));
+    assert_eq!(qmp.server_pid(), Some(std::process::id()));
+    assert_eq!(
+        qmp.status().unwrap(),
+        Status {
+            running: false,
+            name: "paused".into()
+        }
+    );
+    let error = qmp.execute("nonsense", Value::Null).unwrap_err();
+    assert!(
+        error.to_string().contains("nonsense") && error.to_string().contains("no such"),
+        "{error}"
+    );
+    assert_eq!(qmp.hmp("info x").unwrap(), "a\nb\n");
+    assert_eq!(qmp.memory_backends().unwrap(), ["pc.ram"]);
+    drop(qmp);
+    assert_eq!(handle.join().unwrap().len(), 5);
+}
+
+#[test]
+fn an_end_midway_says_that_the_vm_exited() {
+    let (_dir, path, handle) = server(&[GREETING, "{\"return\":{}}\n"]);
+    let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
+    let error = qmp.status().unwrap_err();
+    assert!(error.is_exit(), "{error}");
+    handle.join().unwrap();
+}
+
+#[test]
+fn garbage_is_refused() {
+    for line in ["SSH-2.0-x\n", "{}\n", "[1,2]\n"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let writer = thread::spawn(move || {
+            let (mut s, _) = listener.accept().unwrap();
+            s.write_all(line.as_bytes()).unwrap();
+            s
+        });
+        let error = Qmp::connect(&path, Duration::from_secs(5)).unwrap_err();
+        assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
+        writer.join().unwrap();
+    }
+}
+
+#[test]
+fn long_paths_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut long = dir.path().to_owned();
+    for _ in 0..3 {
+        long.push("d".repeat(60));
+    }
+    std::fs::create_dir_all(&long).unwrap();
+    let short = dir.path().join("s");
+    let listener = UnixListener::bind(&short).unwrap();
+    std::fs::rename(&short, long.join("s")).unwrap();
+    let stream = connect_unix(&long.join("s"), Instant::now() + SHORT).unwrap();
+    listener.accept().unwrap();
+    drop(stream);
+}
