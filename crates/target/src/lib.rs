@@ -1,8 +1,24 @@
 //! Finds the virtual machines of a host and attaches to them.
+//!
+//! [`list`] says what runs here, from `/proc` and the sockets only. [`attach`] makes a [`Target`] of a name, a
+//! process, a monitor's socket: its guest-physical memory, its registers, and a way to pause it that survives
+//! our own death. Nobody needs to have prepared the VM, and nothing stays behind in it.
 
+mod attach;
+mod control;
 pub mod discover;
-#[allow(dead_code)] // attaching, which lands next, reads more of it than listing does
+mod error;
+mod guard;
 mod host;
+mod layout;
+mod monitor;
 pub mod qmp;
+mod spec;
+mod target;
 
+pub use attach::{AttachOptions, Prove, attach};
+pub use control::PauseGuard;
 pub use discover::{VmInfo, Vmm, list};
+pub use error::TargetError;
+pub use spec::{GdbAddress, TargetSpec};
+pub use target::{Target, TargetKind};

@@ -91,7 +91,9 @@ pub(super) fn fill_process(info: &mut VmInfo, process: Process) {
         Ok(uid) => info.uid = Some(uid),
         Err(e) => info.problem("uid", e.to_string()),
     }
-    let started = process.stat().and_then(|stat| {
+    let stat = process.stat();
+    info.start_ticks = stat.as_ref().ok().map(|s| s.start_ticks);
+    let started = stat.and_then(|stat| {
         let ticks = rustix::param::clock_ticks_per_second().max(1);
         Ok(process::boot_time()?.saturating_add(stat.start_ticks / ticks))
     });

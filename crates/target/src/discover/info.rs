@@ -159,6 +159,9 @@ pub struct VmInfo {
     /// What is missing and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
+    /// The kernel's start time, by which a process is told from a later one with its pid.
+    #[serde(skip)]
+    pub(crate) start_ticks: Option<u64>,
     /// The parsed command line of a QEMU.
     #[serde(skip)]
     pub(crate) qemu: Option<QemuConfig>,
@@ -186,6 +189,7 @@ impl VmInfo {
             started: None,
             exe: bounded(program),
             problems: Vec::new(),
+            start_ticks: None,
             qemu: None,
         }
     }

@@ -116,31 +116,9 @@ fn what_another_user_may_not_see_is_null_with_a_reason() {
         return;
     }
     let vm = Machine::start(&["-m", "64", "-name", "secret"]);
-    // The test's folder may be closed to nobody; a copy in a folder of its own is not.
-    let exe = vm.dir().join("tests");
-    std::fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
-    std::fs::set_permissions(vm.dir(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let output = Command::new("setpriv")
-        .args([
-            "--reuid=65534",
-            "--regid=65534",
-            "--clear-groups",
-            "--inh-caps=-all",
-        ])
-        .arg(&exe)
-        .args([
-            "--exact",
-            "discovery::what_another_user_may_not_see_is_null_with_a_reason",
-            "--nocapture",
-        ])
-        .env("VMSIGHT_TEST_DESCRIBE", vm.pid().to_string())
-        .output()
-        .expect("setpriv of util-linux");
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{text}\n{}",
-        String::from_utf8_lossy(&output.stderr)
+    let text = vm.as_nobody(
+        "discovery::what_another_user_may_not_see_is_null_with_a_reason",
+        "VMSIGHT_TEST_DESCRIBE",
     );
     assert!(text.contains("another user saw it"), "{text}");
 }

@@ -1,6 +1,6 @@
 //! Starting and stopping a QEMU.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -39,7 +39,8 @@ impl Machine {
             });
         let mut machine = Self { child, dir };
         let until = Instant::now() + Duration::from_secs(30);
-        while !machine.qmp().exists() {
+        // The file is there a moment before it is listened on.
+        while UnixStream::connect(machine.qmp()).is_err() {
             if let Some(status) = machine.child.try_wait().expect("wait for our child") {
                 panic!("QEMU ended at once, {status}: {}", machine.messages());
             }
@@ -92,8 +93,71 @@ impl Machine {
         unreachable!("the loop returns at its last line")
     }
 
+    /// One line of the human monitor through QMP, and its text.
+    pub(crate) fn hmp(&self, line: &str) -> String {
+        self.command(&format!(
+            r#"{{"execute":"human-monitor-command","arguments":{{"command-line":"{line}"}}}}"#
+        ))
+    }
+
+    /// One line of the human monitor through its own socket `hmp`, and its text.
+    pub(crate) fn human(&self, line: &str) -> String {
+        let mut stream =
+            UnixStream::connect(self.dir.path().join("hmp")).expect("the human monitor's socket");
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .expect("a timeout");
+        let mut text = String::new();
+        let mut prompts = 0;
+        let mut chunk = [0; 4096];
+        loop {
+            let n = stream
+                .read(&mut chunk)
+                .expect("the human monitor answers in time");
+            assert!(n > 0, "the human monitor ended: {text}");
+            text.push_str(&String::from_utf8_lossy(&chunk[..n]));
+            if text.ends_with("(qemu) ") {
+                prompts += 1;
+                if prompts == 2 {
+                    return text;
+                }
+                text.clear();
+                stream
+                    .write_all(format!("{line}\n").as_bytes())
+                    .expect("the human monitor takes commands");
+            }
+        }
+    }
+
+    /// Runs one test of this program again as user nobody, with our pid in the variable; its output.
+    pub(crate) fn as_nobody(&self, test: &str, variable: &str) -> String {
+        // The test's folder may be closed to nobody; a copy in a folder of its own is not.
+        let exe = self.dir().join("tests");
+        std::fs::copy(std::env::current_exe().expect("our own program"), &exe).expect("a copy of it");
+        std::fs::set_permissions(self.dir(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("our folder");
+        let output = Command::new("setpriv")
+            .args([
+                "--reuid=65534",
+                "--regid=65534",
+                "--clear-groups",
+                "--inh-caps=-all",
+            ])
+            .arg(&exe)
+            .args(["--exact", test, "--nocapture"])
+            .env(variable, self.pid().to_string())
+            .output()
+            .expect("setpriv of util-linux");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success(),
+            "{text}\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        text
+    }
+
     /// Kills it, as a crash or an administrator would.
-    #[allow(dead_code)]
     pub(crate) fn kill(&mut self) {
         self.child.kill().expect("kill our own QEMU");
         self.child.wait().expect("wait for our own QEMU");

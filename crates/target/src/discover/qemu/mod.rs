@@ -3,11 +3,10 @@
 //! Options are named as in QEMU's `qemu-options.hx`; the forms are those of QEMU 2.x to 10.x, typed by hand,
 //! by libvirt (JSON objects, passed descriptors) and by Proxmox (`/usr/bin/kvm -id …`).
 
-#[allow(dead_code)] // attaching, which lands next, reads more of it than listing does
 pub(crate) mod config;
 pub(crate) mod options;
 
-pub(crate) use config::{Endpoint, MonitorMode, QemuConfig};
+pub(crate) use config::{Backend, Endpoint, MonitorMode, QemuConfig};
 
 /// Whether an executable of this file name is a QEMU system emulator, and not one of its many tools
 /// (`qemu-img`, `qemu-nbd`, `qemu-ga`, `qemu-storage-daemon`, user-mode `qemu-x86_64`, …).

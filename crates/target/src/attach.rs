@@ -1,0 +1,267 @@
+//! From a target's name to a [`Target`].
+
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+use vmsight_memory::GuestMemory;
+
+use crate::control::QmpControl;
+use crate::discover::{self, ControlKind};
+use crate::host::maps::{self, Mapping};
+use crate::host::process::Process;
+use crate::layout::from_monitor::{self, MonitorFailure};
+use crate::layout::{HostRange, backing, deduce};
+use crate::qmp::{Qmp, QmpError};
+use crate::target::{Target, TargetKind};
+use crate::{TargetError, TargetSpec, VmInfo, Vmm};
+
+/// Looks for a guest in a memory whose layout was deduced: `Ok` with what was found (for the notes), `Err` with
+/// why this layout is not believed.
+///
+/// A kernel found at a low address does not yet prove where memory above 4 GiB lies: a good proof also compares
+/// [`GuestMemory::regions`] with what the guest itself holds for its memory (Linux: `max_pfn`, the e820 table).
+pub type Prove<'a> = dyn Fn(&GuestMemory) -> Result<String, String> + 'a;
+
+/// How to attach.
+#[derive(Clone, Copy)]
+pub struct AttachOptions<'a> {
+    /// Open the memory for writing too. Without it nothing is opened in a way that could change the guest.
+    pub write: bool,
+    /// The longest wait for a monitor or stub: to connect, and for each answer.
+    pub timeout: Duration,
+    /// Proof of a layout that no monitor told. Without it such targets are refused.
+    pub prove: Option<&'a Prove<'a>>,
+}
+
+impl Default for AttachOptions<'_> {
+    fn default() -> Self {
+        Self {
+            write: false,
+            timeout: Duration::from_secs(2),
+            prove: None,
+        }
+    }
+}
+
+impl fmt::Debug for AttachOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AttachOptions")
+            .field("write", &self.write)
+            .field("timeout", &self.timeout)
+            .field("prove", &self.prove.is_some())
+            .finish()
+    }
+}
+
+/// Attaches to a target.
+///
+/// # Errors
+/// See [`TargetError`]; its messages say what to try.
+pub fn attach(spec: &TargetSpec, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
+    match spec {
+        TargetSpec::Pid(pid) => attach_vm(of_pid(*pid)?, options),
+        TargetSpec::Qmp(path) => attach_qmp(path, options),
+        TargetSpec::Name(name) => attach_name(name, options),
+        TargetSpec::Gdb(_) | TargetSpec::File { .. } => Err(TargetError::BadSpec {
+            spec: spec.to_string(),
+            reason: "not a running VM's name, process or QMP socket".to_owned(),
+        }),
+    }
+}
+
+fn of_pid(pid: u32) -> Result<VmInfo, TargetError> {
+    if let Some(info) = discover::describe(pid) {
+        return Ok(info);
+    }
+    let process = Process { pid };
+    if process.is_gone() {
+        return Err(TargetError::NoProcess { pid });
+    }
+    let comm = process.comm().unwrap_or_default().escape_debug().to_string();
+    Err(TargetError::NotAVm { pid, comm })
+}
+
+fn attach_name(name: &str, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
+    let all = discover::list().map_err(TargetError::List)?;
+    let is_it = |vm: &&VmInfo| {
+        vm.name.as_deref() == Some(name) || vm.uuid.as_deref().is_some_and(|u| u.eq_ignore_ascii_case(name))
+    };
+    let matching: Vec<&VmInfo> = all.iter().filter(is_it).collect();
+    match matching[..] {
+        [one] => attach_vm(one.clone(), options),
+        [] => {
+            let known = all.iter().take(20).map(|vm| {
+                let name = vm.name.as_deref().unwrap_or("no name").escape_debug();
+                format!("pid:{} ({name})", vm.pid)
+            });
+            Err(TargetError::NotFound {
+                name: name.to_owned(),
+                known: known.collect(),
+            })
+        }
+        _ => Err(TargetError::Ambiguous {
+            name: name.to_owned(),
+            pids: matching.iter().map(|vm| vm.pid).collect(),
+        }),
+    }
+}
+
+fn attach_qmp(path: &Path, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
+    let qmp = Qmp::connect(path, options.timeout)?;
+    let pid = qmp.server_pid().ok_or_else(|| TargetError::NoProcessOfSocket {
+        path: path.to_owned(),
+    })?;
+    let info = of_pid(pid)?;
+    attach_with(info, Ok(qmp), options)
+}
+
+/// Attaches to a VM by its process: asks its monitor for the layout, and deduces it where there is none to ask.
+pub(crate) fn attach_vm(info: VmInfo, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
+    // Before anything is asked: without this right no monitor helps.
+    let process = Process { pid: info.pid };
+    process
+        .memory_readable()
+        .map_err(|e| TargetError::of_process(info.pid, "read the memory", &e))?;
+    let monitor = connect_any(&info, options.timeout);
+    attach_with(info, monitor, options)
+}
+
+/// A connection to the first of its QMP sockets that answers, or why there is none.
+fn connect_any(info: &VmInfo, timeout: Duration) -> Result<Qmp, String> {
+    let mut failures = Vec::new();
+    for path in info.qmp_sockets() {
+        match Qmp::connect(&path, timeout) {
+            // Another process may listen at that path by now, or in another mount namespace.
+            Ok(qmp) if qmp.server_pid().is_some_and(|pid| pid != info.pid) => {
+                failures.push(format!("{} is another process's socket", path.display()));
+            }
+            Ok(qmp) => return Ok(qmp),
+            Err(error) => failures.push(error.to_string()),
+        }
+    }
+    if !failures.is_empty() {
+        return Err(failures.join("; "));
+    }
+    let human = info.control.iter().any(|c| c.kind == ControlKind::Hmp);
+    Err(match info.vmm {
+        Vmm::Qemu if human => "it has a human monitor and no QMP socket".to_owned(),
+        Vmm::Qemu => "it has no QMP socket that can be connected to".to_owned(),
+        other => format!("{other} has no monitor that tells registers or layout"),
+    })
+}
+
+fn attach_with(
+    info: VmInfo,
+    monitor: Result<Qmp, String>,
+    options: &AttachOptions<'_>,
+) -> Result<Target, TargetError> {
+    let pid = info.pid;
+    let process = Process { pid };
+    process
+        .memory_readable()
+        .map_err(|e| TargetError::of_process(pid, "read the memory", &e))?;
+    let exited = || process.is_gone() || process.stat().ok().map(|s| s.start_ticks) != info.start_ticks;
+    let mut notes = Vec::new();
+    let (layout, control) = match monitor {
+        Ok(mut qmp) => {
+            let path = qmp.path().to_owned();
+            let layout = ask_monitor(&mut qmp, process);
+            drop(qmp); // the socket is its owner's again
+            if exited() {
+                return Err(TargetError::Exited { pid });
+            }
+            (layout, Ok(QmpControl::new(path, options.timeout)))
+        }
+        Err(why) => (Err(why.clone()), Err(why)),
+    };
+    let maps = maps::of(process).map_err(|e| TargetError::of_process(pid, "read the mappings", &e))?;
+    let built = match layout {
+        Ok(ranges) => {
+            let built = backing::build(process, &maps, &ranges, options.write)?;
+            notes.push("its monitor told where its memory lies, and the process has it there".to_owned());
+            built
+        }
+        Err(why) => {
+            let (built, proof) = prove_layout(&info, &maps, why, options)?;
+            notes.push(format!(
+                "where its memory lies was deduced and then proven: {proof}"
+            ));
+            built
+        }
+    };
+    if exited() {
+        return Err(TargetError::Exited { pid });
+    }
+    notes.extend(built.notes);
+    if let Err(why) = &control {
+        notes.push(format!("no registers and no pausing: {why}"));
+    }
+    Ok(Target {
+        memory: built.memory,
+        name: info.name.clone().unwrap_or_else(|| format!("pid:{pid}")),
+        kind: TargetKind::Vm(info.vmm),
+        notes,
+        info: Some(info),
+        control,
+    })
+}
+
+/// The layout from a monitor, checked against the process; an error is the reason in words.
+fn ask_monitor(qmp: &mut Qmp, process: Process) -> Result<Vec<HostRange>, String> {
+    let backends = match qmp.memory_backends() {
+        Ok(backends) => backends,
+        // QEMU before 2.1 has no such command; the machine's own memory is known without.
+        Err(QmpError::Command { .. }) => Vec::new(),
+        Err(error) => return Err(error.to_string()),
+    };
+    let ranges = from_monitor::ask(&backends, |line| qmp.hmp(line)).map_err(|failure| match failure {
+        MonitorFailure::Monitor(error) => error.to_string(),
+        MonitorFailure::Inconsistent(reason) => reason,
+    })?;
+    let maps = maps::of(process).map_err(|e| e.to_string())?;
+    from_monitor::check(&ranges, &maps)
+        .map_err(|reason| format!("what its monitor says does not fit the process: {reason}"))?;
+    Ok(ranges)
+}
+
+/// Tries the layouts that the process allows until one is proven.
+fn prove_layout(
+    info: &VmInfo,
+    maps: &[Mapping],
+    monitor: String,
+    options: &AttachOptions<'_>,
+) -> Result<(backing::Built, String), TargetError> {
+    let pid = info.pid;
+    let candidates = deduce::candidates(info, maps).map_err(|reason| TargetError::NoLayout {
+        pid,
+        reason,
+        monitor: Some(monitor.clone()),
+    })?;
+    let mut tried = Vec::new();
+    for candidate in candidates {
+        let built = match backing::build(Process { pid }, maps, &candidate.ranges, options.write) {
+            Ok(built) => built,
+            Err(error) => {
+                tried.push(format!("{}: {error}", candidate.what));
+                continue;
+            }
+        };
+        let verdict = match options.prove {
+            Some(prove) => prove(&built.memory),
+            None => Err("nobody was there to look for a guest in it".to_owned()),
+        };
+        match verdict {
+            Ok(proof) => return Ok((built, format!("{}: {proof}", candidate.what))),
+            Err(reason) => tried.push(format!("{}: {reason}", candidate.what)),
+        }
+        if (Process { pid }).is_gone() {
+            return Err(TargetError::Exited { pid });
+        }
+    }
+    Err(TargetError::Unproven {
+        pid,
+        tried,
+        monitor: Some(monitor),
+    })
+}

@@ -1,0 +1,62 @@
+//! The watch over a paused VM: a VM must go on though we are killed.
+//!
+//! While a VM is paused a small shell process of its own process group holds a copy of our connection and the end
+//! of a pipe whose other end only we have. When the pipe ends without a word from us (a panic that aborts, SIGKILL,
+//! the out-of-memory killer) it sends what lets the VM go on. Signals that end us by default (SIGINT, SIGTERM,
+//! SIGHUP) need no handler for the same reason.
+//!
+//! `/bin/sh` and not our own program: this library does not know what program it is linked into.
+
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+/// `$1` is what to send, with octal escapes; `$2` ends the wait for its answer. Waiting matters: bytes that are
+/// still unread when a connection closes may be lost with it.
+const SCRIPT: &str = r#"
+trap '' HUP INT QUIT TERM TSTP PIPE
+read -r word && exit 0
+printf "$1"
+while read -r line <&1; do case $line in *"$2"*) exit 0;; esac; done
+"#;
+
+/// The watch. Dropped without [`Guard::dismiss`] it does what it is there for.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    child: Child,
+    pipe: Option<ChildStdin>,
+}
+
+impl Guard {
+    /// Sets up the watch: `last_words` (octal escapes as of `printf`) go to `connection` when we are gone, and the
+    /// watch ends with the line that holds `answer`.
+    pub(crate) fn set(connection: OwnedFd, last_words: &str, answer: &str) -> io::Result<Self> {
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", SCRIPT, "vmsight-guard", last_words, answer])
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::from(connection))
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        let pipe = child.stdin.take();
+        Ok(Self { child, pipe })
+    }
+
+    /// Ends the watch: the VM goes on already.
+    pub(crate) fn dismiss(mut self) {
+        if let Some(mut pipe) = self.pipe.take() {
+            let _ = pipe.write_all(b"done\n");
+        }
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // The pipe closes; whoever runs in the child finds it out. Not waited for: it may have to wait itself.
+        self.pipe = None;
+    }
+}

@@ -1,0 +1,216 @@
+//! The layout as QEMU's monitor tells it, checked against the process.
+
+use std::collections::BTreeMap;
+
+use super::{HostRange, joined};
+use crate::host::maps::Mapping;
+use crate::monitor;
+
+/// Most ranges whose address is asked for again one by one.
+const MAX_CHECKED: usize = 64;
+
+/// Why the monitor's answer is of no use.
+#[derive(Debug)]
+pub(crate) enum MonitorFailure<E> {
+    /// The monitor did not answer.
+    Monitor(E),
+    /// Its answers do not fit together, or not to the process.
+    Inconsistent(String),
+}
+
+impl<E> From<E> for MonitorFailure<E> {
+    fn from(error: E) -> Self {
+        Self::Monitor(error)
+    }
+}
+
+/// Asks for the layout. `hmp` runs one line of the human monitor; `backends` are the ids of the memory backends.
+/// The guest changes its layout while its firmware runs, so answers that disagree are asked for again.
+pub(crate) fn ask<E>(
+    backends: &[String],
+    mut hmp: impl FnMut(&str) -> Result<String, E>,
+) -> Result<Vec<HostRange>, MonitorFailure<E>> {
+    let mut last = String::new();
+    for _ in 0..3 {
+        match ask_once(backends, &mut hmp) {
+            Err(MonitorFailure::Inconsistent(reason)) => last = reason,
+            other => return other,
+        }
+    }
+    Err(MonitorFailure::Inconsistent(last))
+}
+
+fn ask_once<E>(
+    backends: &[String],
+    hmp: &mut impl FnMut(&str) -> Result<String, E>,
+) -> Result<Vec<HostRange>, MonitorFailure<E>> {
+    let inconsistent = |reason: String| Err(MonitorFailure::Inconsistent(reason));
+    let Some(flat) = monitor::guest_memory(&hmp("info mtree -f")?, backends) else {
+        return inconsistent("info mtree -f shows no address space called memory".into());
+    };
+    if flat.is_empty() {
+        return inconsistent("info mtree -f shows no main memory".into());
+    }
+    let blocks = monitor::parse_ramblocks(&hmp("info ramblock")?);
+    // From QEMU 8.1 on the table of blocks says where each lies; a block's id ends with its region's name.
+    let mut bases: BTreeMap<&str, u64> = BTreeMap::new();
+    for range in &flat {
+        let named = |b: &&monitor::RamBlock| {
+            b.id == range.block
+                || b.id
+                    .strip_suffix(range.block.as_str())
+                    .is_some_and(|r| r.ends_with('/'))
+        };
+        let mut matching = blocks.iter().filter(named);
+        if let (Some(block), None) = (matching.next(), matching.next()) {
+            if range
+                .offset
+                .checked_add(range.len)
+                .is_none_or(|end| end > block.used)
+            {
+                return inconsistent(format!(
+                    "block {} has {:#x} bytes, but {:#x} at {:#x} are in use",
+                    block.id, block.used, range.len, range.offset
+                ));
+            }
+            if let Some(hva) = block.hva {
+                bases.insert(&range.block, hva);
+            }
+        }
+    }
+    // The address of a byte of each block, asked for outright. gpa2hva takes what is plain RAM only, so shadowed
+    // ROM is placed through its block.
+    let mut asked = 0;
+    for range in flat.iter().filter(|r| r.kind.ends_with("ram")) {
+        if asked >= MAX_CHECKED && bases.contains_key(range.block.as_str()) {
+            continue;
+        }
+        asked += 1;
+        let Some(hva) = monitor::parse_gpa2hva(&hmp(&format!("gpa2hva {:#x}", range.gpa))?) else {
+            return inconsistent(format!("gpa2hva knows no memory at {:#x}", range.gpa));
+        };
+        let Some(base) = hva.checked_sub(range.offset) else {
+            return inconsistent(format!("gpa2hva puts {:#x} at {hva:#x}", range.gpa));
+        };
+        let known = *bases.entry(&range.block).or_insert(base);
+        if known != base {
+            return inconsistent(format!("block {} is at {known:#x} and at {base:#x}", range.block));
+        }
+    }
+    let mut ranges = Vec::with_capacity(flat.len());
+    for range in &flat {
+        let base = bases.get(range.block.as_str());
+        match base.and_then(|b| b.checked_add(range.offset)) {
+            Some(hva) => ranges.push(HostRange {
+                gpa: range.gpa,
+                len: range.len,
+                hva,
+            }),
+            None => return inconsistent(format!("nothing tells where block {} lies", range.block)),
+        }
+    }
+    Ok(joined(ranges))
+}
+
+/// Whether the process has readable memory at every one of `ranges`; `maps` are its mappings in order.
+pub(crate) fn check(ranges: &[HostRange], maps: &[Mapping]) -> Result<(), String> {
+    for range in ranges {
+        let end = range
+            .hva
+            .checked_add(range.len)
+            .ok_or_else(|| format!("impossible range {range}"))?;
+        let mut at = range.hva;
+        while at < end {
+            let found = maps.iter().find(|m| m.start <= at && at < m.end && m.read);
+            at = found
+                .ok_or_else(|| format!("{range}: the process has no memory at {at:#x}"))?
+                .end;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::maps;
+
+    const MTREE: &str = include_str!("../monitor/captured/qemu10.0-q35-backends.mtree");
+    const NEW: &str = include_str!("../monitor/captured/qemu10.0-q35-backends.ramblock");
+    const OLD: &str = include_str!("../monitor/captured/qemu7.2-q35-backends.ramblock");
+
+    /// Answers as the captured machine did, with its blocks where `NEW` says they are.
+    fn answer(line: &str, blocks: &str) -> Result<String, ()> {
+        if let Some(gpa) = line.strip_prefix("gpa2hva 0x") {
+            let gpa = u64::from_str_radix(gpa, 16).map_err(|_| ())?;
+            let hva = match gpa {
+                0..0x8000_0000 => 0x7fa1_abff_f000 + gpa,
+                0x1_0000_0000..0x1_c000_0000 => 0x7fa1_abff_f000 + gpa - 0x8000_0000,
+                0x1_c000_0000..0x1_d000_0000 => 0x7fa1_9bc0_0000 + gpa - 0x1_c000_0000,
+                _ => 0x7fa1_5bbf_f000 + gpa - 0x1_d000_0000,
+            };
+            return Ok(format!("Host virtual address for {gpa:#x} (x) is {hva:#x}\n"));
+        }
+        Ok(if line == "info ramblock" { blocks } else { MTREE }.to_owned())
+    }
+
+    fn backends() -> Vec<String> {
+        ["mem", "d1", "vm1"].map(str::to_owned).to_vec()
+    }
+
+    #[test]
+    fn old_and_new_tables_give_one_layout() {
+        let layouts = [OLD, NEW].map(|blocks| ask(&backends(), |line| answer(line, blocks)).unwrap());
+        assert_eq!(layouts[0], layouts[1]);
+        let shown: Vec<String> = layouts[0].iter().map(ToString::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "0x0-0xa0000 at 0x7fa1abfff000",
+                "0x100000-0x80000000 at 0x7fa1ac0ff000",
+                "0x100000000-0x1c0000000 at 0x7fa22bfff000",
+                "0x1c0000000-0x1d0000000 at 0x7fa19bc00000",
+                "0x1d0000000-0x210000000 at 0x7fa15bbff000",
+            ]
+        );
+    }
+
+    #[test]
+    fn answers_that_disagree_are_asked_again_and_refused() {
+        let mut tables = 0;
+        let result: Result<_, MonitorFailure<()>> = ask(&backends(), |line| {
+            tables += usize::from(line == "info ramblock");
+            if line == "gpa2hva 0x100000" {
+                return Ok("Host virtual address for 0x100000 (mem) is 0x7fff00000000\n".into());
+            }
+            answer(line, OLD)
+        });
+        assert!(matches!(result, Err(MonitorFailure::Inconsistent(r)) if r.contains("block mem is at")));
+        assert_eq!(tables, 3);
+        let result: Result<_, MonitorFailure<()>> = ask(&backends(), |_| Ok(String::new()));
+        assert!(matches!(result, Err(MonitorFailure::Inconsistent(_))));
+        assert!(matches!(
+            ask(&backends(), |_| Err(7)),
+            Err(MonitorFailure::Monitor(7))
+        ));
+    }
+
+    #[test]
+    fn a_layout_must_fit_the_process() {
+        let maps = maps::parse(
+            "1000-3000 rw-p 0 00:00 0\n3000-5000 rw-s 0 00:01 7 /memfd:x\n6000-7000 ---p 0 00:00 0\n",
+        );
+        let range = |hva, len| HostRange { gpa: 0, len, hva };
+        assert!(check(&[range(0x1000, 0x4000)], &maps).is_ok());
+        assert!(
+            check(&[range(0x1000, 0x4001)], &maps)
+                .unwrap_err()
+                .contains("no memory at 0x5000")
+        );
+        assert!(
+            check(&[range(0x6000, 1)], &maps).is_err(),
+            "a guard page is no memory"
+        );
+        assert!(check(&[range(u64::MAX, 2)], &maps).is_err());
+    }
+}

@@ -1,0 +1,274 @@
+//! Memory of real machines, held against what QEMU itself says of the same addresses.
+
+use vmsight_arch::Gpa;
+use vmsight_target::{AttachOptions, Target, TargetKind, TargetSpec, Vmm, attach};
+
+use crate::machine::Machine;
+
+const GIB: u64 = 1 << 30;
+const WRITE: AttachOptions<'static> = AttachOptions {
+    write: true,
+    timeout: std::time::Duration::from_secs(10),
+    prove: None,
+};
+
+fn attach_pid(vm: &Machine, options: &AttachOptions<'_>) -> Target {
+    attach(&TargetSpec::Pid(vm.pid()), options).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Writes a number of its own at each address from outside, and lets QEMU read it by its monitor.
+fn agrees_with_qemu(vm: &Machine, target: &Target, addresses: &[u64]) {
+    for (i, gpa) in addresses.iter().enumerate() {
+        let value = 0xfeed_0000_0000_0001 + ((i as u64) << 20);
+        target
+            .memory
+            .write(Gpa(*gpa), &value.to_le_bytes())
+            .unwrap_or_else(|e| panic!("{gpa:#x}: {e}"));
+    }
+    for (i, gpa) in addresses.iter().enumerate() {
+        let value = 0xfeed_0000_0000_0001_u64 + ((i as u64) << 20);
+        let text = vm.hmp(&format!("xp /1gx {gpa:#x}"));
+        assert!(
+            text.contains(&format!("{value:#018x}")),
+            "QEMU has at {gpa:#x}: {text}"
+        );
+        assert_eq!(target.memory.read_u64(Gpa(*gpa)).unwrap(), value);
+    }
+}
+
+fn regions(target: &Target) -> Vec<(u64, u64)> {
+    target
+        .memory
+        .regions()
+        .iter()
+        .map(|r| (r.start.0, r.end().0))
+        .collect()
+}
+
+#[test]
+fn plain_memory_of_a_pc() {
+    let vm = Machine::start(&["-machine", "pc", "-m", "512", "-name", "plain"]);
+    let target = attach_pid(&vm, &WRITE);
+    assert_eq!(
+        (target.name.as_str(), target.kind),
+        ("plain", TargetKind::Vm(Vmm::Qemu))
+    );
+    assert!(target.memory.is_live() && target.memory.is_writable());
+    assert_eq!(regions(&target), [(0, 0xc0000), (0x10_0000, 512 << 20)]);
+    agrees_with_qemu(&vm, &target, &[0, 0xbfff8, 0x10_0000, (512 << 20) - 8]);
+}
+
+#[test]
+fn memory_above_4_gib() {
+    for (machine, low, plain) in [
+        ("pc", 3 * GIB, true),
+        ("q35", 2 * GIB, true),
+        ("q35", 2 * GIB, false),
+    ] {
+        let memory = format!("{machine}{}", if plain { "" } else { ",memory-backend=m" });
+        let backend = "memory-backend-memfd,id=m,size=5G,share=on";
+        let mut args = vec!["-m", "5G", "-machine", &memory];
+        if !plain {
+            args.extend(["-object", backend]);
+        }
+        let vm = Machine::start(&args);
+        let target = attach_pid(&vm, &WRITE);
+        let end = 4 * GIB + 5 * GIB - low;
+        assert_eq!(regions(&target), [(0, 0xc0000), (0x10_0000, low), (4 * GIB, end)]);
+        agrees_with_qemu(&vm, &target, &[0x1000, low - 8, 4 * GIB, end - 8]);
+        assert!(target.memory.read_u64(Gpa(low)).is_err(), "the hole is no memory");
+    }
+}
+
+#[test]
+fn several_backends_and_dimms() {
+    let vm = Machine::start(&[
+        "-machine",
+        "q35",
+        "-m",
+        "3G,slots=4,maxmem=16G",
+        "-object",
+        "memory-backend-memfd,id=n0,size=1G,share=on",
+        "-object",
+        "memory-backend-file,id=n1,size=1536M,share=on,mem-path=DIR/n1",
+        "-object",
+        "memory-backend-ram,id=n2,size=512M",
+        "-numa",
+        "node,memdev=n0",
+        "-numa",
+        "node,memdev=n1",
+        "-numa",
+        "node,memdev=n2",
+        "-object",
+        "memory-backend-ram,id=d0,size=128M",
+        "-device",
+        "pc-dimm,memdev=d0",
+        "-object",
+        "memory-backend-memfd,id=v0,size=1G",
+        "-device",
+        "virtio-mem-pci,memdev=v0,requested-size=128M",
+        // Memory of a device, which is not the machine's.
+        "-device",
+        "VGA",
+    ]);
+    let target = attach_pid(&vm, &WRITE);
+    assert_eq!(regions(&target)[..2], [(0, 0xa0000), (0x10_0000, 2 * GIB)]);
+    // 1 GiB of the 3 above the hole, the DIMM and virtio-mem's gibibyte right after.
+    let above = regions(&target)[2..].to_vec();
+    assert_eq!(above.first().map(|r| r.0), Some(4 * GIB));
+    let bytes: u64 = above.iter().map(|(start, end)| end - start).sum();
+    assert_eq!(bytes, GIB + (128 << 20) + GIB);
+    // One address in each: n0, n1 on both sides of the hole, n2, d0.
+    agrees_with_qemu(
+        &vm,
+        &target,
+        &[
+            0x1000,
+            GIB,
+            2 * GIB - 8,
+            4 * GIB,
+            4 * GIB + (512 << 20),
+            5 * GIB,
+            5 * GIB + 0x1000,
+        ],
+    );
+    let all = [0, 1, 2, 3, 4].map(|i| 0x20_0000 * i + 0x10_0000);
+    agrees_with_qemu(&vm, &target, &all);
+}
+
+#[test]
+fn private_and_shared_backends_of_every_kind() {
+    for backend in [
+        "memory-backend-ram,id=m,size=64M",
+        "memory-backend-ram,id=m,size=64M,share=on",
+        "memory-backend-memfd,id=m,size=64M,share=on",
+        "memory-backend-memfd,id=m,size=64M,share=off",
+        "memory-backend-file,id=m,size=64M,share=on,mem-path=DIR",
+        "memory-backend-file,id=m,size=64M,share=on,mem-path=DIR/file",
+        "memory-backend-file,id=m,size=64M,share=off,mem-path=DIR/file",
+    ] {
+        let vm = Machine::start(&["-machine", "pc,memory-backend=m", "-m", "64M", "-object", backend]);
+        let target = attach_pid(&vm, &WRITE);
+        agrees_with_qemu(&vm, &target, &[0x2000, 0x10_0000, (64 << 20) - 8]);
+    }
+    let vm = Machine::start(&["-m", "64M", "-mem-path", "DIR", "-mem-prealloc"]);
+    agrees_with_qemu(&vm, &attach_pid(&vm, &WRITE), &[0x2000, (64 << 20) - 8]);
+}
+
+#[test]
+fn hugepages_where_the_host_has_them() {
+    let Some(_reserved) = HugePages::reserve(40) else {
+        eprintln!("this host gives no hugepages (not root, or memory too fragmented): nothing to test");
+        return;
+    };
+    for share in ["on", "off"] {
+        // A size that is no multiple of what QEMU maps beside it.
+        let backend = format!("memory-backend-memfd,id=m,size=66M,share={share},hugetlb=on,hugetlbsize=2M");
+        let vm = Machine::start(&[
+            "-machine",
+            "pc,memory-backend=m",
+            "-m",
+            "66M",
+            "-object",
+            &backend,
+        ]);
+        let target = attach_pid(&vm, &WRITE);
+        agrees_with_qemu(&vm, &target, &[0x2000, 0x20_0000, (66 << 20) - 8]);
+    }
+}
+
+#[test]
+fn by_name_by_uuid_and_by_socket() {
+    let vm = Machine::start(&[
+        "-m",
+        "64",
+        "-name",
+        "one-of-a-kind",
+        "-uuid",
+        "b2a4c6c8-0d3b-4c5a-8f5f-5a0e4e2b9c01",
+    ]);
+    let named = |name: &str| attach(&name.parse().unwrap(), &AttachOptions::default()).unwrap();
+    for target in [
+        "one-of-a-kind",
+        "B2A4C6C8-0D3B-4C5A-8F5F-5A0E4E2B9C01",
+        &format!("qmp:{}", vm.qmp().display()),
+    ] {
+        let target = named(target);
+        assert_eq!(target.info.as_ref().unwrap().pid, vm.pid());
+        assert!(!target.memory.is_writable(), "read-only unless asked otherwise");
+        assert!(target.memory.write(Gpa(0x1000), &[1]).is_err());
+    }
+    let twin = Machine::start(&["-m", "64", "-name", "one-of-a-kind"]);
+    let error = attach(
+        &TargetSpec::Name("one-of-a-kind".into()),
+        &AttachOptions::default(),
+    )
+    .unwrap_err()
+    .to_string();
+    assert!(
+        error.contains(&format!("pid:{}", vm.pid())) && error.contains(&format!("pid:{}", twin.pid())),
+        "{error}"
+    );
+    let error = attach(&TargetSpec::Name("no-such".into()), &AttachOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("one-of-a-kind"), "what there is is named: {error}");
+    let error = attach(&TargetSpec::Pid(std::process::id()), &AttachOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("no virtual machine"), "{error}");
+}
+
+#[test]
+fn the_map_is_the_one_qemu_has() {
+    // Every page of a window, on both sides: QEMU's own translation of guest-physical addresses.
+    let vm = Machine::start(&["-machine", "q35", "-m", "3G"]);
+    let target = attach_pid(&vm, &WRITE);
+    let pages: Vec<u64> = (0..64).map(|i| 0x10_0000 + i * 0x17_3000).collect();
+    agrees_with_qemu(&vm, &target, &pages);
+}
+
+#[test]
+fn registers_of_a_machine_at_reset() {
+    let vm = Machine::start(&["-m", "64", "-smp", "2"]);
+    let target = attach_pid(&vm, &AttachOptions::default());
+    let all = target.registers(None).unwrap();
+    assert_eq!(all.len(), 2);
+    // The reset vector.
+    assert_eq!(
+        (all[0].cs.selector, all[0].cs.base, all[0].rip),
+        (0xf000, 0xffff_0000, 0xfff0)
+    );
+    assert_eq!(all[0].dtb(), None, "paging is off");
+    assert_eq!(target.registers(Some(1)).unwrap()[0].vcpu, 1);
+    let error = target.registers(Some(2)).unwrap_err().to_string();
+    assert!(error.contains("no vCPU 2: it has 2"), "{error}");
+}
+
+/// Hugepages of 2 MiB reserved for a test and given back after it.
+struct HugePages {
+    before: String,
+}
+
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+impl HugePages {
+    fn reserve(pages: u64) -> Option<Self> {
+        let read = |file: &str| std::fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
+        let before = read(POOL)?;
+        let free = || read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or(0);
+        let this = Self {
+            before: before.to_string(),
+        };
+        if free() < pages {
+            std::fs::write(POOL, (before + pages).to_string()).ok()?;
+        }
+        (free() >= pages).then_some(this)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(POOL, &self.before);
+    }
+}
