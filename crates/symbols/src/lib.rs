@@ -1,12 +1,15 @@
 //! The profile of one kernel build: its symbols and types.
 
+pub mod cache;
 pub mod kallsyms;
 pub mod kernel;
 pub mod layout;
+mod locate;
 mod profile;
 pub mod table;
 pub mod types;
 
+pub use locate::{LocateError, Located, locate};
 pub use profile::{Profile, ProfileError, ProfileSource};
 pub use table::{Symbol, SymbolTable, SymbolTableBuilder};
 pub use types::{Bytes, Field, Kind, Kinds, Member, Type, TypeId, Types, TypesError};

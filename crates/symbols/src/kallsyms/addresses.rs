@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::names::{Decoded, Names};
+use super::expand::Decoded;
+use super::names::Names;
 use super::tokens::{INDEX_LEN, Tokens};
 use super::{Image, KallsymsError, Section, align8, read_u32, read_u64};
 use crate::table::is_absolute;
@@ -35,17 +36,6 @@ impl Encoding {
     fn entry_len(self) -> usize {
         if self == Self::Absolute { 8 } else { 4 }
     }
-
-    /// A number for the cache file.
-    #[allow(dead_code)] // for the cache, next
-    pub(crate) fn tag(self) -> u8 {
-        match self {
-            Self::Absolute => 1,
-            Self::BaseRelative => 2,
-            Self::AbsolutePercpu => 3,
-            Self::PlaceRelative => 4,
-        }
-    }
 }
 
 /// The addresses of the symbols that were decoded.
@@ -53,6 +43,7 @@ pub(super) struct Found {
     pub(super) encoding: Encoding,
     pub(super) addresses: Vec<u64>,
     pub(super) source: Range<usize>,
+    pub(super) relative_base_at: Option<usize>,
     pub(super) relative_base: Option<u64>,
 }
 
@@ -71,18 +62,15 @@ pub(super) fn find(
     // `_text` begins the image. The other two stand there in every kernel on x86, and in most elsewhere.
     let anchor = ["_text", "_stext", "startup_64"]
         .into_iter()
-        .find_map(|n| Some((n, decoded.position(n)?)));
+        .find_map(|n| Some((n, decoded.number_of(n)?)));
     for (place, table) in [("after the tokens", After), ("before the count", Before)] {
         for encoding in Encoding::ALL {
-            let result = table
+            let found = table
                 .source(encoding, tokens, names)
-                .ok_or_else(|| "no room".to_owned())
-                .and_then(|(source, base)| {
-                    let found = read(section, encoding, source, base, decoded).ok_or("cut off")?;
-                    check(&found, image, anchor)?;
-                    Ok(found)
-                });
-            match result {
+                .ok_or_else(|| "no room".to_owned());
+            match found
+                .and_then(|(source, base)| attempt(section, image, encoding, source, base, anchor, decoded))
+            {
                 Ok(found) => return Ok(found),
                 Err(why) => tried.push_str(&format!("{encoding:?} {place} ({why}); ")),
             }
@@ -130,49 +118,78 @@ impl Place {
     }
 }
 
-fn read(
+/// The entries of one table, read in one way.
+struct Reader<'a> {
+    encoding: Encoding,
+    bytes: &'a [u8],
+    /// Run-time address of the first entry.
+    start: u64,
+    base: Option<u64>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(
+        section: Section<'a>,
+        encoding: Encoding,
+        source: &Range<usize>,
+        base: Option<usize>,
+    ) -> Option<Self> {
+        let base = match base {
+            Some(at) => Some(read_u64(section.bytes, at)?),
+            None => None,
+        };
+        let bytes = section.bytes.get(source.clone())?;
+        Some(Self {
+            encoding,
+            bytes,
+            start: section.address.wrapping_add(source.start as u64),
+            base,
+        })
+    }
+
+    #[inline]
+    fn address(&self, i: usize) -> Option<u64> {
+        if self.encoding == Encoding::Absolute {
+            return read_u64(self.bytes, 8 * i);
+        }
+        let value = read_u32(self.bytes, 4 * i)?;
+        let signed = i64::from(value as i32) as u64;
+        let base = self.base.unwrap_or(0);
+        Some(match self.encoding {
+            Encoding::BaseRelative => base.wrapping_add(u64::from(value)),
+            Encoding::PlaceRelative => self.start.wrapping_add(4 * i as u64).wrapping_add(signed),
+            _ if (value as i32) < 0 => base.wrapping_sub(1).wrapping_sub(signed),
+            _ => signed,
+        })
+    }
+}
+
+/// Reads one table in one way, and checks that these can be the addresses of this image's symbols.
+fn attempt(
     section: Section<'_>,
+    image: &Image,
     encoding: Encoding,
     source: Range<usize>,
     base: Option<usize>,
+    anchor: Option<(&str, usize)>,
     decoded: &Decoded,
-) -> Option<Found> {
-    let bytes = section.bytes.get(source.clone())?;
-    let base = match base {
-        Some(at) => Some(read_u64(section.bytes, at)?),
-        None => None,
-    };
-    let start = section.address.wrapping_add(source.start as u64);
-    let add = base.unwrap_or(0);
-    let addresses = decoded
-        .index
-        .iter()
-        .map(|&i| {
-            let i = i as usize;
-            if encoding == Encoding::Absolute {
-                return read_u64(bytes, 8 * i);
-            }
-            let value = read_u32(bytes, 4 * i)?;
-            let signed = i64::from(value as i32) as u64;
-            Some(match encoding {
-                Encoding::BaseRelative => add.wrapping_add(u64::from(value)),
-                Encoding::PlaceRelative => start.wrapping_add(4 * i as u64).wrapping_add(signed),
-                _ if (value as i32) < 0 => add.wrapping_sub(1).wrapping_sub(signed),
-                _ => signed,
-            })
-        })
-        .collect::<Option<Vec<u64>>>()?;
-    Some(Found {
-        encoding,
-        addresses,
-        source,
-        relative_base: base,
-    })
-}
-
-/// Whether these can be the addresses of this image's symbols.
-fn check(found: &Found, image: &Image, anchor: Option<(&str, usize)>) -> Result<(), String> {
-    let addresses = &found.addresses;
+) -> Result<Found, String> {
+    let reader = Reader::new(section, encoding, &source, base).ok_or("cut off")?;
+    if let Some((name, number)) = anchor {
+        let at = reader.address(number).ok_or("cut off")?;
+        // `_stext` follows `_text` within the first page or two.
+        let slack = if name == "_text" { 0 } else { 0x2000 };
+        if is_absolute(at) || at.wrapping_sub(image.span.start) > slack {
+            return Err(format!(
+                "{name} would be at {at:#x}, not at {:#x}",
+                image.span.start
+            ));
+        }
+    }
+    let mut addresses = Vec::with_capacity(decoded.len());
+    for number in decoded.numbers() {
+        addresses.push(reader.address(number).ok_or("cut off")?);
+    }
     // The kernel itself searches the table by halving, so it is sorted. Single pages may be smeared.
     let unsorted = addresses.windows(2).filter(|pair| pair[0] > pair[1]).count();
     if unsorted > addresses.len() / 100 {
@@ -190,22 +207,14 @@ fn check(found: &Found, image: &Image, anchor: Option<(&str, usize)>) -> Result<
             "{outside} outside the image, {absolute} absolute, {inside} inside"
         ));
     }
-    match anchor {
-        Some((name, i)) => {
-            let at = addresses.get(i).copied().unwrap_or(0);
-            // `_stext` follows `_text` within the first page or two; the kernel text begins at a multiple of 2 MiB.
-            let slack = if name == "_text" { 0 } else { 0x2000 };
-            if is_absolute(at) || at.wrapping_sub(image.span.start) > slack {
-                return Err(format!(
-                    "{name} would be at {at:#x}, not at {:#x}",
-                    image.span.start
-                ));
-            }
-        }
-        None if outside > 0 || unsorted > 0 => {
-            return Err("no known symbol to test, and not wholly inside the image".to_owned());
-        }
-        None => {}
+    if anchor.is_none() && (outside > 0 || unsorted > 0) {
+        return Err("no known symbol to test, and not wholly inside the image".to_owned());
     }
-    Ok(())
+    Ok(Found {
+        encoding,
+        addresses,
+        source,
+        relative_base_at: base,
+        relative_base: reader.base,
+    })
 }

@@ -19,6 +19,7 @@
 //! gives a sorted table that lies in the image and puts `_text` where the page tables put it.
 
 mod addresses;
+mod expand;
 pub mod exports;
 mod names;
 mod tokens;
@@ -57,7 +58,9 @@ pub struct Kallsyms {
     /// The bytes of the section that all this depends on, in order of the table above where a part is there:
     /// two guests in which these hold the same have the same symbols. The relative base, which KASLR changes, is left out.
     pub sources: Vec<Range<usize>>,
-    /// Link-time value of the relative base, 0 where there is none.
+    /// Where in the section the relative base lies, for encodings that have one.
+    pub relative_base_at: Option<usize>,
+    /// Its link-time value, 0 where there is none.
     pub relative_base: u64,
     /// How many blocks of 256 symbols were inconsistent (smeared or missing memory) and were left out.
     pub damaged_blocks: usize,
@@ -120,8 +123,8 @@ fn decode_with(
 ) -> Result<Kallsyms, KallsymsError> {
     let address = section.address.wrapping_add(tokens.table as u64);
     let names = names::find(section.bytes, tokens).ok_or(KallsymsError::NoNames { tokens: address })?;
-    let decoded = names::decode(section.bytes, tokens, &names);
-    if decoded.kinds.is_empty() {
+    let decoded = expand::decode(section.bytes, tokens, &names);
+    if decoded.blocks() == 0 {
         return Err(KallsymsError::Damaged {
             blocks: names.blocks(),
         });
@@ -136,18 +139,13 @@ fn decode_with(
         found.source.clone(),
     ];
     sources.sort_by_key(|r| r.start);
-    let damaged_blocks = names.blocks() - decoded.blocks;
-    let symbols = decoded
-        .into_table(&found.addresses, image.slide)
-        .ok_or(KallsymsError::Damaged {
-            blocks: names.blocks(),
-        })?;
     Ok(Kallsyms {
-        symbols,
         encoding: found.encoding,
         sources,
+        relative_base_at: found.relative_base_at,
         relative_base: found.relative_base.map_or(0, |b| b.wrapping_sub(image.slide)),
-        damaged_blocks,
+        damaged_blocks: names.blocks() - decoded.blocks(),
+        symbols: decoded.into_table(found.addresses, image.slide),
     })
 }
 

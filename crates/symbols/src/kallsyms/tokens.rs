@@ -20,6 +20,8 @@ pub(super) struct Tokens {
     pub(super) starts: [u32; 256],
     /// Length of each, without the NUL.
     pub(super) lens: [u16; 256],
+    /// All of them are printable ASCII, as in every kernel that a compiler made.
+    pub(super) plain: bool,
     /// The first bytes of each, zero-padded.
     pub(super) heads: Box<[[u8; INLINE]; 256]>,
 }
@@ -65,6 +67,7 @@ fn tokens(bytes: &[u8], table: usize, index: usize, offsets: &[u16; 256]) -> Opt
         index,
         starts: [0; 256],
         lens: [0; 256],
+        plain: true,
         heads: Box::new([[0; INLINE]; 256]),
     };
     for i in 0..256 {
@@ -82,6 +85,7 @@ fn tokens(bytes: &[u8], table: usize, index: usize, offsets: &[u16; 256]) -> Opt
         if i == 255 && (rest.len() > 7 || rest.iter().any(|&b| b != 0)) {
             return None;
         }
+        found.plain &= token.iter().all(u8::is_ascii_graphic);
         found.starts[i] = u32::try_from(table + start).ok()?;
         found.lens[i] = u16::try_from(token.len()).ok()?;
         let head = token.len().min(INLINE);

@@ -7,7 +7,7 @@ use vmsight_arch::Gva;
 use vmsight_memory::GuestMemory;
 
 use super::{Profile, ProfileSource, no_types};
-use crate::kallsyms::{self, Encoding, Image, Kallsyms, KallsymsError, Section, exports};
+use crate::kallsyms::{self, Image, Kallsyms, KallsymsError, Section, exports};
 use crate::kernel::{self, ImageBytes, KernelImage};
 use crate::table::is_absolute;
 use crate::types::bytes::word;
@@ -35,23 +35,25 @@ pub enum ProfileError {
 }
 
 /// A profile, and what it was made from: for the cache.
-#[allow(dead_code)] // for the cache, next
 pub(crate) struct Made {
     pub(crate) profile: Profile,
-    /// Bytes of the image, from `_text` on, that decide what the profile says.
+    /// The bytes that were read, with the offset of the first from `_text`, where they were copied from a guest that runs: it may
+    /// show others by now. A dump's stay what they are.
+    pub(crate) copied: Option<(u64, Vec<u8>)>,
+    /// Bytes of the image, from `_text` on, that decide what the symbols are.
     pub(crate) sources: Vec<Range<u64>>,
+    /// The bytes that are the types.
+    pub(crate) btf: Option<Range<u64>>,
     pub(crate) facts: Facts,
 }
 
 /// What decides about a profile and is not in its sources.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Facts {
-    pub(crate) encoding: Option<Encoding>,
-    /// Link-time address of kallsyms' relative base.
+    /// Where kallsyms' relative base lies, from `_text`.
+    pub(crate) relative_base_at: Option<u64>,
+    /// Its link-time value.
     pub(crate) relative_base: u64,
-    /// Bytes of the mapped image.
-    pub(crate) image_len: u64,
-    /// From `_text`.
     pub(crate) banner_at: Option<u64>,
     pub(crate) build_id_at: Option<u64>,
     /// Where `boot_params` lies, which says the link-time address.
@@ -76,7 +78,13 @@ pub(crate) fn make(memory: &GuestMemory, image: &KernelImage) -> Result<Made, Pr
     let mut error = None;
     for (start, part) in bytes.constant_parts() {
         match of_part(&bytes, image, start, &part) {
-            Ok(made) => return Ok(made),
+            Ok(made) => {
+                let copied = match part {
+                    Cow::Owned(part) => Some((start, part)),
+                    Cow::Borrowed(_) => None,
+                };
+                return Ok(Made { copied, ..made });
+            }
             // The first part is the likeliest, so its reason is the best.
             Err(e) => error = error.or(Some(e)),
         }
@@ -149,15 +157,14 @@ fn of_part(
     );
     profile.text_start = text_start;
     profile.warnings = warnings;
-    let mut sources = sources(&kallsyms, start);
-    sources.extend(types.map(|(range, _)| range));
     Ok(Made {
         profile,
-        sources,
+        copied: None,
+        sources: sources(&kallsyms, start),
+        btf: types.map(|(range, _)| range),
         facts: Facts {
-            encoding: Some(kallsyms.encoding),
+            relative_base_at: kallsyms.relative_base_at.map(|at| start + at as u64),
             relative_base: kallsyms.relative_base,
-            image_len: image.len,
             banner_at: banner.map(|(at, _)| at),
             build_id_at: build_id.map(|(at, _)| at),
             boot_params_at,
@@ -232,7 +239,10 @@ fn find_types(part: &[u8]) -> Option<(Range<usize>, Types)> {
             let len = btf_len(part.get(at..)?)?;
             // vmlinux's own is megabytes; anything small is test data or a module's.
             let blob = part.get(at..at.checked_add(len)?).filter(|_| len > 0x1_0000)?;
-            Some((at..at + len, Types::from_btf(blob.to_vec()).ok()?))
+            let types = Types::from_btf(blob.to_vec()).ok()?;
+            // Has the index by name made here, while another thread is busy with the symbols.
+            types.find_struct("task_struct");
+            Some((at..at + len, types))
         })
     })
 }

@@ -8,6 +8,7 @@ use crate::kernel::release_of;
 use crate::{SymbolTable, Types};
 
 pub use memory::ProfileError;
+pub(crate) use memory::{Made, link_time_text, make};
 
 /// Where a profile came from.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -3,15 +3,79 @@
 use super::{HEADER, Layout, MAGIC, MAX_NAME, MAX_SYMBOLS, SymbolTable};
 use crate::types::bytes::Bytes;
 
-/// Collects symbols in any order.
+/// Names and kinds of consecutive symbols.
 #[derive(Default, Debug)]
-pub struct SymbolTableBuilder {
-    addresses: Vec<u64>,
+pub(crate) struct NamePart {
     kinds: Vec<u8>,
     /// End of each name in `names`.
     ends: Vec<u32>,
     names: Vec<u8>,
     hashes: Vec<u32>,
+}
+
+impl NamePart {
+    /// Room for so many symbols with names of common length.
+    pub(crate) fn with_capacity(symbols: usize) -> Self {
+        Self {
+            kinds: Vec::with_capacity(symbols),
+            ends: Vec::with_capacity(symbols),
+            names: Vec::with_capacity(symbols * 28),
+            hashes: Vec::with_capacity(symbols),
+        }
+    }
+
+    /// Adds a name, which must be UTF-8 and at most [`MAX_NAME`] long, with its hash.
+    #[inline]
+    pub(crate) fn push(&mut self, name: &[u8], kind: u8, hash: u32) {
+        self.names.extend_from_slice(name);
+        self.ends.push(self.names.len() as u32);
+        self.hashes.push(hash);
+        self.kinds.push(kind);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.kinds.len()
+    }
+
+    fn name(&self, i: usize) -> &[u8] {
+        let start = i.checked_sub(1).map_or(0, |p| self.ends[p] as usize);
+        &self.names[start..self.ends[i] as usize]
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, u8)> {
+        (0..self.len()).map(|i| (std::str::from_utf8(self.name(i)).unwrap_or(""), self.kinds[i]))
+    }
+
+    /// The first symbol of this name.
+    pub(crate) fn position(&self, name: &str) -> Option<usize> {
+        let wanted = hash(name.as_bytes());
+        (0..self.len()).find(|&i| self.hashes[i] == wanted && self.name(i) == name.as_bytes())
+    }
+
+    /// A place to which [`NamePart::cut`] can go back.
+    pub(crate) fn mark(&self) -> (usize, usize) {
+        (self.kinds.len(), self.names.len())
+    }
+
+    /// Bytes of names since.
+    pub(crate) fn bytes_since(&self, mark: (usize, usize)) -> usize {
+        self.names.len() - mark.1
+    }
+
+    /// Takes back what was added since.
+    pub(crate) fn cut(&mut self, (symbols, names): (usize, usize)) {
+        self.kinds.truncate(symbols);
+        self.ends.truncate(symbols);
+        self.hashes.truncate(symbols);
+        self.names.truncate(names);
+    }
+}
+
+/// Collects symbols in any order.
+#[derive(Default, Debug)]
+pub struct SymbolTableBuilder {
+    addresses: Vec<u64>,
+    part: NamePart,
 }
 
 impl SymbolTableBuilder {
@@ -26,95 +90,75 @@ impl SymbolTableBuilder {
         if self.addresses.len() >= MAX_SYMBOLS || name.len() > MAX_NAME {
             return false;
         }
-        self.names.extend_from_slice(name.as_bytes());
-        self.ends.push(self.names.len() as u32);
-        self.hashes.push(hash(name.as_bytes()));
+        self.part.push(name.as_bytes(), kind, hash(name.as_bytes()));
         self.addresses.push(address);
-        self.kinds.push(kind);
         true
     }
 
-    /// A builder over what a decoder has prepared: everything by symbol, `ends[i]` being where name `i` ends in
-    /// `names`, which must be UTF-8 within each name. `None` where lengths disagree, ends descend or a cap is passed.
-    pub(crate) fn from_parts(
-        addresses: Vec<u64>,
-        kinds: Vec<u8>,
-        ends: Vec<u32>,
-        names: Vec<u8>,
-        hashes: Vec<u32>,
-    ) -> Option<Self> {
-        let n = addresses.len();
-        let whole = ends.last().map_or(0, |&e| e as usize) == names.len();
-        let fits = n <= MAX_SYMBOLS && kinds.len() == n && ends.len() == n && hashes.len() == n;
-        (fits && whole && ends.is_sorted()).then_some(Self {
-            addresses,
-            kinds,
-            ends,
-            names,
-            hashes,
-        })
-    }
-
     /// Sorts by address, keeping the order of those that share one, and builds the index.
-    pub fn finish(mut self) -> SymbolTable {
-        if !self.addresses.is_sorted() {
-            self = self.sorted();
+    pub fn finish(self) -> SymbolTable {
+        if self.addresses.is_sorted() {
+            return assemble(&self.addresses, &[self.part]);
         }
-        let count = self.addresses.len();
-        let buckets = count.next_power_of_two().max(16);
-        let layout = Layout::new(count, buckets, self.names.len())
-            .expect("push and from_parts keep to the caps, which the layout allows");
-
-        let mut bytes = Vec::with_capacity(layout.names.end);
-        for field in [MAGIC, count as u32, buckets as u32, self.names.len() as u32] {
-            bytes.extend_from_slice(&field.to_le_bytes());
-        }
-        debug_assert_eq!(bytes.len(), HEADER);
-        extend_u64(&mut bytes, &self.addresses);
-        bytes.extend_from_slice(&0_u32.to_le_bytes());
-        extend_u32(&mut bytes, &self.ends);
-        let (starts, order) = index(&self.hashes, buckets);
-        extend_u32(&mut bytes, &starts);
-        extend_u32(&mut bytes, &order);
-        bytes.extend_from_slice(&self.kinds);
-        bytes.extend_from_slice(&self.names);
-        debug_assert_eq!(bytes.len(), layout.names.end);
-        SymbolTable {
-            bytes: Bytes::from(bytes),
-            layout,
-        }
-    }
-
-    fn sorted(&self) -> Self {
         let mut order: Vec<u32> = (0..self.addresses.len() as u32).collect();
         order.sort_by_key(|&i| self.addresses[i as usize]);
-        let mut new = Self {
-            addresses: Vec::with_capacity(self.addresses.len()),
-            kinds: Vec::with_capacity(self.kinds.len()),
-            ends: Vec::with_capacity(self.ends.len()),
-            names: Vec::with_capacity(self.names.len()),
-            hashes: Vec::with_capacity(self.hashes.len()),
-        };
-        for i in order {
-            let i = i as usize;
-            let start = i.checked_sub(1).map_or(0, |p| self.ends[p] as usize);
-            new.names
-                .extend_from_slice(&self.names[start..self.ends[i] as usize]);
-            new.ends.push(new.names.len() as u32);
-            new.addresses.push(self.addresses[i]);
-            new.kinds.push(self.kinds[i]);
-            new.hashes.push(self.hashes[i]);
+        let mut sorted = Self::default();
+        for i in order.into_iter().map(|i| i as usize) {
+            sorted
+                .part
+                .push(self.part.name(i), self.part.kinds[i], self.part.hashes[i]);
+            sorted.addresses.push(self.addresses[i]);
         }
-        new
+        assemble(&sorted.addresses, &[sorted.part])
+    }
+}
+
+/// Puts a table together: sorted addresses, and the names in the same order. A caller that breaks that, or passes
+/// [`MAX_SYMBOLS`] or [`MAX_NAME`], gets an empty table.
+pub(crate) fn assemble(addresses: &[u64], parts: &[NamePart]) -> SymbolTable {
+    let count = parts.iter().map(NamePart::len).sum::<usize>();
+    let names = parts.iter().map(|p| p.names.len()).sum::<usize>();
+    let buckets = count.next_power_of_two().max(16);
+    debug_assert!(count == addresses.len() && addresses.is_sorted());
+    let layout = match Layout::new(count, buckets, names) {
+        Some(layout) if count == addresses.len() => layout,
+        _ => return SymbolTable::empty(),
+    };
+    let mut bytes = Vec::with_capacity(layout.names.end);
+    for field in [MAGIC, count as u32, buckets as u32, names as u32] {
+        bytes.extend_from_slice(&field.to_le_bytes());
+    }
+    debug_assert_eq!(bytes.len(), HEADER);
+    extend_u64(&mut bytes, addresses);
+    bytes.extend_from_slice(&0_u32.to_le_bytes());
+    let mut base = 0;
+    for part in parts {
+        extend_u32(&mut bytes, part.ends.len(), part.ends.iter().map(|e| e + base));
+        base += part.names.len() as u32;
+    }
+    let (starts, order) = index(parts, count, buckets);
+    extend_u32(&mut bytes, starts.len(), starts.into_iter());
+    extend_u32(&mut bytes, order.len(), order.into_iter());
+    for part in parts {
+        bytes.extend_from_slice(&part.kinds);
+    }
+    for part in parts {
+        bytes.extend_from_slice(&part.names);
+    }
+    debug_assert_eq!(bytes.len(), layout.names.end);
+    SymbolTable {
+        bytes: Bytes::from(bytes),
+        layout,
     }
 }
 
 /// Sorts symbol numbers by bucket (counting sort): where each bucket starts, and the numbers. Linear whatever the
 /// names are, so that a guest full of equal or colliding names costs no more than another.
-fn index(hashes: &[u32], buckets: usize) -> (Vec<u32>, Vec<u32>) {
+fn index(parts: &[NamePart], count: usize, buckets: usize) -> (Vec<u32>, Vec<u32>) {
     let mask = buckets as u32 - 1;
     let mut starts = vec![0_u32; buckets + 1];
-    for h in hashes {
+    let hashes = || parts.iter().flat_map(|p| &p.hashes);
+    for h in hashes() {
         starts[(h & mask) as usize + 1] += 1;
     }
     let mut sum = 0;
@@ -123,8 +167,8 @@ fn index(hashes: &[u32], buckets: usize) -> (Vec<u32>, Vec<u32>) {
         *start = sum;
     }
     let mut next = starts.clone();
-    let mut order = vec![0_u32; hashes.len()];
-    for (i, h) in hashes.iter().enumerate() {
+    let mut order = vec![0_u32; count];
+    for (i, h) in hashes().enumerate() {
         let slot = &mut next[(h & mask) as usize];
         order[*slot as usize] = i as u32;
         *slot += 1;
@@ -157,9 +201,9 @@ fn extend_u64(bytes: &mut Vec<u8>, values: &[u64]) {
     }
 }
 
-fn extend_u32(bytes: &mut Vec<u8>, values: &[u32]) {
+fn extend_u32(bytes: &mut Vec<u8>, len: usize, values: impl Iterator<Item = u32>) {
     let at = bytes.len();
-    bytes.resize(at + 4 * values.len(), 0);
+    bytes.resize(at + 4 * len, 0);
     for (to, from) in bytes[at..].chunks_exact_mut(4).zip(values) {
         to.copy_from_slice(&from.to_le_bytes());
     }
@@ -244,8 +288,6 @@ mod tests {
         assert!(!b.push(&"x".repeat(MAX_NAME + 1), 0, b'T'));
         assert!(b.push(&"x".repeat(MAX_NAME), 0, b'T'));
         assert_eq!(b.finish().len(), 1);
-        let cut = SymbolTableBuilder::from_parts(vec![0], vec![b'T'], vec![2], b"abc".to_vec(), vec![0]);
-        assert!(cut.is_none(), "the last name must end where the names end");
     }
 
     proptest! {

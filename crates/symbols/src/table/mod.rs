@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::types::bytes::{Bytes, word};
 
 pub use build::SymbolTableBuilder;
-pub(crate) use build::hash;
+pub(crate) use build::{NamePart, assemble, hash};
 
 /// One symbol of a [`SymbolTable`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

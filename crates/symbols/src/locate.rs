@@ -1,0 +1,96 @@
+//! From a guest's memory to its kernel and profile in one step, by way of the cache.
+
+use vmsight_arch::paging;
+use vmsight_arch::{Dtb, Gva};
+use vmsight_memory::GuestMemory;
+
+use crate::cache::{Cache, Saving};
+use crate::kernel::{self, FindError, Found, Hints, KernelImage};
+use crate::profile::{self, Profile, ProfileError};
+
+/// The kernel that runs in a guest, and its profile.
+#[derive(Debug)]
+pub struct Located {
+    /// The kernel, with what the profile says about it put in: the exact slide, banner and build-id.
+    pub image: KernelImage,
+    /// All candidates, as they were found.
+    pub found: Found,
+    /// Its symbols and types.
+    pub profile: Profile,
+    /// The profile being written to the cache, if it was not there. Dropping this waits for the disk, so keep it until
+    /// everything else is done.
+    pub saving: Option<Saving>,
+}
+
+/// Why there is no kernel or no profile.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum LocateError {
+    /// No kernel.
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// A kernel, but nothing can be read of it.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+}
+
+/// Finds the kernel in `memory` and its profile, out of the cache or else out of memory.
+///
+/// # Errors
+/// If no kernel can be proven, or its symbols cannot be read.
+pub fn locate(memory: &GuestMemory, hints: &Hints, cache: &Cache) -> Result<Located, LocateError> {
+    let found = kernel::find_known(memory, hints, &cache.known())?;
+    let image = found.image();
+    if let Some(profile) = cache.load(memory, image) {
+        let image = confirm(memory, image, &profile);
+        return Ok(Located {
+            image,
+            found,
+            profile,
+            saving: None,
+        });
+    }
+    let made = profile::make(memory, image)?;
+    let profile = made.profile.clone();
+    let saving = cache.store(memory, image, made);
+    let image = confirm(memory, image, &profile);
+    Ok(Located {
+        image,
+        found,
+        profile,
+        saving,
+    })
+}
+
+/// What the profile knows better than the page tables.
+fn confirm(memory: &GuestMemory, image: &KernelImage, profile: &Profile) -> KernelImage {
+    let mut image = image.clone();
+    image.slide = image.text.0.wrapping_sub(profile.text_start);
+    image.banner.clone_from(&profile.banner);
+    image.build_id.clone_from(&profile.build_id);
+    let top = profile
+        .symbols
+        .address("init_top_pgt")
+        .or_else(|| profile.symbols.address("swapper_pg_dir"));
+    let Some(top) = top
+        .map(|a| a.wrapping_sub(profile.text_start))
+        .filter(|&offset| offset < image.len)
+    else {
+        return image;
+    };
+    let by_symbol = Dtb(image.phys.0.wrapping_add(top));
+    if by_symbol == image.dtb {
+        image.evidence.push("the symbol init_top_pgt agrees".to_owned());
+    } else if paging::walk(image.mode, memory, by_symbol, image.text).is_ok_and(|t| t.gpa == image.phys) {
+        image.evidence.push(format!(
+            "the symbol init_top_pgt says {by_symbol}, not {}, and it maps the kernel",
+            image.dtb
+        ));
+        image.dtb = by_symbol;
+    } else {
+        let at = Gva(image.text.0.wrapping_add(top));
+        image.evidence.push(format!(
+            "the symbol init_top_pgt at {at} disagrees, but leads nowhere"
+        ));
+    }
+    image
+}
