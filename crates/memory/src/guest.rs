@@ -242,6 +242,18 @@ impl GuestMemory {
         &self.inner.slots
     }
 
+    /// Where `len` bytes at `gpa` are mapped in one piece, for as long as `self` or a clone lives, and the lowest
+    /// address lost of that mapping (see [`is_below`]). `None` where not mapped, or not in one piece.
+    #[inline(always)]
+    pub(crate) fn mapped(&self, gpa: Gpa, len: usize) -> Option<(*const u8, &'static AtomicUsize)> {
+        self.inner.fast(gpa, len)
+    }
+
+    /// Whether all of it is mapped in this process.
+    pub(crate) fn is_all_mapped(&self) -> bool {
+        self.inner.fast.len() == self.inner.slots.len()
+    }
+
     pub(crate) fn parts(&self, gpa: Gpa, len: usize) -> Parts<'_> {
         self.inner.parts(gpa, len)
     }
@@ -387,6 +399,33 @@ impl TableMemory for GuestMemory {
     #[inline]
     fn entry_u32(&self, gpa: Gpa) -> Option<u32> {
         self.read_u32(gpa).ok()
+    }
+
+    fn entries_u64(&self, gpa: Gpa, out: &mut [u64]) -> usize {
+        // One read for all; only where it fails is the place looked for.
+        let mut bytes = [0u8; 512];
+        let mut done = 0;
+        for chunk in out.chunks_mut(bytes.len() / 8) {
+            let at = Gpa(gpa.0.wrapping_add(8 * done as u64));
+            let Some(bytes) = bytes.get_mut(..8 * chunk.len()) else {
+                break;
+            };
+            if self.read(at, bytes).is_ok() {
+                for (to, from) in chunk.iter_mut().zip(bytes.as_chunks().0) {
+                    *to = u64::from_le_bytes(*from);
+                }
+                done += chunk.len();
+                continue;
+            }
+            for (i, to) in chunk.iter_mut().enumerate() {
+                let Some(value) = self.entry_u64(Gpa(at.0.wrapping_add(8 * i as u64))) else {
+                    return done;
+                };
+                *to = value;
+                done += 1;
+            }
+        }
+        done
     }
 }
 

@@ -18,6 +18,7 @@ mod region;
 mod scan;
 mod slot;
 mod source;
+mod space;
 
 pub use batch::ReadOp;
 pub use builder::Builder;
@@ -28,3 +29,4 @@ pub use process::ProcessMemory;
 pub use region::Region;
 pub use scan::{Chunk, Chunks, Scan, ScanOptions};
 pub use source::Source;
+pub use space::{AddressSpace, GvaReadOp, ReadCause, ReadError};

@@ -5,7 +5,7 @@ use super::arm64::Vmsa;
 use super::format::{Entry, Format};
 use super::walk::{Resolved, with_format};
 use super::x86::{Legacy, Long, Pae};
-use super::{FaultReason, PagingMode};
+use super::{FaultReason, PagingMode, Steps};
 use crate::{Dtb, Gpa, Gva};
 
 /// Where a walk stands: the table and the level whose entry is to be read next.
@@ -15,6 +15,7 @@ pub struct Cursor {
     gva: Gva,
     table: Gpa,
     level: u8,
+    steps: Steps,
 }
 
 /// What an entry did to a walk.
@@ -33,7 +34,10 @@ impl Cursor {
     #[inline]
     pub fn new(mode: PagingMode, dtb: Dtb, gva: Gva) -> Option<Self> {
         with_format!(mode, format => {
-            format.canonical(gva).then(|| Self { mode, gva, table: format.root(dtb), level: format.levels() })
+            format.canonical(gva).then(|| {
+                let level = format.levels();
+                Self { mode, gva, table: format.root(dtb), level, steps: Steps::of_levels(level) }
+            })
         })
     }
 
@@ -54,6 +58,11 @@ impl Cursor {
         self.table
     }
 
+    /// The entries read so far.
+    pub fn steps(&self) -> &Steps {
+        &self.steps
+    }
+
     /// Where the entry to be read lies. Its size is [`PagingMode::entry_size`].
     #[inline]
     pub fn entry_gpa(&self) -> Gpa {
@@ -63,6 +72,7 @@ impl Cursor {
     /// Goes on with the value of the entry at [`Self::entry_gpa`].
     #[inline]
     pub fn feed(&mut self, value: u64) -> Progress {
+        self.steps.push(self.entry_gpa(), value);
         with_format!(self.mode, format => match format.decode(self.level, value) {
             Entry::Table(next) if self.level > 1 => {
                 self.table = next;

@@ -96,7 +96,13 @@ fn stepwise(space: &Space, gva: u64) -> Result<Gpa, (FaultReason, u8)> {
         let level = at.level();
         match at.feed(value.ok_or((FaultReason::Unbacked, level))?) {
             Progress::Table => assert_eq!(at.level(), level - 1),
-            Progress::Page(page) => return Ok(page.gpa),
+            Progress::Page(page) => {
+                assert_eq!(
+                    walk(mode, space, Dtb(space.root), Gva(gva)).map(|t| t.steps),
+                    Ok(*at.steps())
+                );
+                return Ok(page.gpa);
+            }
             Progress::Fault(reason) => return Err((reason, level)),
         }
     }

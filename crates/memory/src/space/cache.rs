@@ -1,0 +1,229 @@
+//! What is remembered of page walks: where the last table (or the page) of a stretch of addresses lies, and the entries
+//! that said so.
+//!
+//! A fixed number of slots, each written under a sequence number: readers never wait, and a reader that meets a
+//! writer takes it for a miss. Nothing here expires. What may be used is decided by reading the entries again.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+/// Entries that lead to a page at most.
+pub(super) const DEPTH: usize = 5;
+
+/// No page: the slot holds a table.
+pub(super) const NO_PAGE: u64 = u64::MAX;
+
+/// A key that no address gives.
+const NO_KEY: u64 = u64::MAX;
+
+/// Where an entry was read (an address in this process, or a guest-physical one: the space knows which) and what it
+/// held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Evidence {
+    pub(super) place: u64,
+    pub(super) value: u64,
+}
+
+/// What a slot says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Found {
+    /// The guest-physical address of the first byte of the stretch, or [`NO_PAGE`].
+    pub(super) page: u64,
+    /// Where the last table of the stretch is mapped in this process; only where there is no page.
+    pub(super) table: u64,
+    /// The entries it follows from. Unused ones repeat the first.
+    pub(super) evidence: [Evidence; DEPTH],
+}
+
+/// Two cache lines.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Slot {
+    /// Odd while somebody writes.
+    sequence: AtomicU64,
+    key: AtomicU64,
+    page: AtomicU64,
+    table: AtomicU64,
+    evidence: [(AtomicU64, AtomicU64); DEPTH],
+}
+
+impl Slot {
+    fn new() -> Self {
+        Self {
+            sequence: AtomicU64::new(0),
+            key: AtomicU64::new(NO_KEY),
+            page: AtomicU64::new(NO_PAGE),
+            table: AtomicU64::new(0),
+            evidence: Default::default(),
+        }
+    }
+
+    /// What the slot says of `key`, with the first `N` entries of its evidence.
+    #[inline(always)]
+    fn get<const N: usize>(&self, key: u64) -> Option<Found> {
+        let sequence = self.sequence.load(Ordering::Acquire);
+        if self.key.load(Ordering::Relaxed) != key || sequence & 1 != 0 {
+            return None;
+        }
+        let page = self.page.load(Ordering::Relaxed);
+        let table = self.table.load(Ordering::Relaxed);
+        let mut evidence = [Evidence::default(); DEPTH];
+        for (to, (place, value)) in evidence.iter_mut().zip(&self.evidence).take(N) {
+            *to = Evidence {
+                place: place.load(Ordering::Relaxed),
+                value: value.load(Ordering::Relaxed),
+            };
+        }
+        // All of it was read before the number is read again: it belongs together if the number stayed.
+        fence(Ordering::Acquire);
+        (self.sequence.load(Ordering::Relaxed) == sequence).then_some(Found {
+            page,
+            table,
+            evidence,
+        })
+    }
+
+    /// Replaces what the slot says, unless somebody else is at it.
+    fn put(&self, key: u64, found: &Found) {
+        let sequence = self.sequence.load(Ordering::Relaxed);
+        if sequence & 1 != 0
+            || self
+                .sequence
+                .compare_exchange(
+                    sequence,
+                    sequence.wrapping_add(1),
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                )
+                .is_err()
+        {
+            return;
+        }
+        // A reader that sees any of the stores below sees the odd number too.
+        fence(Ordering::Release);
+        self.key.store(key, Ordering::Relaxed);
+        self.page.store(found.page, Ordering::Relaxed);
+        self.table.store(found.table, Ordering::Relaxed);
+        for ((place, value), from) in self.evidence.iter().zip(&found.evidence) {
+            place.store(from.place, Ordering::Relaxed);
+            value.store(from.value, Ordering::Relaxed);
+        }
+        self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
+    }
+}
+
+/// The slots of one address space, made when first used.
+#[derive(Debug)]
+pub(super) struct Cache {
+    slots: OnceLock<Box<[Slot]>>,
+    /// log2 of their number.
+    bits: u8,
+}
+
+impl Cache {
+    /// A cache of 2^`bits` slots of 128 bytes, `bits` from 0 to 20.
+    pub(super) fn new(bits: u8) -> Self {
+        Self {
+            slots: OnceLock::new(),
+            bits: bits.min(20),
+        }
+    }
+
+    #[inline(always)]
+    fn index(&self, key: u64) -> usize {
+        // Fibonacci hashing: neighbours spread evenly, and so do the few far-apart ranges of a kernel.
+        (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & ((1 << self.bits) - 1)
+    }
+
+    /// What is remembered under `key`, with the first `N` entries of the evidence.
+    #[inline(always)]
+    pub(super) fn get<const N: usize>(&self, key: u64) -> Option<Found> {
+        self.slots.get()?.get(self.index(key))?.get::<N>(key)
+    }
+
+    /// Remembers.
+    pub(super) fn put(&self, key: u64, found: &Found) {
+        let slots = self
+            .slots
+            .get_or_init(|| (0..1usize << self.bits).map(|_| Slot::new()).collect());
+        if let Some(slot) = slots.get(self.index(key)) {
+            slot.put(key, found);
+        }
+    }
+
+    /// Forgets `key`: its evidence has changed.
+    #[cold]
+    pub(super) fn forget(&self, key: u64) {
+        let slot = self.slots.get().and_then(|slots| slots.get(self.index(key)));
+        if let Some(slot) = slot.filter(|slot| slot.key.load(Ordering::Relaxed) == key) {
+            slot.put(
+                NO_KEY,
+                &Found {
+                    page: NO_PAGE,
+                    table: 0,
+                    evidence: [Evidence::default(); DEPTH],
+                },
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(n: u64) -> Found {
+        Found {
+            page: n,
+            table: !n,
+            evidence: [Evidence {
+                place: n ^ 0x55,
+                value: n ^ 0xaa,
+            }; DEPTH],
+        }
+    }
+
+    #[test]
+    fn what_was_put_is_found_until_forgotten() {
+        let cache = Cache::new(4);
+        assert_eq!(cache.get::<DEPTH>(7), None);
+        cache.put(7, &found(1));
+        assert_eq!(cache.get::<DEPTH>(7), Some(found(1)));
+        assert_eq!(cache.get::<DEPTH>(8), None);
+        cache.forget(8);
+        assert_eq!(cache.get::<DEPTH>(7), Some(found(1)));
+        cache.put(7, &found(2));
+        assert_eq!(cache.get::<DEPTH>(7), Some(found(2)));
+        cache.forget(7);
+        assert_eq!(cache.get::<DEPTH>(7), None);
+    }
+
+    #[test]
+    fn readers_never_see_half_of_one_write_and_half_of_another() {
+        let cache = Cache::new(0);
+        std::thread::scope(|scope| {
+            for writer in 0..2u64 {
+                let cache = &cache;
+                scope.spawn(move || {
+                    for i in 0..200_000u64 {
+                        let key = i & 1;
+                        cache.put(key, &found((i << 2 | writer) << 1 | key));
+                    }
+                });
+            }
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let mut hits = 0u32;
+                    for i in 0..400_000u64 {
+                        if let Some(f) = cache.get::<DEPTH>(i & 1) {
+                            assert_eq!(f, found(f.page));
+                            assert_eq!(f.page & 1, i & 1, "of the key asked for");
+                            hits += 1;
+                        }
+                    }
+                    hits
+                });
+            }
+        });
+    }
+}

@@ -1,0 +1,251 @@
+//! Tables that the guest rewrites: what is remembered gives way to evidence, and no reader sees a mix.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vmsight_arch::{Dtb, Gva};
+use vmsight_memory::{GvaReadOp, ReadCause};
+
+use crate::image::{Guest, Image, LARGE, P};
+
+const AT: u64 = 0xffff_8880_0123_4000;
+
+fn live(image: &Image) -> [Guest; 2] {
+    [Guest::live(image), Guest::process(image)]
+}
+
+#[test]
+fn each_level_that_changes_is_noticed() {
+    for level in 1..=4u32 {
+        let mut image = Image::new(0x20_0000, 64);
+        image.map(AT, 0x5000);
+        // A second chain of tables, to another page, at an address that differs at this level only.
+        let other = AT ^ (1 << (3 + 9 * level));
+        image.map(other, 0x6000);
+        let (old, new) = (
+            image.entry(AT, level).unwrap(),
+            image.entry(other, level).unwrap(),
+        );
+        for guest in live(&image) {
+            let space = guest.space();
+            for _ in 0..3 {
+                assert_eq!(
+                    space.read_u64(Gva(AT + 8)).unwrap(),
+                    image.u64(0x5008),
+                    "{}",
+                    guest.kind
+                );
+            }
+            // Where the chains part, the entry of the one becomes that of the other.
+            guest.put(old, image.u64(new));
+            for _ in 0..3 {
+                assert_eq!(
+                    space.read_u64(Gva(AT + 8)).unwrap(),
+                    image.u64(0x6008),
+                    "{} level {level}",
+                    guest.kind
+                );
+            }
+            guest.put(old, 0);
+            let fault = *space.read_u64(Gva(AT + 8)).unwrap_err().page_fault().unwrap();
+            assert_eq!(u32::from(fault.level), level);
+            guest.put(old, image.u64(old));
+            assert_eq!(space.read_u64(Gva(AT + 8)).unwrap(), image.u64(0x5008));
+            // The same through batches and whole pages.
+            guest.put(old, image.u64(new));
+            let mut buf = vec![0; 0x1000];
+            let mut ops = [GvaReadOp::new(Gva(AT), &mut buf)];
+            space.read_batch(&mut ops);
+            assert_eq!(ops[0].result, Ok(()));
+            assert_eq!(buf, image.bytes[0x6000..0x7000], "{} level {level}", guest.kind);
+            guest.put(old, image.u64(old));
+            space.read(Gva(AT), &mut buf).unwrap();
+            assert_eq!(buf, image.bytes[0x5000..0x6000]);
+        }
+    }
+}
+
+#[test]
+fn a_large_page_that_is_split_is_noticed() {
+    let mut image = Image::new(0x60_0000, 64);
+    let large = 0xffff_8880_4000_0000;
+    image.map_large(large, 0x20_0000);
+    let entry = image.entry(large, 2).unwrap();
+    // A table ready to take its place, with one page elsewhere.
+    let other = 0xffff_8881_4000_0000;
+    image.map(other + 0x3000, 0x7000);
+    let split = image.entry(other, 2).unwrap();
+    for guest in live(&image) {
+        let space = guest.space();
+        for page in [0, 3, 511] {
+            assert_eq!(
+                space.read_u64(Gva(large + page * 0x1000)).unwrap(),
+                image.u64(0x20_0000 + page * 0x1000)
+            );
+        }
+        guest.put(entry, image.u64(split));
+        assert_eq!(
+            space.read_u64(Gva(large + 0x3000)).unwrap(),
+            image.u64(0x7000),
+            "{}",
+            guest.kind
+        );
+        assert!(space.read_u64(Gva(large + 0x2000)).is_err());
+        guest.put(entry, 0x40_0000 | LARGE);
+        assert_eq!(space.read_u64(Gva(large + 0x2000)).unwrap(), image.u64(0x40_2000));
+    }
+}
+
+#[test]
+fn a_space_of_another_root_shares_nothing_that_is_remembered() {
+    let mut image = Image::new(0x20_0000, 64);
+    image.map(AT, 0x5000);
+    let second = 0x10_0000;
+    let mut tables = Image::new(0x20_0000, 64);
+    tables.map(AT, 0x6000);
+    // The second root has the same top entry but for its own chain: copy the chain a megabyte down.
+    for page in 0..4u64 {
+        for word in 0..512u64 {
+            let from = tables.root + page * 0x1000 + word * 8;
+            let value = tables.u64(from);
+            let moved = if value & P != 0 && value >= tables.root {
+                value - tables.root + second
+            } else {
+                value
+            };
+            image.put(second + page * 0x1000 + word * 8, moved);
+        }
+    }
+    for guest in Guest::all(&image) {
+        let first = guest.space();
+        let other = first.with_dtb(Dtb(second));
+        for _ in 0..2 {
+            assert_eq!(
+                first.read_u64(Gva(AT)).unwrap(),
+                image.u64(0x5000),
+                "{}",
+                guest.kind
+            );
+            assert_eq!(
+                other.read_u64(Gva(AT)).unwrap(),
+                image.u64(0x6000),
+                "{}",
+                guest.kind
+            );
+        }
+        assert_eq!((first.dtb(), other.dtb()), (Dtb(image.root), Dtb(second)));
+    }
+}
+
+/// A guest that moves a page about: it makes a table ready, puts it in place, and then fills the old table with entries
+/// to a page of rubbish, as it would if that page were used for something else. Readers must see one of the good
+/// pages, always.
+fn hammer(guest: &Guest, pde: u64, tables: &[u64], rounds: u64) {
+    const GOOD: u64 = 0x1000;
+    const RUBBISH: u64 = 0x9000;
+    let good = |n: u64| GOOD + n % 4 * 0x1000;
+    for page in 0..4u64 {
+        for word in 0..512u64 {
+            guest.put(good(page) + word * 8, 0x600d_0000_0000_0000 | page << 32 | word);
+        }
+    }
+    let spot = (AT >> 12 & 511) * 8;
+    let set = |table: u64, value: u64| guest.put(table + spot, value);
+    set(tables[0], good(0) | P);
+    guest.put(pde, tables[0] | P);
+
+    let stop = AtomicBool::new(false);
+    let reads = AtomicU64::new(0);
+    let space = guest.space();
+    let check = |value: u64, word: u64| {
+        assert_eq!(value >> 48, 0x600d, "{}: {value:#x} is rubbish", guest.kind);
+        assert_eq!(value & 0xffff_ffff, word);
+    };
+    std::thread::scope(|scope| {
+        for reader in 0..2u64 {
+            let (stop, reads, space) = (&stop, &reads, &space);
+            scope.spawn(move || {
+                let mut buf = [0u8; 256];
+                let mut n = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let word = (n * 7 + reader) % 480;
+                    let fine = match n % 3 {
+                        0 => match space.read_u64(Gva(AT + word * 8)) {
+                            Ok(value) => {
+                                check(value, word);
+                                true
+                            }
+                            Err(error) => unstable(error.cause),
+                        },
+                        1 => match space.read(Gva(AT + word * 8), &mut buf) {
+                            Ok(()) => {
+                                let words: Vec<u64> =
+                                    buf.as_chunks().0.iter().map(|c| u64::from_le_bytes(*c)).collect();
+                                for (i, &value) in words.iter().enumerate() {
+                                    check(value, word + i as u64);
+                                    assert_eq!(value >> 32, words[0] >> 32, "all of one page");
+                                }
+                                true
+                            }
+                            Err(error) => unstable(error.cause),
+                        },
+                        _ => {
+                            let mut ops = [GvaReadOp::new(Gva(AT + word * 8), &mut buf[..8])];
+                            space.read_batch(&mut ops);
+                            let [op] = ops;
+                            match op.result {
+                                Ok(()) => {
+                                    check(u64::from_le_bytes(op.buf.try_into().unwrap()), word);
+                                    true
+                                }
+                                Err(error) => unstable(error.cause),
+                            }
+                        }
+                    };
+                    n += 1;
+                    reads.fetch_add(u64::from(fine), Ordering::Relaxed);
+                }
+            });
+        }
+        let mut old = tables[0];
+        for i in 1..=rounds {
+            let new = tables[i as usize % tables.len()];
+            set(new, good(i) | P);
+            guest.put(pde, new | P);
+            // Bits 58:52 are free: each rubbish entry is a new one, as what follows in a page that is used again.
+            set(old, RUBBISH | P | (i & 0x7f) << 52 | (i >> 7 & 7) << 9);
+            old = new;
+            if i % 64 == 0 {
+                // Let the readers have tables that hold still, too.
+                std::thread::yield_now();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(
+        reads.load(Ordering::Relaxed) > 0,
+        "{}: the readers did read",
+        guest.kind
+    );
+}
+
+/// The only way a read may fail here.
+fn unstable(cause: ReadCause) -> bool {
+    assert_eq!(cause, ReadCause::Unstable);
+    false
+}
+
+#[test]
+fn readers_of_tables_that_are_rewritten_see_old_or_new_and_never_rubbish() {
+    let mut image = Image::new(0x20_0000, 128);
+    image.map(AT, 0x1000);
+    let pde = image.entry(AT, 2).unwrap();
+    // Two tables that take turns: an upper entry that looks as remembered proves little by itself.
+    let mut table_of = |gva| {
+        image.map(gva, 0x1000);
+        let at = image.entry(gva, 2).unwrap();
+        image.u64(at) & !0xfff
+    };
+    let tables = [table_of(AT), table_of(AT + 0x20_0000)];
+    hammer(&Guest::live(&image), pde, &tables, 100_000);
+    hammer(&Guest::process(&image), pde, &tables, 2_000);
+}
