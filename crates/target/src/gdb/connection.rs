@@ -1,0 +1,358 @@
+//! One connection to a stub.
+
+use std::io;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use vmsight_arch::Registers;
+
+use super::error::GdbError;
+use super::packet::{self, Parsed, from_hex, to_hex};
+use super::{features, refuse_if_busy};
+use crate::guard::Guard;
+use crate::monitor;
+use crate::qmp::connect_unix;
+use crate::spec::GdbAddress;
+
+/// Most text taken from one command of the monitor.
+const MAX_TEXT: usize = 32 << 20;
+/// Bytes of memory asked for at once: QEMU's packets hold 4096 characters.
+const MEMORY_CHUNK: usize = 2000;
+/// Most vCPUs taken from a stub.
+const MAX_VCPUS: usize = 4096;
+/// What the watch sends when we are gone: the end of whatever we were in the midst of, and the detach packet.
+const LAST_WORDS: &str = "#00$D#44";
+
+/// A connection. The VM is paused as long as it lives; dropping it lets the VM go on, unless it did not run before.
+#[derive(Debug)]
+pub(crate) struct Gdb {
+    address: String,
+    stream: OwnedFd,
+    buffer: Vec<u8>,
+    timeout: Duration,
+    guard: Option<Guard>,
+    physical: bool,
+}
+
+impl Gdb {
+    /// Connects and pauses the VM. `ran` is whether it ran before, where somebody knows; else the stub is asked.
+    pub(crate) fn connect(
+        address: &GdbAddress,
+        server: Option<u32>,
+        ran: Option<bool>,
+        timeout: Duration,
+    ) -> Result<Self, GdbError> {
+        let name = address.to_string();
+        if let Some(pid) = server {
+            refuse_if_busy(address, pid)?;
+        }
+        let deadline = Instant::now() + timeout;
+        let stream = match connect(address, timeout, deadline) {
+            Ok(stream) => stream,
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                return Err(GdbError::Timeout { address: name, doing: "connecting".into(), after: timeout });
+            }
+            Err(source) => return Err(GdbError::Connect { address: name, source }),
+        };
+        let failed = |source| GdbError::Connect { address: name.clone(), source };
+        // Before the first byte: QEMU has paused the VM already, or will when it gets to it.
+        let copy = stream.as_fd().try_clone_to_owned().map_err(failed)?;
+        let guard = Guard::set(copy, LAST_WORDS, "").map_err(failed)?;
+        let mut gdb = Self { address: name, stream, buffer: Vec::new(), timeout, guard: Some(guard), physical: false };
+        gdb.ask("qSupported:multiprocess-;swbreak-;hwbreak-")?;
+        // A machine that QEMU had to pause is now `paused`; one that did not run for another reason (prelaunch, a
+        // finished shutdown, an error) still is what it was.
+        let did_not_run = match ran {
+            Some(ran) => !ran,
+            None => match gdb.hmp("info status") {
+                Ok(status) => status.contains("VM status: paused ("),
+                Err(GdbError::Unsupported { .. }) => false,
+                Err(error) => return Err(error),
+            },
+        };
+        if did_not_run && let Some(guard) = gdb.guard.take() {
+            guard.dismiss();
+        }
+        Ok(gdb)
+    }
+
+    /// Runs one line of QEMU's human monitor and gives its text.
+    pub(crate) fn hmp(&mut self, line: &str) -> Result<String, GdbError> {
+        self.send(format!("qRcmd,{}", to_hex(line.as_bytes())).as_bytes(), line)?;
+        let mut text = Vec::new();
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let answer = self.receive(deadline, line)?;
+            match answer.split_first() {
+                Some((b'O', hex)) if answer != b"OK" => {
+                    let part = from_hex(hex).ok_or_else(|| self.protocol("console output that is not hexadecimal"))?;
+                    text.extend_from_slice(&part);
+                    if text.len() > MAX_TEXT {
+                        return Err(self.protocol("console output without end"));
+                    }
+                }
+                Some(_) if answer == b"OK" => return Ok(String::from_utf8_lossy(&text).replace("\r\n", "\n")),
+                _ => {
+                    return Err(GdbError::Unsupported {
+                        address: self.address.clone(),
+                        what: "pass commands to QEMU's monitor",
+                    });
+                }
+            }
+        }
+    }
+
+    /// The registers of every vCPU at one moment: the general and control registers from the stub, what it does not
+    /// carry (descriptor tables, hidden parts of segments) from the monitor behind it where there is one.
+    pub(crate) fn registers(&mut self) -> Result<Vec<Registers>, GdbError> {
+        let mut all = Vec::new();
+        let description = self.description()?;
+        let threads = self.threads()?;
+        for (vcpu, thread) in (0_u32..).zip(threads) {
+            self.ask(&format!("Hg{thread}"))?;
+            let answer = self.ask("g")?;
+            all.extend(features::parse_g(vcpu, &description, &answer));
+        }
+        let told = match self.hmp("info registers -a") {
+            Ok(text) => monitor::parse_registers(&text),
+            Err(GdbError::Unsupported { .. }) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        for mut more in told {
+            match all.iter_mut().find(|r| r.vcpu == more.vcpu) {
+                Some(registers) => {
+                    more.kernel_gs_base = registers.kernel_gs_base;
+                    *registers = more;
+                }
+                None => all.push(more),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Reads guest-physical memory.
+    pub(crate) fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), GdbError> {
+        self.physical_mode()?;
+        let mut at = gpa;
+        for chunk in buf.chunks_mut(MEMORY_CHUNK) {
+            let answer = self.ask(&format!("m{at:x},{:x}", chunk.len()))?;
+            match from_hex(&answer).filter(|bytes| bytes.len() == chunk.len()) {
+                Some(bytes) => chunk.copy_from_slice(&bytes),
+                None => return Err(self.protocol(&format!("it does not give the memory at {at:#x}"))),
+            }
+            at = at.wrapping_add(chunk.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Writes guest-physical memory.
+    pub(crate) fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), GdbError> {
+        self.physical_mode()?;
+        let mut at = gpa;
+        for chunk in data.chunks(MEMORY_CHUNK) {
+            let answer = self.ask(&format!("M{at:x},{:x}:{}", chunk.len(), to_hex(chunk)))?;
+            if answer != b"OK" {
+                return Err(self.protocol(&format!("it does not take memory at {at:#x}")));
+            }
+            at = at.wrapping_add(chunk.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Addresses of `m` and `M` are guest-physical from here on (QEMU 4.2 and later).
+    fn physical_mode(&mut self) -> Result<(), GdbError> {
+        if !self.physical {
+            if self.ask("Qqemu.PhyMemMode:1")? != b"OK" {
+                return Err(GdbError::Unsupported { address: self.address.clone(), what: "read physical memory" });
+            }
+            self.physical = true;
+        }
+        Ok(())
+    }
+
+    /// The core registers: those of the first file that the description includes, which make up the `g` packet.
+    fn description(&mut self) -> Result<Vec<features::Register>, GdbError> {
+        let mut all = Vec::new();
+        let xml = self.file("target.xml")?;
+        all.extend(features::registers(&xml));
+        for name in features::includes(&xml) {
+            let xml = self.file(&name)?;
+            all.extend(features::registers(&xml));
+        }
+        Ok(all)
+    }
+
+    fn file(&mut self, name: &str) -> Result<String, GdbError> {
+        let mut text = Vec::new();
+        loop {
+            let answer = self.ask(&format!("qXfer:features:read:{name}:{:x},7f0", text.len()))?;
+            match answer.split_first() {
+                Some((kind @ (b'm' | b'l'), part)) => {
+                    text.extend_from_slice(part);
+                    if *kind == b'l' {
+                        return Ok(String::from_utf8_lossy(&text).into_owned());
+                    }
+                    if part.is_empty() || text.len() > 1 << 20 {
+                        return Err(self.protocol("a target description without end"));
+                    }
+                }
+                _ => {
+                    return Err(GdbError::Unsupported {
+                        address: self.address.clone(),
+                        what: "describe its registers",
+                    });
+                }
+            }
+        }
+    }
+
+    /// The threads' ids, one for each vCPU.
+    fn threads(&mut self) -> Result<Vec<String>, GdbError> {
+        let mut all = Vec::new();
+        let mut answer = self.ask("qfThreadInfo")?;
+        while let Some((b'm', list)) = answer.split_first() {
+            let list = String::from_utf8_lossy(list).into_owned();
+            let ids = list.split(',').filter(|id| !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.'));
+            all.extend(ids.map(str::to_owned));
+            if all.len() > MAX_VCPUS {
+                return Err(self.protocol("more vCPUs than machines have"));
+            }
+            answer = self.ask("qsThreadInfo")?;
+        }
+        Ok(all)
+    }
+
+    fn ask(&mut self, command: &str) -> Result<Vec<u8>, GdbError> {
+        self.send(command.as_bytes(), command)?;
+        let deadline = Instant::now() + self.timeout;
+        self.receive(deadline, command)
+    }
+
+    fn send(&mut self, data: &[u8], doing: &str) -> Result<(), GdbError> {
+        let framed = packet::frame(data);
+        self.write_all(&framed, doing)
+    }
+
+    /// The next packet, acknowledged.
+    fn receive(&mut self, deadline: Instant, doing: &str) -> Result<Vec<u8>, GdbError> {
+        loop {
+            match packet::parse(&self.buffer) {
+                Parsed::Packet(data, taken) => {
+                    self.buffer.drain(..taken);
+                    self.write_all(b"+", doing)?;
+                    return Ok(data);
+                }
+                Parsed::Nak(taken) => {
+                    self.buffer.drain(..taken);
+                    return Err(self.protocol(&format!("it did not understand {}", short(doing))));
+                }
+                Parsed::Broken(taken) => {
+                    self.buffer.drain(..taken);
+                    self.write_all(b"-", doing)?;
+                }
+                Parsed::TooLong => return Err(self.protocol("a packet without end")),
+                Parsed::More => self.fill(deadline, doing)?,
+            }
+        }
+    }
+
+    fn fill(&mut self, deadline: Instant, doing: &str) -> Result<(), GdbError> {
+        self.wait(PollFlags::IN, deadline, doing)?;
+        let mut chunk = [0; 16 * 1024];
+        match rustix::io::read(&self.stream, &mut chunk) {
+            Ok(0) => Err(self.closed(doing)),
+            Ok(n) => {
+                self.buffer.extend_from_slice(chunk.get(..n).unwrap_or_default());
+                Ok(())
+            }
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => Ok(()),
+            Err(rustix::io::Errno::CONNRESET) => Err(self.closed(doing)),
+            Err(e) => Err(GdbError::Connect { address: self.address.clone(), source: e.into() }),
+        }
+    }
+
+    fn write_all(&mut self, mut bytes: &[u8], doing: &str) -> Result<(), GdbError> {
+        let deadline = Instant::now() + self.timeout;
+        while !bytes.is_empty() {
+            self.wait(PollFlags::OUT, deadline, doing)?;
+            match rustix::net::send(&self.stream, bytes, rustix::net::SendFlags::NOSIGNAL) {
+                Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(self.closed(doing)),
+                Err(e) => return Err(GdbError::Connect { address: self.address.clone(), source: e.into() }),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&self, flags: PollFlags, deadline: Instant, doing: &str) -> Result<(), GdbError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let address = self.address.clone();
+                return Err(GdbError::Timeout { address, doing: short(doing), after: self.timeout });
+            }
+            let timeout = rustix::event::Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::new(&self.stream, flags)], timeout.as_ref()) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(GdbError::Connect { address: self.address.clone(), source: e.into() }),
+            }
+        }
+    }
+
+    fn closed(&self, doing: &str) -> GdbError {
+        GdbError::Closed { address: self.address.clone(), doing: short(doing) }
+    }
+
+    fn protocol(&self, reason: &str) -> GdbError {
+        GdbError::Protocol { address: self.address.clone(), reason: reason.to_owned() }
+    }
+
+    /// Whether the VM goes on when this is dropped.
+    pub(crate) fn will_resume(&self) -> bool {
+        self.guard.is_some()
+    }
+
+    fn detach(&mut self) {
+        let Some(guard) = self.guard.take() else { return };
+        match self.ask("D") {
+            Ok(answer) if answer == b"OK" => guard.dismiss(),
+            // A VM that is gone needs no watch; for the rest the watch tries once more as it is dropped.
+            Err(error) if error.is_exit() => guard.dismiss(),
+            other => tracing::warn!(?other, address = self.address, "the gdb stub did not confirm the detach"),
+        }
+    }
+}
+
+impl Drop for Gdb {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+/// A packet for a message: memory writes are long.
+fn short(doing: &str) -> String {
+    doing.chars().take(60).collect()
+}
+
+fn connect(address: &GdbAddress, timeout: Duration, deadline: Instant) -> io::Result<OwnedFd> {
+    match address {
+        GdbAddress::Unix(path) => Ok(connect_unix(path, deadline)?.into()),
+        GdbAddress::Tcp { host, port } => {
+            let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+            for address in (host.as_str(), *port).to_socket_addrs()?.take(8) {
+                match TcpStream::connect_timeout(&address, timeout) {
+                    Ok(stream) => {
+                        stream.set_nodelay(true)?;
+                        return Ok(stream.into());
+                    }
+                    Err(e) => last = e,
+                }
+            }
+            Err(last)
+        }
+    }
+}
