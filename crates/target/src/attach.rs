@@ -1,5 +1,8 @@
 //! From a target's name to a [`Target`].
 
+mod by_stub;
+mod dumps;
+
 use std::fmt;
 use std::path::Path;
 use std::time::Duration;
@@ -13,7 +16,7 @@ use crate::host::process::Process;
 use crate::layout::from_monitor::{self, MonitorFailure};
 use crate::layout::{HostRange, backing, deduce};
 use crate::qmp::{Qmp, QmpError};
-use crate::target::{Target, TargetKind};
+use crate::target::{Control, Target, TargetKind};
 use crate::{TargetError, TargetSpec, VmInfo, Vmm};
 
 /// Looks for a guest in a memory whose layout was deduced: `Ok` with what was found (for the notes), `Err` with
@@ -63,10 +66,8 @@ pub fn attach(spec: &TargetSpec, options: &AttachOptions<'_>) -> Result<Target, 
         TargetSpec::Pid(pid) => attach_vm(of_pid(*pid)?, options),
         TargetSpec::Qmp(path) => attach_qmp(path, options),
         TargetSpec::Name(name) => attach_name(name, options),
-        TargetSpec::Gdb(_) | TargetSpec::File { .. } => Err(TargetError::BadSpec {
-            spec: spec.to_string(),
-            reason: "not a running VM's name, process or QMP socket".to_owned(),
-        }),
+        TargetSpec::Gdb(address) => by_stub::attach(address, options),
+        TargetSpec::File { path, format } => dumps::attach(path, format.as_deref(), options),
     }
 }
 
@@ -90,6 +91,8 @@ fn attach_name(name: &str, options: &AttachOptions<'_>) -> Result<Target, Target
     let matching: Vec<&VmInfo> = all.iter().filter(is_it).collect();
     match matching[..] {
         [one] => attach_vm(one.clone(), options),
+        // A file of the current folder may be called by its bare name.
+        [] if Path::new(name).is_file() => dumps::attach(Path::new(name), None, options),
         [] => {
             let known = all.iter().take(20).map(|vm| {
                 let name = vm.name.as_deref().unwrap_or("no name").escape_debug();
@@ -128,7 +131,7 @@ pub(crate) fn attach_vm(info: VmInfo, options: &AttachOptions<'_>) -> Result<Tar
 }
 
 /// A connection to the first of its QMP sockets that answers, or why there is none.
-fn connect_any(info: &VmInfo, timeout: Duration) -> Result<Qmp, String> {
+pub(crate) fn connect_any(info: &VmInfo, timeout: Duration) -> Result<Qmp, String> {
     let mut failures = Vec::new();
     for path in info.qmp_sockets() {
         match Qmp::connect(&path, timeout) {
@@ -156,27 +159,43 @@ fn attach_with(
     monitor: Result<Qmp, String>,
     options: &AttachOptions<'_>,
 ) -> Result<Target, TargetError> {
-    let pid = info.pid;
-    let process = Process { pid };
-    process
-        .memory_readable()
-        .map_err(|e| TargetError::of_process(pid, "read the memory", &e))?;
-    let exited = || process.is_gone() || process.stat().ok().map(|s| s.start_ticks) != info.start_ticks;
-    let mut notes = Vec::new();
     let (layout, control) = match monitor {
         Ok(mut qmp) => {
             let path = qmp.path().to_owned();
-            let layout = ask_monitor(&mut qmp, process);
+            let layout = ask_monitor(&mut qmp);
             drop(qmp); // the socket is its owner's again
-            if exited() {
-                return Err(TargetError::Exited { pid });
-            }
-            (layout, Ok(QmpControl::new(path, options.timeout)))
+            (layout, Control::Qmp(QmpControl::new(path, options.timeout)))
         }
-        Err(why) => (Err(why.clone()), Err(why)),
+        Err(why) => (Err(why.clone()), Control::None(why)),
     };
+    attach_process(info, layout, control, options)
+}
+
+/// Attaches to the memory of a process, where `layout` says it is, or else where it can be proven to be.
+pub(crate) fn attach_process(
+    info: VmInfo,
+    layout: Result<Vec<HostRange>, String>,
+    control: Control,
+    options: &AttachOptions<'_>,
+) -> Result<Target, TargetError> {
+    let pid = info.pid;
+    let process = Process { pid };
+    let exited = || process.is_gone() || process.stat().ok().map(|s| s.start_ticks) != info.start_ticks;
+    if exited() {
+        return Err(TargetError::Exited { pid });
+    }
+    process
+        .memory_readable()
+        .map_err(|e| TargetError::of_process(pid, "read the memory", &e))?;
     let maps = maps::of(process).map_err(|e| TargetError::of_process(pid, "read the mappings", &e))?;
-    let built = match layout {
+    let mut notes = Vec::new();
+    let checked = layout.and_then(|ranges| match from_monitor::check(&ranges, &maps) {
+        Ok(()) => Ok(ranges),
+        Err(reason) => Err(format!(
+            "what its monitor says does not fit the process: {reason}"
+        )),
+    });
+    let built = match checked {
         Ok(ranges) => {
             let built = backing::build(process, &maps, &ranges, options.write)?;
             notes.push("its monitor told where its memory lies, and the process has it there".to_owned());
@@ -194,8 +213,12 @@ fn attach_with(
         return Err(TargetError::Exited { pid });
     }
     notes.extend(built.notes);
-    if let Err(why) = &control {
-        notes.push(format!("no registers and no pausing: {why}"));
+    match &control {
+        Control::None(why) => notes.push(format!("no registers and no pausing: {why}")),
+        Control::Gdb { .. } => {
+            notes.push("registers come from its gdb stub, which pauses it for the moment".to_owned())
+        }
+        Control::Qmp(_) | Control::Dump(_) => {}
     }
     Ok(Target {
         memory: built.memory,
@@ -203,26 +226,30 @@ fn attach_with(
         kind: TargetKind::Vm(info.vmm),
         notes,
         info: Some(info),
+        vmcoreinfo: None,
         control,
     })
 }
 
-/// The layout from a monitor, checked against the process; an error is the reason in words.
-fn ask_monitor(qmp: &mut Qmp, process: Process) -> Result<Vec<HostRange>, String> {
+/// The layout from a monitor; an error is the reason in words.
+fn ask_monitor(qmp: &mut Qmp) -> Result<Vec<HostRange>, String> {
     let backends = match qmp.memory_backends() {
         Ok(backends) => backends,
         // QEMU before 2.1 has no such command; the machine's own memory is known without.
         Err(QmpError::Command { .. }) => Vec::new(),
         Err(error) => return Err(error.to_string()),
     };
-    let ranges = from_monitor::ask(&backends, |line| qmp.hmp(line)).map_err(|failure| match failure {
+    layout_of(from_monitor::ask(&backends, |line| qmp.hmp(line)))
+}
+
+/// What a monitor answered, its failures in words.
+pub(crate) fn layout_of<E: fmt::Display>(
+    answer: Result<Vec<HostRange>, MonitorFailure<E>>,
+) -> Result<Vec<HostRange>, String> {
+    answer.map_err(|failure| match failure {
         MonitorFailure::Monitor(error) => error.to_string(),
         MonitorFailure::Inconsistent(reason) => reason,
-    })?;
-    let maps = maps::of(process).map_err(|e| e.to_string())?;
-    from_monitor::check(&ranges, &maps)
-        .map_err(|reason| format!("what its monitor says does not fit the process: {reason}"))?;
-    Ok(ranges)
+    })
 }
 
 /// Tries the layouts that the process allows until one is proven.

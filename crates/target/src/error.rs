@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use vmsight_memory::BuildError;
 
+use crate::gdb::GdbError;
 use crate::qmp::QmpError;
 
 /// Why a target cannot be attached to or used. The messages say what to try.
@@ -71,6 +72,17 @@ pub enum TargetError {
     /// A QMP socket does not help.
     #[error(transparent)]
     Qmp(#[from] QmpError),
+    /// A gdb stub does not help.
+    #[error(transparent)]
+    Gdb(#[from] GdbError),
+    /// What lies where in the machine cannot be learnt through its gdb stub.
+    #[error("gdb stub {address}: {reason}, and without that its memory would have to be guessed at")]
+    NoMemoryMap {
+        /// The stub.
+        address: String,
+        /// What is missing.
+        reason: String,
+    },
     /// The process that listens on a socket cannot be seen.
     #[error(
         "the process behind {} cannot be seen from here (another pid namespace or host): its memory cannot be reached",
@@ -107,6 +119,15 @@ pub enum TargetError {
     /// The guest memory could not be put together.
     #[error(transparent)]
     Memory(#[from] BuildError),
+    /// A dump could not be opened.
+    #[error(transparent)]
+    Dump(#[from] vmsight_memory::dump::DumpError),
+    /// A dump is a file that nobody writes to.
+    #[error("{} is a dump: only running VMs can be written to", path.display())]
+    DumpWrite {
+        /// The file.
+        path: PathBuf,
+    },
     /// There is nothing that could tell the registers.
     #[error("the registers of {target} cannot be read: {why}")]
     NoRegisters {
@@ -150,6 +171,7 @@ impl TargetError {
         match self {
             Self::Exited { .. } => true,
             Self::Qmp(e) => e.is_exit(),
+            Self::Gdb(e) => e.is_exit(),
             _ => false,
         }
     }

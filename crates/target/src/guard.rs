@@ -12,12 +12,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-/// `$1` is what to send, with octal escapes; `$2` ends the wait for its answer. Waiting matters: bytes that are
-/// still unread when a connection closes may be lost with it.
+/// `$1` is what to send, with octal escapes; `$2` is in the line that answers it, empty where answers have no lines.
+/// Waiting matters: bytes that are still unread when a connection closes may be lost with it.
 const SCRIPT: &str = r#"
 trap '' HUP INT QUIT TERM TSTP PIPE
 read -r word && exit 0
 printf "$1"
+[ -n "$2" ] || { sleep 1; exit 0; }
 while read -r line <&1; do case $line in *"$2"*) exit 0;; esac; done
 "#;
 
@@ -30,7 +31,7 @@ pub(crate) struct Guard {
 
 impl Guard {
     /// Sets up the watch: `last_words` (octal escapes as of `printf`) go to `connection` when we are gone, and the
-    /// watch ends with the line that holds `answer`.
+    /// watch ends with the line that holds `answer`, or a second later where that is empty.
     pub(crate) fn set(connection: OwnedFd, last_words: &str, answer: &str) -> io::Result<Self> {
         let mut child = Command::new("/bin/sh")
             .args(["-c", SCRIPT, "vmsight-guard", last_words, answer])

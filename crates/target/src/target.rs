@@ -4,8 +4,9 @@ use std::fmt;
 
 use vmsight_arch::Registers;
 use vmsight_memory::GuestMemory;
+use vmsight_memory::dump::DumpFormat;
 
-use crate::control::{PauseGuard, QmpControl};
+use crate::control::{GdbControl, PauseGuard, QmpControl};
 use crate::host::process::Process;
 use crate::{TargetError, VmInfo, Vmm};
 
@@ -15,12 +16,18 @@ use crate::{TargetError, VmInfo, Vmm};
 pub enum TargetKind {
     /// A running VM.
     Vm(Vmm),
+    /// A running VM known only by its gdb stub; it is paused as long as the target lives.
+    GdbStub,
+    /// A memory dump.
+    Dump(DumpFormat),
 }
 
 impl fmt::Display for TargetKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vm(vmm) => vmm.fmt(f),
+            Self::GdbStub => f.write_str("gdb stub"),
+            Self::Dump(format) => format.fmt(f),
         }
     }
 }
@@ -39,20 +46,47 @@ pub struct Target {
     pub notes: Vec<String>,
     /// What is known of its process.
     pub info: Option<VmInfo>,
-    /// Why there is no `control`, or the control.
-    pub(crate) control: Result<QmpControl, String>,
+    /// The guest kernel's VMCOREINFO, where a dump has it.
+    pub vmcoreinfo: Option<String>,
+    pub(crate) control: Control,
+}
+
+/// What a target can be asked and told besides its memory.
+#[derive(Debug)]
+pub(crate) enum Control {
+    Qmp(QmpControl),
+    Gdb {
+        control: GdbControl,
+        /// Held where memory too is read through the stub.
+        _memory: Option<PauseGuard>,
+    },
+    /// What the dump holds.
+    Dump(Vec<Registers>),
+    /// Why there is nothing.
+    None(String),
 }
 
 impl Target {
-    /// The registers of one vCPU or of all. A running machine is not stopped for it, so the vCPUs are each seen at
-    /// another moment; [`Self::pause`] first where that matters.
+    /// The registers of one vCPU or of all. Through QMP a running machine is not stopped for it, so the vCPUs are
+    /// each seen at another moment; [`Self::pause`] first where that matters. A gdb stub stops it for the moment.
     ///
     /// # Errors
     /// Where neither a monitor nor the dump tells, or there is no such vCPU.
     pub fn registers(&self, vcpu: Option<u32>) -> Result<Vec<Registers>, TargetError> {
         let all = match &self.control {
-            Ok(control) => control.registers().map_err(|e| self.or_exited(e))?,
-            Err(why) => {
+            Control::Qmp(control) => control.registers().map_err(|e| self.or_exited(e))?,
+            Control::Gdb { control, .. } => control
+                .with(crate::gdb::Gdb::registers)
+                .map_err(|e| self.or_exited(e.into()))?,
+            Control::Dump(registers) if registers.is_empty() => {
+                let why = format!("{} has none", self.kind);
+                return Err(TargetError::NoRegisters {
+                    target: self.name.clone(),
+                    why,
+                });
+            }
+            Control::Dump(registers) => registers.clone(),
+            Control::None(why) => {
                 return Err(TargetError::NoRegisters {
                     target: self.name.clone(),
                     why: why.clone(),
@@ -85,13 +119,16 @@ impl Target {
     /// # Errors
     /// Where nothing can pause it: no monitor, a busy one, a dump.
     pub fn pause(&self) -> Result<PauseGuard, TargetError> {
-        match &self.control {
-            Ok(control) => control.pause().map_err(|e| self.or_exited(e)),
-            Err(why) => Err(TargetError::NoPause {
-                target: self.name.clone(),
-                why: why.clone(),
-            }),
-        }
+        let why = match &self.control {
+            Control::Qmp(control) => return control.pause().map_err(|e| self.or_exited(e)),
+            Control::Gdb { control, .. } => return control.pause().map_err(|e| self.or_exited(e.into())),
+            Control::Dump(_) => "it is a dump".to_owned(),
+            Control::None(why) => why.clone(),
+        };
+        Err(TargetError::NoPause {
+            target: self.name.clone(),
+            why,
+        })
     }
 
     /// Whether the VM's process is gone; `false` for dumps.

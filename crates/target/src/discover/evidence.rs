@@ -326,6 +326,11 @@ impl<'a> Sockets<'a> {
     }
 
     fn add(&mut self, kind: ControlKind, endpoint: &Endpoint) {
+        if let Endpoint::Tcp { port, .. } = endpoint
+            && port == "0"
+        {
+            return; // the kernel chose a port, and only the listening socket tells which
+        }
         let matches = |l: &&Listener| match (endpoint, &l.address) {
             (Endpoint::Unix { path, .. }, ListenAddress::Unix(bound)) => bound == path,
             (Endpoint::Tcp { port, .. }, ListenAddress::Tcp(bound)) => port.parse() == Ok(bound.port()),

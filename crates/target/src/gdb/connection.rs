@@ -37,11 +37,10 @@ pub(crate) struct Gdb {
 }
 
 impl Gdb {
-    /// Connects and pauses the VM. `ran` is whether it ran before, where somebody knows; else the stub is asked.
+    /// Connects and pauses the VM. `server` is its process, where that is on this host.
     pub(crate) fn connect(
         address: &GdbAddress,
         server: Option<u32>,
-        ran: Option<bool>,
         timeout: Duration,
     ) -> Result<Self, GdbError> {
         let name = address.to_string();
@@ -52,25 +51,41 @@ impl Gdb {
         let stream = match connect(address, timeout, deadline) {
             Ok(stream) => stream,
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
-                return Err(GdbError::Timeout { address: name, doing: "connecting".into(), after: timeout });
+                return Err(GdbError::Timeout {
+                    address: name,
+                    doing: "connecting".into(),
+                    after: timeout,
+                });
             }
-            Err(source) => return Err(GdbError::Connect { address: name, source }),
+            Err(source) => {
+                return Err(GdbError::Connect {
+                    address: name,
+                    source,
+                });
+            }
         };
-        let failed = |source| GdbError::Connect { address: name.clone(), source };
+        let failed = |source| GdbError::Connect {
+            address: name.clone(),
+            source,
+        };
         // Before the first byte: QEMU has paused the VM already, or will when it gets to it.
         let copy = stream.as_fd().try_clone_to_owned().map_err(failed)?;
         let guard = Guard::set(copy, LAST_WORDS, "").map_err(failed)?;
-        let mut gdb = Self { address: name, stream, buffer: Vec::new(), timeout, guard: Some(guard), physical: false };
+        let mut gdb = Self {
+            address: name,
+            stream,
+            buffer: Vec::new(),
+            timeout,
+            guard: Some(guard),
+            physical: false,
+        };
         gdb.ask("qSupported:multiprocess-;swbreak-;hwbreak-")?;
         // A machine that QEMU had to pause is now `paused`; one that did not run for another reason (prelaunch, a
         // finished shutdown, an error) still is what it was.
-        let did_not_run = match ran {
-            Some(ran) => !ran,
-            None => match gdb.hmp("info status") {
-                Ok(status) => status.contains("VM status: paused ("),
-                Err(GdbError::Unsupported { .. }) => false,
-                Err(error) => return Err(error),
-            },
+        let did_not_run = match gdb.hmp("info status") {
+            Ok(status) => status.contains("VM status: paused ("),
+            Err(GdbError::Unsupported { .. }) => false,
+            Err(error) => return Err(error),
         };
         if did_not_run && let Some(guard) = gdb.guard.take() {
             guard.dismiss();
@@ -87,7 +102,8 @@ impl Gdb {
             let answer = self.receive(deadline, line)?;
             match answer.split_first() {
                 Some((b'O', hex)) if answer != b"OK" => {
-                    let part = from_hex(hex).ok_or_else(|| self.protocol("console output that is not hexadecimal"))?;
+                    let part = from_hex(hex)
+                        .ok_or_else(|| self.protocol("console output that is not hexadecimal"))?;
                     text.extend_from_slice(&part);
                     if text.len() > MAX_TEXT {
                         return Err(self.protocol("console output without end"));
@@ -165,7 +181,10 @@ impl Gdb {
     fn physical_mode(&mut self) -> Result<(), GdbError> {
         if !self.physical {
             if self.ask("Qqemu.PhyMemMode:1")? != b"OK" {
-                return Err(GdbError::Unsupported { address: self.address.clone(), what: "read physical memory" });
+                return Err(GdbError::Unsupported {
+                    address: self.address.clone(),
+                    what: "read physical memory",
+                });
             }
             self.physical = true;
         }
@@ -214,7 +233,9 @@ impl Gdb {
         let mut answer = self.ask("qfThreadInfo")?;
         while let Some((b'm', list)) = answer.split_first() {
             let list = String::from_utf8_lossy(list).into_owned();
-            let ids = list.split(',').filter(|id| !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.'));
+            let ids = list
+                .split(',')
+                .filter(|id| !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.'));
             all.extend(ids.map(str::to_owned));
             if all.len() > MAX_VCPUS {
                 return Err(self.protocol("more vCPUs than machines have"));
@@ -242,7 +263,13 @@ impl Gdb {
                 Parsed::Packet(data, taken) => {
                     self.buffer.drain(..taken);
                     self.write_all(b"+", doing)?;
-                    return Ok(data);
+                    match data.first() {
+                        // That the machine stopped, for which nobody asked: QEMU says so after each connect.
+                        Some(b'T' | b'S') => {}
+                        // That it is gone.
+                        Some(b'W' | b'X') => return Err(self.closed(doing)),
+                        _ => return Ok(data),
+                    }
                 }
                 Parsed::Nak(taken) => {
                     self.buffer.drain(..taken);
@@ -269,7 +296,10 @@ impl Gdb {
             }
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => Ok(()),
             Err(rustix::io::Errno::CONNRESET) => Err(self.closed(doing)),
-            Err(e) => Err(GdbError::Connect { address: self.address.clone(), source: e.into() }),
+            Err(e) => Err(GdbError::Connect {
+                address: self.address.clone(),
+                source: e.into(),
+            }),
         }
     }
 
@@ -281,7 +311,12 @@ impl Gdb {
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
                 Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(self.closed(doing)),
-                Err(e) => return Err(GdbError::Connect { address: self.address.clone(), source: e.into() }),
+                Err(e) => {
+                    return Err(GdbError::Connect {
+                        address: self.address.clone(),
+                        source: e.into(),
+                    });
+                }
             }
         }
         Ok(())
@@ -292,23 +327,38 @@ impl Gdb {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let address = self.address.clone();
-                return Err(GdbError::Timeout { address, doing: short(doing), after: self.timeout });
+                return Err(GdbError::Timeout {
+                    address,
+                    doing: short(doing),
+                    after: self.timeout,
+                });
             }
             let timeout = rustix::event::Timespec::try_from(left).ok();
             match poll(&mut [PollFd::new(&self.stream, flags)], timeout.as_ref()) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
                 Ok(_) => return Ok(()),
-                Err(e) => return Err(GdbError::Connect { address: self.address.clone(), source: e.into() }),
+                Err(e) => {
+                    return Err(GdbError::Connect {
+                        address: self.address.clone(),
+                        source: e.into(),
+                    });
+                }
             }
         }
     }
 
     fn closed(&self, doing: &str) -> GdbError {
-        GdbError::Closed { address: self.address.clone(), doing: short(doing) }
+        GdbError::Closed {
+            address: self.address.clone(),
+            doing: short(doing),
+        }
     }
 
     fn protocol(&self, reason: &str) -> GdbError {
-        GdbError::Protocol { address: self.address.clone(), reason: reason.to_owned() }
+        GdbError::Protocol {
+            address: self.address.clone(),
+            reason: reason.to_owned(),
+        }
     }
 
     /// Whether the VM goes on when this is dropped.
@@ -322,7 +372,11 @@ impl Gdb {
             Ok(answer) if answer == b"OK" => guard.dismiss(),
             // A VM that is gone needs no watch; for the rest the watch tries once more as it is dropped.
             Err(error) if error.is_exit() => guard.dismiss(),
-            other => tracing::warn!(?other, address = self.address, "the gdb stub did not confirm the detach"),
+            other => tracing::warn!(
+                ?other,
+                address = self.address,
+                "the gdb stub did not confirm the detach"
+            ),
         }
     }
 }

@@ -54,7 +54,9 @@ pub enum GdbError {
         reason: String,
     },
     /// It cannot do what is needed.
-    #[error("gdb stub {address} cannot {what}: it is not QEMU's, or a QEMU that is too old (4.2 or later is needed)")]
+    #[error(
+        "gdb stub {address} cannot {what}: it is not QEMU's, or a QEMU that is too old (4.2 or later is needed)"
+    )]
     Unsupported {
         /// Where.
         address: String,

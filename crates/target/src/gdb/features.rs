@@ -16,7 +16,11 @@ pub(super) struct Register {
 
 /// The files that a description includes.
 pub(super) fn includes(xml: &str) -> Vec<String> {
-    xml.split("<xi:include").skip(1).take(64).filter_map(|t| attribute(t, "href")).collect()
+    xml.split("<xi:include")
+        .skip(1)
+        .take(64)
+        .filter_map(|t| attribute(t, "href"))
+        .collect()
 }
 
 /// The registers of a description in their order, which is the order of the `g` packet.
@@ -26,7 +30,10 @@ pub(super) fn registers(xml: &str) -> Vec<Register> {
         .take(MAX_REGISTERS)
         .filter_map(|text| {
             let bits = attribute(text, "bitsize")?.parse().ok().filter(|b| *b <= 4096)?;
-            Some(Register { name: attribute(text, "name")?, bits })
+            Some(Register {
+                name: attribute(text, "name")?,
+                bits,
+            })
         })
         .collect()
 }
@@ -42,14 +49,19 @@ fn attribute(text: &str, name: &str) -> Option<String> {
 /// Registers that the stub does not know (`x`) and what it does not carry (descriptor tables, segment limits, MSRs
 /// but the two GS bases) stay as in [`Registers::default`].
 pub(super) fn parse_g(vcpu: u32, registers: &[Register], answer: &[u8]) -> Option<Registers> {
-    let mut result = Registers { vcpu, ..Registers::default() };
+    let mut result = Registers {
+        vcpu,
+        ..Registers::default()
+    };
     let mut at = 0;
     let (mut rip, mut cr0, mut cr3, mut cr4) = (None, None, None, None);
     for register in registers {
         let end = at + register.bits.div_ceil(8) * 2;
         let Some(text) = answer.get(at..end) else { break };
         at = end;
-        let Some(value) = from_hex(text).and_then(little_endian) else { continue };
+        let Some(value) = from_hex(text).and_then(little_endian) else {
+            continue;
+        };
         if let Some(slot) = vmsight_arch::registers::GPR_NAMES
             .iter()
             .position(|n| *n == register.name)
@@ -96,11 +108,18 @@ mod tests {
 
     /// The shape of QEMU's gdb-xml/i386-64bit.xml.
     fn description() -> String {
-        let mut xml = String::from("<feature name=\"org.gnu.gdb.i386.core\"><flags id=\"x\" size=\"4\"></flags>");
+        let mut xml =
+            String::from("<feature name=\"org.gnu.gdb.i386.core\"><flags id=\"x\" size=\"4\"></flags>");
         for name in vmsight_arch::registers::GPR_NAMES {
             xml.push_str(&format!("<reg name=\"{name}\" bitsize=\"64\" type=\"int64\"/>\n"));
         }
-        for (name, bits) in [("rip", 64), ("eflags", 32), ("cs", 32), ("gs_base", 64), ("k_gs_base", 64)] {
+        for (name, bits) in [
+            ("rip", 64),
+            ("eflags", 32),
+            ("cs", 32),
+            ("gs_base", 64),
+            ("k_gs_base", 64),
+        ] {
             xml.push_str(&format!("<reg name=\"{name}\" bitsize=\"{bits}\"/>"));
         }
         for name in ["cr0", "cr2", "cr3", "cr4", "cr8", "efer"] {
@@ -119,9 +138,18 @@ mod tests {
             answer.push_str(&super::super::packet::to_hex(&value[..register.bits / 8]));
         }
         let parsed = parse_g(3, &registers, answer.as_bytes()).unwrap();
-        assert_eq!((parsed.vcpu, parsed.rax(), parsed.r15(), parsed.rip), (3, 1, 16, 17));
-        assert_eq!((parsed.cs.selector, parsed.gs.base, parsed.kernel_gs_base), (19, 20, Some(21)));
-        assert_eq!((parsed.cr0, parsed.cr3, parsed.cr4, parsed.efer), (22, 24, 25, 27));
+        assert_eq!(
+            (parsed.vcpu, parsed.rax(), parsed.r15(), parsed.rip),
+            (3, 1, 16, 17)
+        );
+        assert_eq!(
+            (parsed.cs.selector, parsed.gs.base, parsed.kernel_gs_base),
+            (19, 20, Some(21))
+        );
+        assert_eq!(
+            (parsed.cr0, parsed.cr3, parsed.cr4, parsed.efer),
+            (22, 24, 25, 27)
+        );
         // Without the control registers it is no use for a monitor.
         assert!(parse_g(0, &registers, &answer.as_bytes()[..300]).is_none());
         assert!(parse_g(0, &registers, b"E14").is_none());

@@ -18,14 +18,20 @@ const MAX_CHUNKS: usize = 1024;
 /// that the machine has memory at may be asked for, as reading a device may change it.
 pub(crate) struct StubMemory {
     stub: Arc<Mutex<Option<Gdb>>>,
-    len: u64,
+    /// Where the machine has memory: start and end, in order.
+    ranges: Vec<(u64, u64)>,
     write: bool,
     chunks: Mutex<HashMap<u64, Box<[u8]>>>,
 }
 
 impl StubMemory {
-    pub(crate) fn new(stub: Arc<Mutex<Option<Gdb>>>, len: u64, write: bool) -> Self {
-        Self { stub, len, write, chunks: Mutex::default() }
+    pub(crate) fn new(stub: Arc<Mutex<Option<Gdb>>>, ranges: Vec<(u64, u64)>, write: bool) -> Self {
+        Self {
+            stub,
+            ranges,
+            write,
+            chunks: Mutex::default(),
+        }
     }
 
     fn with<T>(&self, ask: impl FnOnce(&mut Gdb) -> Result<T, GdbError>) -> Result<T, String> {
@@ -37,18 +43,31 @@ impl StubMemory {
 
 impl Source for StubMemory {
     fn len(&self) -> u64 {
-        self.len
+        self.ranges.last().map_or(0, |(_, end)| *end)
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), String> {
         let mut done = 0;
         while done < buf.len() {
             let at = offset.wrapping_add(done as u64);
-            let start = at / CHUNK * CHUNK;
+            let (first, last) = self
+                .ranges
+                .iter()
+                .copied()
+                .find(|(first, last)| (*first..*last).contains(&at))
+                .ok_or_else(|| format!("the machine has no memory at {at:#x}"))?;
+            let start = (at / CHUNK * CHUNK).max(first);
             let skip = (at - start) as usize;
             let mut chunks = lock(&self.chunks);
             if !chunks.contains_key(&start) {
-                let mut bytes = vec![0; CHUNK.min(self.len.saturating_sub(start)) as usize].into_boxed_slice();
+                let mut bytes = vec![
+                    0;
+                    (at / CHUNK * CHUNK)
+                        .saturating_add(CHUNK)
+                        .min(last)
+                        .saturating_sub(start) as usize
+                ]
+                .into_boxed_slice();
                 self.with(|stub| stub.read(start, &mut bytes))?;
                 if chunks.len() >= MAX_CHUNKS {
                     chunks.clear();
@@ -89,7 +108,10 @@ impl Source for StubMemory {
 
 impl fmt::Debug for StubMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StubMemory").field("len", &self.len).field("write", &self.write).finish()
+        f.debug_struct("StubMemory")
+            .field("ranges", &self.ranges)
+            .field("write", &self.write)
+            .finish()
     }
 }
 

@@ -41,18 +41,28 @@ pub(super) enum Parsed {
 
 /// Looks for the next packet. Acknowledgements (`+`) and whatever else stands between packets are passed over.
 pub(super) fn parse(bytes: &[u8]) -> Parsed {
-    let Some(start) = bytes.iter().position(|b| matches!(b, b'$' | b'-')) else { return Parsed::More };
+    let Some(start) = bytes.iter().position(|b| matches!(b, b'$' | b'-')) else {
+        return Parsed::More;
+    };
     if bytes.get(start) == Some(&b'-') {
         return Parsed::Nak(start + 1);
     }
     let body = bytes.get(start + 1..).unwrap_or_default();
     let Some(end) = body.iter().position(|b| *b == b'#') else {
-        return if body.len() > MAX_PACKET { Parsed::TooLong } else { Parsed::More };
+        return if body.len() > MAX_PACKET {
+            Parsed::TooLong
+        } else {
+            Parsed::More
+        };
     };
     let (raw, tail) = body.split_at(end);
-    let Some(sum) = tail.get(1..3) else { return Parsed::More };
+    let Some(sum) = tail.get(1..3) else {
+        return Parsed::More;
+    };
     let taken = start + 1 + end + 3;
-    let sum = std::str::from_utf8(sum).ok().and_then(|s| u8::from_str_radix(s, 16).ok());
+    let sum = std::str::from_utf8(sum)
+        .ok()
+        .and_then(|s| u8::from_str_radix(s, 16).ok());
     if sum != Some(checksum(raw)) {
         return Parsed::Broken(taken);
     }
@@ -85,7 +95,7 @@ fn unescape(raw: &[u8]) -> Option<Vec<u8>> {
 
 /// Hexadecimal text to bytes; `None` where it is none.
 pub(super) fn from_hex(text: &[u8]) -> Option<Vec<u8>> {
-    if text.len() % 2 != 0 {
+    if !text.len().is_multiple_of(2) {
         return None;
     }
     let digit = |b: &u8| (*b as char).to_digit(16);
@@ -100,7 +110,15 @@ pub(super) fn from_hex(text: &[u8]) -> Option<Vec<u8>> {
 /// Bytes to hexadecimal text.
 pub(super) fn to_hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)] as char, DIGITS[usize::from(b & 15)] as char]).collect()
+    bytes
+        .iter()
+        .flat_map(|b| {
+            [
+                DIGITS[usize::from(b >> 4)] as char,
+                DIGITS[usize::from(b & 15)] as char,
+            ]
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -121,7 +139,10 @@ mod tests {
         assert_eq!(parse(b"$OK#00x"), Parsed::Broken(6));
         assert_eq!(parse(b"$OK#9"), Parsed::More);
         assert_eq!(parse(b"+++"), Parsed::More);
-        assert_eq!(parse(&[b"$".as_slice(), &[b'a'; MAX_PACKET + 2]].concat()), Parsed::TooLong);
+        assert_eq!(
+            parse(&[b"$".as_slice(), &[b'a'; MAX_PACKET + 2]].concat()),
+            Parsed::TooLong
+        );
     }
 
     #[test]
@@ -129,9 +150,14 @@ mod tests {
         // "0* " is four zeros: ' ' is 32, less 29.
         let sum = checksum(b"0* ");
         let text = format!("$0* #{sum:02x}");
-        assert_eq!(parse(text.as_bytes()), Parsed::Packet(b"0000".to_vec(), text.len()));
+        assert_eq!(
+            parse(text.as_bytes()),
+            Parsed::Packet(b"0000".to_vec(), text.len())
+        );
         assert_eq!(unescape(b"*~"), None, "nothing to repeat");
-        let bomb: Vec<u8> = std::iter::once(b'a').chain(b"*~".iter().copied().cycle().take(1 << 20)).collect();
+        let bomb: Vec<u8> = std::iter::once(b'a')
+            .chain(b"*~".iter().copied().cycle().take(1 << 20))
+            .collect();
         assert_eq!(unescape(&bomb), None);
     }
 

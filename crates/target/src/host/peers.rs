@@ -27,6 +27,14 @@ pub(crate) struct Holder {
     pub(crate) comm: String,
 }
 
+/// Whether anybody is connected to the listening unix socket `path` of `server`, or waits to be.
+pub(crate) fn has_clients(server: Process, path: &str) -> io::Result<bool> {
+    let table = sockets::parse_unix(&server.text("net/unix", 64 << 20)?);
+    Ok(table
+        .iter()
+        .any(|s| !s.listening && s.path.as_deref() == Some(path)))
+}
+
 /// The processes that are connected to the listening unix socket `path` of `server`, as far as we may see
 /// them. Our own process is among them where it is.
 pub(crate) fn clients_of(server: Process, path: &str) -> io::Result<Vec<Holder>> {

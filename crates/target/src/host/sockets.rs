@@ -1,7 +1,10 @@
 //! The sockets a process listens on, from `/proc/PID/net`.
 
+use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use super::process::{Descriptor, Process};
 
@@ -9,6 +12,8 @@ use super::process::{Descriptor, Process};
 const MAX_TABLE: u64 = 64 << 20;
 /// `TCP_LISTEN` of `include/net/tcp_states.h`.
 const TCP_LISTEN: u8 = 0x0a;
+/// `TCP_ESTABLISHED` of the same file.
+const TCP_ESTABLISHED: u8 = 0x01;
 /// `__SO_ACCEPTCON` of `include/linux/net.h`: the unix socket listens.
 const SO_ACCEPTCON: u32 = 1 << 16;
 
@@ -28,6 +33,39 @@ pub(crate) enum ListenAddress {
     Unix(String),
     /// TCP over IPv4 or IPv6.
     Tcp(SocketAddr),
+}
+
+/// The name under which `process` bound the unix socket that we call `path`.
+pub(crate) fn bound_name(process: Process, path: &Path) -> Option<String> {
+    let wanted = fs::metadata(path).ok()?;
+    let descriptors = process.descriptors().ok()?;
+    listeners(process, &descriptors)
+        .ok()?
+        .into_iter()
+        .find_map(|listener| match listener.address {
+            ListenAddress::Unix(name) => {
+                let found = fs::metadata(process.own_path(Path::new(&name))).ok()?;
+                (found.ino() == wanted.ino() && found.dev() == wanted.dev()).then_some(name)
+            }
+            ListenAddress::Tcp(_) => None,
+        })
+}
+
+/// Whether somebody is connected to TCP port `port` in the network namespace of `process`, or waits to be.
+pub(crate) fn has_tcp_client(process: Process, port: u16) -> io::Result<bool> {
+    let mut found = false;
+    for table in ["net/tcp", "net/tcp6"] {
+        let Ok(text) = process.text(table, MAX_TABLE) else {
+            continue;
+        };
+        found |= text.lines().skip(1).any(|line| {
+            let mut fields = line.split_ascii_whitespace();
+            let local = fields.nth(1).and_then(parse_tcp_address);
+            let state = fields.nth(1).and_then(|s| u8::from_str_radix(s, 16).ok());
+            local.is_some_and(|a| a.port() == port) && state == Some(TCP_ESTABLISHED)
+        });
+    }
+    Ok(found)
 }
 
 /// A line of `/proc/net/unix`.

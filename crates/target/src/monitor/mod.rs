@@ -9,5 +9,5 @@ mod ramblock;
 mod registers;
 
 pub(crate) use mtree::guest_memory;
-pub(crate) use ramblock::{RamBlock, parse_gpa2hva, parse_ramblocks};
+pub(crate) use ramblock::{RamBlock, parse_gpa2hva, parse_memdev, parse_ramblocks};
 pub(crate) use registers::parse_registers;

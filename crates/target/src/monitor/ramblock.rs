@@ -43,6 +43,14 @@ pub(crate) fn parse_gpa2hva(text: &str) -> Option<u64> {
     u64::from_str_radix(address, 16).ok()
 }
 
+/// The ids of the memory backends in `info memdev`.
+pub(crate) fn parse_memdev(text: &str) -> Vec<String> {
+    text.lines()
+        .filter_map(|l| l.strip_prefix("memory backend: "))
+        .map(|id| id.trim_end().to_owned())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,6 +91,13 @@ mod tests {
             None
         );
         assert_eq!(parse_gpa2hva(""), None);
+    }
+
+    #[test]
+    fn backends_by_name() {
+        let text =
+            "memory backend: pc.ram\n  size:  536870912\n  merge: true\n\nmemory backend: d 1\n  size: 1\n\n";
+        assert_eq!(parse_memdev(text), ["pc.ram", "d 1"]);
     }
 
     #[test]

@@ -131,6 +131,11 @@ impl Machine {
 
     /// Runs one test of this program again as user nobody, with our pid in the variable; its output.
     pub(crate) fn as_nobody(&self, test: &str, variable: &str) -> String {
+        self.as_nobody_with(test, &[(variable, &self.pid().to_string())])
+    }
+
+    /// The same with other variables.
+    pub(crate) fn as_nobody_with(&self, test: &str, variables: &[(&str, &str)]) -> String {
         // The test's folder may be closed to nobody; a copy in a folder of its own is not.
         let exe = self.dir().join("tests");
         std::fs::copy(std::env::current_exe().expect("our own program"), &exe).expect("a copy of it");
@@ -145,7 +150,7 @@ impl Machine {
             ])
             .arg(&exe)
             .args(["--exact", test, "--nocapture"])
-            .env(variable, self.pid().to_string())
+            .envs(variables.iter().copied())
             .output()
             .expect("setpriv of util-linux");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

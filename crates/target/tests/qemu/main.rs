@@ -7,6 +7,8 @@
 
 mod attach;
 mod discovery;
+mod dumps;
+mod gdb;
 mod machine;
 mod pause;
 mod trouble;
