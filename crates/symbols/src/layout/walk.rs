@@ -134,7 +134,11 @@ impl<'a> Walk<'a> {
         }
         let name = printable(member.name);
         let (inner, dimensions) = self.innermost(member.type_id);
-        let nested = self.types.get(inner).filter(|t| t.kind().is_composite());
+        // An empty struct has nothing to open up.
+        let nested = self
+            .types
+            .get(inner)
+            .filter(|t| t.kind().is_composite() && t.vlen() > 0);
         let nested =
             nested.filter(|t| t.name().is_empty() || (at.expand > 0 && self.named(member.type_id, inner)));
         let Some(nested) = nested else {
