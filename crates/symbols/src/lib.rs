@@ -1,6 +1,8 @@
 //! The profile of one kernel build: its symbols and types.
 
 pub mod cache;
+pub mod export;
+pub mod import;
 pub mod kallsyms;
 pub mod kernel;
 pub mod layout;

@@ -412,7 +412,7 @@ impl Builder {
     }
 
     /// The number of a string, which is stored once.
-    pub(super) fn string(&mut self, text: &[u8]) -> u32 {
+    pub(crate) fn string(&mut self, text: &[u8]) -> u32 {
         // A NUL would end it for every reader.
         let text = text.split(|&b| b == 0).next().unwrap_or(&[]);
         if let Some(&number) = self.numbers.get(text) {
@@ -429,6 +429,12 @@ impl Builder {
         self.strings.push(0);
         self.numbers.insert(text.into(), number);
         number
+    }
+
+    /// The text of a string's number; empty where it is none of this builder's.
+    pub(crate) fn text(&self, number: u32) -> &str {
+        let at = number.checked_sub(self.first_string).unwrap_or(u32::MAX);
+        std::str::from_utf8(super::header::string(&self.strings, at)).unwrap_or("")
     }
 
     /// Writes the blob and opens it.

@@ -22,6 +22,8 @@ mod name;
 mod parts;
 mod path;
 #[cfg(test)]
+pub(crate) mod random;
+#[cfg(test)]
 pub(crate) mod tests;
 mod view;
 
