@@ -42,7 +42,9 @@ fn region(start: u64, len: u64) -> Region {
 fn assert_holds(dump: &dump::Dump, parts: &[(u64, Vec<u8>)]) {
     for (gpa, bytes) in parts {
         let mut buf = vec![0; bytes.len()];
-        dump.memory.read(Gpa(*gpa), &mut buf).expect("memory that is there");
+        dump.memory
+            .read(Gpa(*gpa), &mut buf)
+            .expect("memory that is there");
         assert!(&buf == bytes, "bytes at {gpa:#x} differ");
         assert_eq!(dump.memory.frozen(Gpa(*gpa), bytes.len()), Some(&bytes[..]));
     }

@@ -110,6 +110,12 @@ proptest! {
     }
 }
 
+#[test]
+fn a_range_that_ends_at_the_last_address_of_an_endless_file_is_survived() {
+    // Found by the fuzzer: the next header would lie just below 2^64.
+    check(&files::lime_range(17, u64::MAX - 25, &[]), u64::MAX);
+}
+
 /// The fuzzer starts from these files. They are made here and committed; set VMSIGHT_WRITE_SEEDS to write them anew.
 #[test]
 fn the_fuzz_seeds_are_the_files_made_here() {

@@ -1,6 +1,6 @@
 //! LiME dumps: each range of memory behind a header of 32 bytes (LiME's `doc/README.md`, "Spec", version 1).
 
-use super::bytes::{u32_at, u64_at};
+use super::bytes::{slice, u32_at, u64_at};
 use super::cover::Cover;
 
 /// At the start of every header.
@@ -17,11 +17,12 @@ pub(super) fn parse(data: &[u8], file_len: u64, cover: &mut Cover, notes: &mut V
         if at >= file_len {
             return;
         }
+        let head = slice(data, at, HEADER_LEN);
         let header = (
-            u32_at(data, at),
-            u32_at(data, at + 4),
-            u64_at(data, at + 8),
-            u64_at(data, at + 16),
+            u32_at(head, 0),
+            u32_at(head, 4),
+            u64_at(head, 8),
+            u64_at(head, 16),
         );
         let (Some(magic), Some(version), Some(first), Some(last)) = header else {
             notes.push(format!("the file ends inside a LiME header, at {at:#x}"));
