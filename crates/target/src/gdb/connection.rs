@@ -20,6 +20,8 @@ use crate::spec::GdbAddress;
 const MAX_TEXT: usize = 32 << 20;
 /// Bytes of memory asked for at once: QEMU's packets hold 4096 characters.
 const MEMORY_CHUNK: usize = 2000;
+/// Questions for memory under way at once. QEMU takes a packet though the one before was not acknowledged.
+const PIPELINE: usize = 32;
 /// Most vCPUs taken from a stub.
 const MAX_VCPUS: usize = 4096;
 /// What the watch sends when we are gone: the end of whatever we were in the midst of, and the detach packet.
@@ -34,6 +36,10 @@ pub(crate) struct Gdb {
     timeout: Duration,
     guard: Option<Guard>,
     physical: bool,
+    /// A packet was taken and not acknowledged yet: that goes with the next one of ours.
+    unacknowledged: bool,
+    /// An answer was given up in the midst of others: what comes now answers something else.
+    desynchronised: bool,
 }
 
 impl Gdb {
@@ -78,6 +84,8 @@ impl Gdb {
             timeout,
             guard: Some(guard),
             physical: false,
+            unacknowledged: false,
+            desynchronised: false,
         };
         gdb.ask("qSupported:multiprocess-;swbreak-;hwbreak-")?;
         // A machine that QEMU had to pause is now `paused`; one that did not run for another reason (prelaunch, a
@@ -152,13 +160,25 @@ impl Gdb {
     pub(crate) fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), GdbError> {
         self.physical_mode()?;
         let mut at = gpa;
-        for chunk in buf.chunks_mut(MEMORY_CHUNK) {
-            let answer = self.ask(&format!("m{at:x},{:x}", chunk.len()))?;
-            match from_hex(&answer).filter(|bytes| bytes.len() == chunk.len()) {
-                Some(bytes) => chunk.copy_from_slice(&bytes),
-                None => return Err(self.protocol(&format!("it does not give the memory at {at:#x}"))),
+        for group in buf.chunks_mut(MEMORY_CHUNK * PIPELINE) {
+            // Several questions at once: waiting for each answer costs more than the answer.
+            let mut questions = Vec::new();
+            let mut next = at;
+            for chunk in group.chunks(MEMORY_CHUNK) {
+                questions
+                    .extend_from_slice(&packet::frame(format!("m{next:x},{:x}", chunk.len()).as_bytes()));
+                next = next.wrapping_add(chunk.len() as u64);
             }
-            at = at.wrapping_add(chunk.len() as u64);
+            self.write_all(&questions, "m")?;
+            for chunk in group.chunks_mut(MEMORY_CHUNK) {
+                let deadline = Instant::now() + self.timeout;
+                let answer = self.receive(deadline, "m")?;
+                match from_hex(&answer).filter(|bytes| bytes.len() == chunk.len()) {
+                    Some(bytes) => chunk.copy_from_slice(&bytes),
+                    None => return Err(self.broken(&format!("it does not give the memory at {at:#x}"))),
+                }
+                at = at.wrapping_add(chunk.len() as u64);
+            }
         }
         Ok(())
     }
@@ -252,17 +272,29 @@ impl Gdb {
     }
 
     fn send(&mut self, data: &[u8], doing: &str) -> Result<(), GdbError> {
-        let framed = packet::frame(data);
+        if self.desynchronised {
+            return Err(self.protocol("an earlier answer was lost"));
+        }
+        let mut framed = packet::frame(data);
+        if std::mem::take(&mut self.unacknowledged) {
+            framed.insert(0, b'+');
+        }
         self.write_all(&framed, doing)
     }
 
-    /// The next packet, acknowledged.
+    /// The next packet. After an error nobody knows what the next one answers.
     fn receive(&mut self, deadline: Instant, doing: &str) -> Result<Vec<u8>, GdbError> {
+        let received = self.next_packet(deadline, doing);
+        self.desynchronised |= received.is_err();
+        received
+    }
+
+    fn next_packet(&mut self, deadline: Instant, doing: &str) -> Result<Vec<u8>, GdbError> {
         loop {
             match packet::parse(&self.buffer) {
                 Parsed::Packet(data, taken) => {
                     self.buffer.drain(..taken);
-                    self.write_all(b"+", doing)?;
+                    self.unacknowledged = true;
                     match data.first() {
                         // That the machine stopped, for which nobody asked: QEMU says so after each connect.
                         Some(b'T' | b'S') => {}
@@ -280,7 +312,12 @@ impl Gdb {
                     self.write_all(b"-", doing)?;
                 }
                 Parsed::TooLong => return Err(self.protocol("a packet without end")),
-                Parsed::More => self.fill(deadline, doing)?,
+                Parsed::More => {
+                    if std::mem::take(&mut self.unacknowledged) {
+                        self.write_all(b"+", doing)?;
+                    }
+                    self.fill(deadline, doing)?;
+                }
             }
         }
     }
@@ -354,6 +391,12 @@ impl Gdb {
         }
     }
 
+    /// An error after which the answers to other questions are still on their way.
+    fn broken(&mut self, reason: &str) -> GdbError {
+        self.desynchronised = true;
+        self.protocol(reason)
+    }
+
     fn protocol(&self, reason: &str) -> GdbError {
         GdbError::Protocol {
             address: self.address.clone(),
@@ -368,6 +411,9 @@ impl Gdb {
 
     fn detach(&mut self) {
         let Some(guard) = self.guard.take() else { return };
+        if self.desynchronised {
+            return; // the watch, dropped, says it in a way that needs no answer
+        }
         match self.ask("D") {
             Ok(answer) if answer == b"OK" => guard.dismiss(),
             // A VM that is gone needs no watch; for the rest the watch tries once more as it is dropped.

@@ -80,6 +80,20 @@ pub enum QmpError {
 }
 
 impl QmpError {
+    /// An error where a client is seen to be connected to the socket at `path`, without touching it.
+    pub(super) fn held(path: &Path) -> Option<Self> {
+        let me = Process {
+            pid: std::process::id(),
+        };
+        let clients = peers::clients_of(me, &path.to_string_lossy())
+            .ok()
+            .filter(|c| !c.is_empty())?;
+        Some(Self::Busy {
+            path: path.to_owned(),
+            clients: clients.into_iter().map(|h| (h.pid, h.comm)).collect(),
+        })
+    }
+
     /// A socket that was connected to and said nothing: finds out why, as far as the kernel tells.
     pub(super) fn silent(path: &Path, stream: Option<&UnixStream>, after: Duration) -> Self {
         let path = path.to_owned();

@@ -53,6 +53,10 @@ impl Qmp {
     /// # Errors
     /// [`QmpError::Busy`] where another client holds the socket, [`QmpError::Silent`] where nothing is heard.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        // Whoever holds it now would be waited for in vain; a holder we may not see is found out by waiting.
+        if let Some(busy) = QmpError::held(path) {
+            return Err(busy);
+        }
         let deadline = Instant::now() + timeout;
         let stream = match connect_unix(path, deadline) {
             Ok(stream) => stream,

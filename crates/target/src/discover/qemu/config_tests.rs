@@ -223,3 +223,13 @@ fn hostile_lines_end() {
     let commas = ["q".to_owned(), "-m".to_owned(), ",".repeat(1 << 20)];
     QemuConfig::parse(&commas, &|_| None);
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_line_panics(args in proptest::collection::vec("[-a-z=,.:{}\"0-9é ]{0,24}", 0..24)) {
+        QemuConfig::parse(&args, &|text| Some(text.to_owned()));
+        for vmm in [crate::Vmm::Firecracker, crate::Vmm::CloudHypervisor, crate::Vmm::Crosvm] {
+            crate::discover::microvm::parse(vmm, &args, &|text| Some(text.to_owned()));
+        }
+    }
+}
