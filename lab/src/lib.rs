@@ -1,1 +1,27 @@
-//! Real guests for tests and demos: kernels, initramfs, workloads with ground truth.
+//! Real guests for tests and demos: Debian kernels under QEMU with a workload that says what it is.
+//!
+//! ```no_run
+//! use vmsight_lab::{Format, Guest, Kernel, Spec};
+//!
+//! let guest = Guest::boot(&Spec::new(Kernel::V6_1))?;
+//! assert_eq!(guest.truth().named("web-frontend").map(|p| p.nice), Some(5));
+//! guest.dump(Format::Elf, &guest.folder().join("memory.elf"))?;
+//! # Ok::<(), anyhow::Error>(())
+//! ```
+//!
+//! A [`Guest`] has printed its [`truth`] and is quiet; it runs until it is dropped. Everything that can be kept is kept
+//! in the [cache](cache::folder): kernels (see `lab/setup`) and initramfs images by the hash of what is in them.
+
+pub mod cache;
+pub mod cpio;
+pub mod guest;
+pub mod initramfs;
+pub mod kernel;
+pub mod qmp;
+pub mod spec;
+
+pub use guest::{Format, Guest};
+pub use kernel::Kernel;
+pub use spec::{Machine, Memory, Paging, Spec, full_matrix, matrix};
+/// What a guest says of itself.
+pub use vmsight_workload as truth;

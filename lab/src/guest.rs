@@ -1,0 +1,454 @@
+//! A running guest.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use vmsight_workload::{Truth, frame};
+
+use crate::cache::Lock;
+use crate::initramfs;
+use crate::qmp::Qmp;
+use crate::spec::{Memory, Spec};
+
+/// How many guests may be booting at once on this machine. Booting is all work; afterwards they only stand there.
+const BOOTING: usize = 2;
+/// How long a boot may take, unless `VMSIGHT_LAB_TIMEOUT` (seconds) says otherwise. Usually it is 10 to 20 s.
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Forms of a memory dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// An ELF core, as `dump-guest-memory` and `virsh dump` write it.
+    Elf,
+    /// The bytes from guest-physical 0 to the end of memory, with zeroes in the hole below 4 GiB.
+    Raw,
+}
+
+/// A guest that has booted, has said what it is, and is quiet. Dropping it ends it.
+#[derive(Debug)]
+pub struct Guest {
+    spec: Spec,
+    process: Process,
+    truth: Truth,
+    boot_time: Duration,
+    folder: Folder,
+}
+
+impl Guest {
+    /// Boots a guest and waits until it is quiet. Where that fails, the error has the end of its console log.
+    pub fn boot(spec: &Spec) -> Result<Guest> {
+        Self::boot_with(spec, false)
+    }
+
+    /// Boots a guest that outlives this process: whoever asked for it ends it, by its pid.
+    pub fn boot_to_keep(spec: &Spec) -> Result<Guest> {
+        Self::boot_with(spec, true)
+    }
+
+    fn boot_with(spec: &Spec, keep: bool) -> Result<Guest> {
+        if spec.paging == crate::Paging::Five && !spec.kernel.has_five_levels() {
+            bail!("{} was built without 5-level paging", spec.kernel);
+        }
+        let kernel = spec.kernel.fetch()?;
+        let initramfs = initramfs::build(&kernel)?;
+        let folder = Folder::make(keep)?;
+        let _place = Lock::wait_for_place("boot", BOOTING)?;
+        let started = Instant::now();
+        let mut process = Process::start(spec, &kernel.vmlinuz(), &initramfs, &folder.path, keep)?;
+        let truth = wait(&mut process, &folder.path).with_context(|| {
+            format!(
+                "guest {spec} ({}) did not come up; its console says:\n{}",
+                kernel.package,
+                tail(&folder.path)
+            )
+        })?;
+        Ok(Guest {
+            spec: spec.clone(),
+            process,
+            truth,
+            boot_time: started.elapsed(),
+            folder,
+        })
+    }
+
+    /// What was asked for.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// The pid of its QEMU process.
+    pub fn pid(&self) -> u32 {
+        self.process.pid
+    }
+
+    /// What it said of itself.
+    pub fn truth(&self) -> &Truth {
+        &self.truth
+    }
+
+    /// How long it took from QEMU's start until it was quiet.
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
+    }
+
+    /// A folder for things that shall go away with the guest.
+    pub fn folder(&self) -> &Path {
+        &self.folder.path
+    }
+
+    /// Its QMP socket, if it has one. QEMU serves one client at a time.
+    pub fn qmp_path(&self) -> Option<PathBuf> {
+        self.spec.qmp.then(|| self.folder.path.join("qmp"))
+    }
+
+    /// The file that holds its memory, if it is in one.
+    pub fn memory_path(&self) -> Option<PathBuf> {
+        (self.spec.memory == Memory::File).then(|| self.folder.path.join("memory"))
+    }
+
+    /// The kernel image it runs.
+    pub fn vmlinuz(&self) -> Result<PathBuf> {
+        Ok(self.spec.kernel.fetch()?.vmlinuz())
+    }
+
+    /// What it wrote on its console so far.
+    pub fn console(&self) -> String {
+        console(&self.folder.path)
+    }
+
+    /// Connects to its QMP socket.
+    pub fn qmp(&self) -> Result<Qmp> {
+        let path = self
+            .qmp_path()
+            .with_context(|| format!("guest {} has no QMP socket", self.spec))?;
+        Qmp::connect(&path)
+    }
+
+    /// Runs `work` while the guest is paused.
+    pub fn paused<T>(&self, work: impl FnOnce(&mut Qmp) -> Result<T>) -> Result<T> {
+        let mut qmp = self.qmp()?;
+        qmp.execute("stop", json!({}))?;
+        let result = work(&mut qmp);
+        qmp.execute("cont", json!({}))?;
+        result
+    }
+
+    /// Dumps its memory into a file while it is paused.
+    pub fn dump(&self, format: Format, file: &Path) -> Result<()> {
+        self.paused(|qmp| self.dump_paused(qmp, format, file))
+    }
+
+    /// Dumps the memory of a guest that is paused already.
+    pub fn dump_paused(&self, qmp: &mut Qmp, format: Format, file: &Path) -> Result<()> {
+        let name = file
+            .to_str()
+            .with_context(|| format!("{} is not UTF-8", file.display()))?;
+        match format {
+            Format::Elf => {
+                qmp.execute(
+                    "dump-guest-memory",
+                    json!({ "paging": false, "protocol": format!("file:{name}") }),
+                )?;
+            }
+            Format::Raw => {
+                // The last line of iomem that is RAM says where memory ends.
+                let ranges = &self.truth.system.iomem;
+                let end = ranges
+                    .iter()
+                    .filter(|r| r.name == "System RAM")
+                    .map(|r| r.end)
+                    .max();
+                let size = end.context("the guest names no RAM")? + 1;
+                // pmemsave leaves out what is no memory, which would shift what comes after it.
+                if size > 4 << 30 {
+                    bail!("a flat dump of more than 4 GiB is not made here: use ELF");
+                }
+                let size = size.max(u64::from(self.spec.memory_mib.min(2048)) << 20);
+                qmp.execute("pmemsave", json!({ "val": 0, "size": size, "filename": name }))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends it and waits until it is gone.
+    pub fn stop(mut self) -> Result<()> {
+        self.process.end()
+    }
+}
+
+/// The guest's own folder: sockets, logs, memory.
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
+    /// Removes it; none for guests that outlive us.
+    _guard: Option<tempfile::TempDir>,
+}
+
+impl Folder {
+    fn make(keep: bool) -> Result<Folder> {
+        // Memory-backed where there is such a place: the guest's memory is in it. Its path is short, as socket paths
+        // must be.
+        let top = Path::new("/dev/shm");
+        let top = if top.is_dir() {
+            top.to_path_buf()
+        } else {
+            std::env::temp_dir()
+        };
+        let guard = tempfile::Builder::new()
+            .prefix("vmsight-lab-")
+            .tempdir_in(&top)
+            .with_context(|| format!("make a folder in {}", top.display()))?;
+        if keep {
+            return Ok(Folder {
+                path: guard.keep(),
+                _guard: None,
+            });
+        }
+        Ok(Folder {
+            path: guard.path().to_path_buf(),
+            _guard: Some(guard),
+        })
+    }
+}
+
+/// The QEMU process.
+///
+/// It was started by a thread that lives as long as it does: the kernel ties the "die with your parent" of setpriv(1)
+/// to the thread that forked, and the threads of a test runner come and go.
+#[derive(Debug)]
+struct Process {
+    pid: u32,
+    ended: mpsc::Receiver<ExitStatus>,
+    orders: mpsc::Sender<()>,
+    keep: bool,
+}
+
+impl Process {
+    fn start(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: bool) -> Result<Process> {
+        let mut command = command(spec, vmlinuz, initramfs, folder, keep);
+        let (tell_pid, told_pid) = mpsc::channel();
+        let (tell_end, ended) = mpsc::channel();
+        let (orders, ordered) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("lab-guest".to_owned())
+            .spawn(move || match command.spawn() {
+                Ok(child) => {
+                    let _ = tell_pid.send(Ok(child.id()));
+                    look_after(child, &ordered, &tell_end);
+                }
+                Err(error) => {
+                    let _ = tell_pid.send(Err(error));
+                }
+            })?;
+        let pid = told_pid
+            .recv()?
+            .context("start setpriv and qemu-system-x86_64 (see script/packages.txt)")?;
+        Ok(Process {
+            pid,
+            ended,
+            orders,
+            keep,
+        })
+    }
+
+    fn status(&self) -> Option<ExitStatus> {
+        self.ended.try_recv().ok()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        // Fails where it has ended already, which is as good.
+        let _ = self.orders.send(());
+        match self.ended.recv_timeout(Duration::from_secs(30)) {
+            Ok(_) | Err(mpsc::RecvTimeoutError::Disconnected) => Ok(()),
+            Err(error) => Err(error).context("QEMU does not end"),
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.keep {
+            let _ = self.end();
+        }
+    }
+}
+
+/// Kills the child when told to, and says when it has ended. Only we wait for it, so its pid cannot become another's.
+fn look_after(mut child: Child, ordered: &mpsc::Receiver<()>, ended: &mpsc::Sender<ExitStatus>) {
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => {
+                let _ = ended.send(status);
+                return;
+            }
+            Ok(None) => {}
+            Err(_) => return,
+        }
+        match ordered.recv_timeout(Duration::from_millis(100)) {
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Ok(()) => {
+                let _ = child.kill();
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                // The owner of a kept guest has gone; there is nobody to tell.
+                return;
+            }
+        }
+    }
+}
+
+fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: bool) -> Command {
+    let mut command = if keep {
+        Command::new("qemu-system-x86_64")
+    } else {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+        command
+    };
+    let size = format!("{}M", spec.memory_mib);
+    let at = |name: &str| folder.join(name).display().to_string();
+    let mut machine = spec.machine_type().to_owned();
+    if spec.memory != Memory::Private {
+        machine.push_str(",memory-backend=ram");
+    }
+    command
+        .args([
+            "-name",
+            &format!("vmsight-lab-{spec}"),
+            "-no-user-config",
+            "-nodefaults",
+            "-display",
+            "none",
+        ])
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-machine",
+            &machine,
+            "-cpu",
+            spec.cpu(),
+        ])
+        .args(["-m", &size, "-smp", &spec.vcpus.to_string(), "-no-reboot"]);
+    match spec.memory {
+        Memory::File => {
+            let object = format!(
+                "memory-backend-file,id=ram,size={size},share=on,mem-path={}",
+                at("memory")
+            );
+            command.args(["-object", &object]);
+        }
+        Memory::Memfd => {
+            command.args([
+                "-object",
+                &format!("memory-backend-memfd,id=ram,size={size},share=on"),
+            ]);
+        }
+        Memory::Private => {}
+    }
+    if spec.qmp {
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp"))]);
+    }
+    let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "vmsight.lab"];
+    words.extend(spec.kernel_args.iter().map(String::as_str));
+    command
+        .args(["-serial", &format!("file:{}", at("console.log"))])
+        .args(["-serial", &format!("file:{}", at("truth.log"))])
+        .arg("-kernel")
+        .arg(vmlinuz)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", &words.join(" ")])
+        .args(&spec.qemu_args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(folder.join("qemu.log")).map_or_else(|_| Stdio::null(), Stdio::from))
+        // A Ctrl-C is for us; we then end it in order.
+        .process_group(0);
+    command
+}
+
+/// Waits for the truth and the word that the guest is quiet.
+fn wait(process: &mut Process, folder: &Path) -> Result<Truth> {
+    let timeout = match std::env::var("VMSIGHT_LAB_TIMEOUT") {
+        Ok(seconds) => Duration::from_secs(
+            seconds
+                .parse()
+                .context("VMSIGHT_LAB_TIMEOUT is no number of seconds")?,
+        ),
+        Err(_) => TIMEOUT,
+    };
+    let deadline = Instant::now() + timeout;
+    let (ready, failed) = (format!("\n{}", frame::READY), frame::FAILED.as_bytes());
+    let mut received = Vec::new();
+    let mut file = None;
+    loop {
+        if let Some(status) = process.status() {
+            let errors = fs::read_to_string(folder.join("qemu.log")).unwrap_or_default();
+            bail!("QEMU ended ({}): {}", describe(status), errors.trim());
+        }
+        if file.is_none() {
+            file = File::open(folder.join("truth.log")).ok();
+        }
+        let before = received.len();
+        if let Some(file) = &mut file {
+            file.read_to_end(&mut received)
+                .context("read the guest's truth")?;
+        }
+        if received.len() > before {
+            // A marker may straddle two reads.
+            let fresh = &received[before.saturating_sub(256)..];
+            if let Some(at) = find(fresh, failed) {
+                let line = fresh[at + failed.len()..]
+                    .split(|b| *b == b'\n')
+                    .next()
+                    .unwrap_or_default();
+                bail!(
+                    "the workload could not be set up: {}",
+                    String::from_utf8_lossy(line)
+                );
+            }
+            if find(fresh, ready.as_bytes()).is_some() {
+                let json =
+                    frame::unpack(&received).map_err(|e| anyhow::anyhow!("the truth came broken: {e:?}"))?;
+                return serde_json::from_slice(json).context("read the truth");
+            }
+        }
+        let console = console(folder);
+        if console.contains("Kernel panic") || console.contains(frame::FAILED) {
+            bail!("the guest failed");
+        }
+        if Instant::now() > deadline {
+            bail!("not ready after {} s", timeout.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    status
+        .signal()
+        .map_or_else(|| status.to_string(), |signal| format!("signal {signal}"))
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|w| w == needle)
+}
+
+fn console(folder: &Path) -> String {
+    let raw = fs::read(folder.join("console.log")).unwrap_or_default();
+    String::from_utf8_lossy(&raw).replace('\r', "")
+}
+
+/// The end of the console log.
+fn tail(folder: &Path) -> String {
+    let text = console(folder);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}

@@ -1,0 +1,128 @@
+//! The guest's first root: busybox, the workload, and the modules of its kernel.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::{self, Lock};
+use crate::cpio::Archive;
+use crate::kernel::Fetched;
+
+/// The modules of every guest and their parameters.
+const MODULES: &[(&str, &str)] = &[
+    ("dummy", "numdummies=2"),
+    ("veth", ""),
+    ("bridge", ""),
+    ("8021q", ""),
+    ("unix_diag", ""),
+    ("vsock_loopback", ""),
+    ("vsock_diag", ""),
+    ("overlay", ""),
+    ("loop", "max_loop=4 max_part=2"),
+    ("lzo_rle", ""),
+    ("zram", "num_devices=2"),
+    // ext4 asks for it by its algorithm's name, which no dependency tells; newer kernels have it built into a library.
+    ("crc32c_generic?", ""),
+    ("ext4", ""),
+];
+
+/// Programs of the host which go along: static ones, by where Debian puts them.
+const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];
+const BASH: &[&str] = &["/bin/bash-static", "/usr/bin/bash-static"];
+
+/// The image for a kernel: from the cache, if nothing that goes into it has changed.
+pub fn build(kernel: &Fetched) -> Result<PathBuf> {
+    let workload = workload()?;
+    let mut archive = Archive::new();
+    for folder in ["dev", "proc", "sys", "tmp", "new"] {
+        archive.folder(folder);
+    }
+    archive.file("init", 0o755, &read(&workload)?);
+    archive.file(
+        "bin/busybox",
+        0o755,
+        &read(installed(BUSYBOX, "busybox-static")?)?,
+    );
+    archive.link("bin/sh", "busybox");
+    archive.file("bin/bash", 0o755, &read(installed(BASH, "bash-static")?)?);
+    let mut order = String::new();
+    for module in kernel.modules(MODULES)? {
+        let path = format!("lib/modules/{}.ko", module.name);
+        archive.file(&path, 0o644, &module.read()?);
+        order.push_str(format!("/{path} {}", module.parameters).trim_end());
+        order.push('\n');
+    }
+    archive.file("lib/modules/order", 0o644, order.as_bytes());
+    let bytes = archive.finish();
+    let folder = cache::folder()?.join("initramfs");
+    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let path = folder.join(format!("{}.cpio", blake3::hash(&bytes).to_hex()));
+    if !path.exists() {
+        // Whole or not at all: others may look for the same file.
+        let mut file = tempfile::NamedTempFile::new_in(&folder)?;
+        std::io::Write::write_all(&mut file, &bytes)?;
+        file.persist(&path)?;
+    }
+    Ok(path)
+}
+
+fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
+    let path = path.as_ref();
+    fs::read(path).with_context(|| format!("read {}", path.display()))
+}
+
+fn installed<'a>(paths: &[&'a str], package: &str) -> Result<&'a str> {
+    let found = paths.iter().find(|path| Path::new(path).exists());
+    found
+        .copied()
+        .with_context(|| format!("{} is missing: install the package {package}", paths[0]))
+}
+
+/// Builds the workload as a static program for the guests' architecture. Cargo sees to it that this costs nothing
+/// where nothing has changed; a target folder of its own keeps its flags apart from everybody else's.
+fn workload() -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let _lock = Lock::wait("workload")?;
+    let folder = cache::workspace().join("target/lab-guest");
+    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args([
+            "build",
+            "--quiet",
+            "--locked",
+            "--release",
+            "--package",
+            "vmsight-workload",
+            "--target",
+            TARGET,
+        ])
+        .args([
+            "--config",
+            "profile.release.lto=false",
+            "--config",
+            "profile.release.opt-level=2",
+        ])
+        .args([
+            "--config",
+            "profile.release.strip=true",
+            "--config",
+            "profile.release.debug=false",
+        ])
+        .arg("--target-dir")
+        .arg(&folder)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("CARGO_BUILD_TARGET")
+        .current_dir(cache::workspace())
+        .stdin(Stdio::null())
+        .output()
+        .context("run cargo to build the workload")?;
+    if !output.status.success() {
+        bail!(
+            "building the workload failed:\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(folder.join(TARGET).join("release/vmsight-workload"))
+}

@@ -1,0 +1,174 @@
+//! The kernel itself: version, memory, modules, mounts, log and symbols.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Text;
+
+/// The kernel and the machine.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct System {
+    /// `/proc/version`, without the line break.
+    pub version: String,
+    /// Kernel release (`uname -r`).
+    pub release: String,
+    /// Machine (`uname -m`).
+    pub machine: String,
+    /// Host name in the initial UTS namespace.
+    pub hostname: String,
+    /// Domain name there.
+    pub domainname: String,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Boot time, seconds since 1970 (`btime`).
+    pub boot_time: u64,
+    /// Uptime when this was taken, seconds.
+    pub uptime: f64,
+    /// Wall clock when this was taken, seconds since 1970.
+    pub now: u64,
+    /// Clock ticks a second in the `*_ticks` fields.
+    pub clock_ticks: u64,
+    /// Page size, bytes.
+    pub page_size: u64,
+    /// Processors online.
+    pub cpus: u32,
+    /// Whether the kernel runs with 5-level page tables.
+    pub five_level_paging: bool,
+    /// `/proc/sys/kernel/tainted`.
+    pub tainted: u64,
+    /// Build id of the kernel: hex from the notes in /sys/kernel/notes.
+    pub build_id: String,
+    /// `/proc/iomem` in order.
+    pub iomem: Vec<MemoryRange>,
+    /// `/proc/meminfo`: name, KiB (or a count).
+    pub meminfo: BTreeMap<String, u64>,
+    /// Active swap devices: path, size in KiB.
+    pub swaps: Vec<(Text, u64)>,
+}
+
+/// One line of `/proc/iomem`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRange {
+    /// First address.
+    pub start: u64,
+    /// Last address.
+    pub end: u64,
+    /// What is there.
+    pub name: String,
+    /// Depth in the tree, from 0.
+    pub depth: u32,
+}
+
+/// One loaded module.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Module {
+    /// Name.
+    pub name: String,
+    /// Size in memory, bytes, as `/proc/modules` counts it.
+    pub size: u64,
+    /// Reference count.
+    pub refs: i64,
+    /// Modules that use it.
+    pub used_by: Vec<String>,
+    /// `Live`, `Loading` or `Unloading`.
+    pub state: String,
+    /// Base address of its code.
+    pub address: u64,
+    /// Taint letters, empty for none.
+    pub taint: String,
+    /// Checksum of its source, empty where it has none.
+    pub srcversion: String,
+    /// Readable parameters and their values.
+    pub parameters: BTreeMap<String, Text>,
+    /// Its sections and their addresses.
+    pub sections: BTreeMap<String, u64>,
+    /// Hex of its GNU build id, empty where it has none.
+    pub build_id: String,
+}
+
+/// The mounts of one mount namespace.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct MountNamespace {
+    /// Its inode number.
+    pub inode: u64,
+    /// The process through whose /proc entry it was read; its root is the namespace's root.
+    pub pid: u32,
+    /// The mounts it sees, in the kernel's order.
+    pub mounts: Vec<Mount>,
+}
+
+/// One mount, from `/proc/PID/mountinfo` with its escapes undone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Mount id.
+    pub id: i64,
+    /// Id of the parent mount.
+    pub parent: i64,
+    /// Device: major, minor.
+    pub dev: (u32, u32),
+    /// The part of the file system that is mounted.
+    pub root: Text,
+    /// Where.
+    pub mount_point: Text,
+    /// Options of the mount.
+    pub options: String,
+    /// Propagation: `shared:N`, `master:N`, …
+    pub propagation: Vec<String>,
+    /// File system type.
+    pub fstype: Text,
+    /// Source.
+    pub source: Text,
+    /// Options of the file system.
+    pub super_options: Text,
+}
+
+/// One record of the kernel log.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KmsgRecord {
+    /// Sequence number.
+    pub seq: u64,
+    /// Time after boot, microseconds.
+    pub time_us: u64,
+    /// Level, 0 (emergency) to 7 (debug).
+    pub level: u8,
+    /// Facility: 0 kernel, 1 user, …
+    pub facility: u32,
+    /// The message as stored.
+    pub text: Text,
+    /// Its `KEY=value` lines.
+    pub dict: Vec<Text>,
+}
+
+/// The kernel's symbol table.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Kallsyms {
+    /// Symbols of the kernel proper.
+    pub count: u64,
+    /// SHA-256 of the kernel proper's lines `address type name\n` (16 hex digits, as printed), sorted by byte.
+    pub sha256: String,
+    /// By module.
+    pub modules: BTreeMap<String, ModuleSymbols>,
+    /// Some hundred entries of the kernel proper, spread evenly, and the well-known ones.
+    pub samples: Vec<Symbol>,
+}
+
+/// The symbols of one module.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleSymbols {
+    /// How many.
+    pub count: u64,
+    /// SHA-256 as above, of lines `address type name\n`.
+    pub sha256: String,
+}
+
+/// One symbol.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Symbol {
+    /// Address.
+    pub address: u64,
+    /// Type letter.
+    pub kind: char,
+    /// Name.
+    pub name: String,
+}
