@@ -226,7 +226,7 @@ impl Types {
     }
 
     /// Every struct and union of this name, then those which typedefs of this name stand for.
-    pub(crate) fn structs<'a>(&'a self, name: &'a str) -> impl Iterator<Item = TypeId> + 'a {
+    pub fn structs<'a>(&'a self, name: &'a str) -> impl Iterator<Item = TypeId> + 'a {
         let direct = self
             .all(name)
             .filter(|&id| self.get(id).is_some_and(|t| t.kind().is_composite()));
