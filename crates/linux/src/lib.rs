@@ -1,1 +1,24 @@
 //! The Linux view of a guest: processes, modules, sockets, files.
+
+mod attach;
+pub mod clock;
+mod error;
+mod info;
+mod kernel;
+pub(crate) mod layout;
+pub mod listing;
+pub mod maps;
+mod module_types;
+mod percpu;
+pub(crate) mod structures;
+pub mod task;
+pub mod text;
+
+pub use attach::{AttachError, AttachOptions};
+pub use error::LinuxError;
+pub use info::Info;
+pub use kernel::Kernel;
+pub use listing::{Listing, Problem};
+pub use maps::Mapping;
+pub use percpu::PerCpu;
+pub use task::{Cgroup, Process, ProcessFields, Thread, TreeNode, process_tree};

@@ -1,0 +1,360 @@
+//! A process's mappings: `vm_area_struct`s, as /proc/PID/maps shows them.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use vmsight_arch::Gva;
+use vmsight_memory::ReadError;
+
+use crate::layout::{Buffer, Extent, Field, Place, Spans, layout};
+use crate::listing::{Listing, Problem, address};
+use crate::structures::{maple, rbtree};
+use crate::task::layouts::{MmLayout, TaskLayout};
+use crate::{Kernel, LinuxError};
+
+layout! {
+    /// `struct vm_area_struct`.
+    struct VmaLayout = "vm_area_struct" {
+        start: Field<u64> = "vm_start",
+        end: Field<u64> = "vm_end",
+        flags: Field<u64> = "vm_flags",
+        pgoff: Field<u64> = "vm_pgoff",
+        file: Field<Gva> = "vm_file",
+        ops: Field<Gva> = "vm_ops",
+        private: Field<Gva> = "vm_private_data",
+        mm: Field<Gva> = "vm_mm",
+        // Up to 6.0.
+        rb: Option<Place> = "vm_rb",
+        // Since 5.17, with CONFIG_ANON_VMA_NAME.
+        anon_name: Option<Field<Gva>> = "anon_name",
+    }
+}
+
+layout! {
+    /// `struct anon_vma_name`: a name given with prctl(PR_SET_VMA).
+    struct AnonNameLayout = "anon_vma_name" {
+        name: Place = "name",
+    }
+}
+
+layout! {
+    /// `struct vm_special_mapping`: vdso and the like.
+    struct SpecialMappingLayout = "vm_special_mapping" {
+        name: Field<Gva> = "name",
+    }
+}
+
+layout! {
+    /// `struct file`, as far as a mapping needs it.
+    struct MappedFileLayout = "file" {
+        inode: Field<Gva> = "f_inode",
+        path: Place = "f_path",
+    }
+}
+
+layout! {
+    /// `struct inode`, as far as a mapping needs it.
+    struct MappedInodeLayout = "inode" {
+        number: Field<u64> = "i_ino",
+        super_block: Field<Gva> = "i_sb",
+    }
+}
+
+layout! {
+    /// `struct super_block`, as far as a mapping needs it.
+    struct MappedSuperLayout = "super_block" {
+        device: Field<u32> = "s_dev",
+    }
+}
+
+/// More than any process has: `vm.max_map_count` is 65,530 by default, some 1 Mi where it was raised.
+const MAX_MAPPINGS: usize = 4 << 20;
+
+const VM_READ: u64 = 1;
+const VM_WRITE: u64 = 2;
+const VM_EXEC: u64 = 4;
+const VM_MAYSHARE: u64 = 0x80;
+
+/// One mapping.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mapping {
+    /// The process.
+    pub pid: i32,
+    /// First address.
+    #[serde(serialize_with = "address::gva")]
+    pub start: Gva,
+    /// Address behind the last.
+    #[serde(serialize_with = "address::gva")]
+    pub end: Gva,
+    /// Size in KiB.
+    pub size_kb: u64,
+    /// `rwxp`, or `s` last where it is shared.
+    pub perms: String,
+    /// Offset in the file in bytes; 0 without a file.
+    pub offset: u64,
+    /// `major:minor` of the file's device in hex; `00:00` without a file.
+    pub device: String,
+    /// Inode number of the file; 0 without a file.
+    pub inode: u64,
+    /// The file's path, or what /proc shows in brackets: `[heap]`, `[stack]`, `[vdso]`, `[anon:name]`.
+    pub path: Option<String>,
+    /// Whether the file was deleted.
+    pub deleted: bool,
+    /// All of `vm_flags`.
+    #[serde(serialize_with = "address::hex_opt")]
+    pub flags: Option<u64>,
+    /// Address of the `vm_area_struct`.
+    #[serde(serialize_with = "address::gva")]
+    pub vma: Gva,
+    /// What could not be read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Problem>,
+}
+
+impl Kernel {
+    /// The mappings of the process `pid`, by rising address.
+    pub fn maps(&self, pid: i32) -> Result<Listing<Mapping>, LinuxError> {
+        let task: Arc<TaskLayout> = self.layout()?;
+        let address = self.task(pid)?;
+        let mm = task
+            .mm
+            .read(self.space(), address)
+            .map_err(LinuxError::read("task_struct.mm", address))?;
+        if mm.is_null() {
+            return Ok(Listing::default());
+        }
+        MapReader::new(self)?.mappings(pid, mm)
+    }
+}
+
+/// What the mappings of any process are read with.
+pub(crate) struct MapReader {
+    kernel: Kernel,
+    vma: Arc<VmaLayout>,
+    spans: Spans,
+    mm: Arc<MmLayout>,
+    anon_name: Option<Arc<AnonNameLayout>>,
+    special: Option<Arc<SpecialMappingLayout>>,
+    special_ops: Vec<Gva>,
+    file: Arc<MappedFileLayout>,
+    inode: Arc<MappedInodeLayout>,
+    super_block: Arc<MappedSuperLayout>,
+}
+
+/// The bounds that tell heap and stack.
+struct Bounds {
+    start_brk: u64,
+    brk: u64,
+    start_stack: u64,
+}
+
+impl MapReader {
+    pub(crate) fn new(kernel: &Kernel) -> Result<Self, LinuxError> {
+        let vma: Arc<VmaLayout> = kernel.layout()?;
+        let mut extents: Vec<Extent> = [&vma.start, &vma.end, &vma.flags, &vma.pgoff]
+            .map(|f| f.extent())
+            .to_vec();
+        extents.extend([&vma.file, &vma.ops, &vma.private, &vma.mm].map(|f| f.extent()));
+        extents.extend(vma.anon_name.map(|f| f.extent()));
+        let spans = Spans::covering("vm_area_struct", kernel.release(), extents)?;
+        Ok(Self {
+            spans,
+            vma,
+            mm: kernel.layout()?,
+            anon_name: kernel.layout().ok(),
+            special: kernel.layout().ok(),
+            special_ops: ["special_mapping_vmops", "legacy_special_mapping_vmops"]
+                .iter()
+                .filter_map(|name| kernel.symbol(name).ok())
+                .collect(),
+            file: kernel.layout()?,
+            inode: kernel.layout()?,
+            super_block: kernel.layout()?,
+            kernel: kernel.clone(),
+        })
+    }
+
+    /// The addresses of the `vm_area_struct`s of the `mm_struct` at `mm`, and what kept the walk from its end.
+    fn areas(&self, mm: Gva) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
+        let what = "tree of mappings";
+        if let Some(tree) = &self.mm.mm_mt {
+            let walk = maple::walk(&self.kernel, tree.at(mm), MAX_MAPPINGS)?;
+            return Ok((
+                walk.items.iter().map(|entry| entry.value).collect(),
+                walk.end.warning(what),
+            ));
+        }
+        let (Some(tree), Some(node)) = (&self.mm.mm_rb, &self.vma.rb) else {
+            return Err(LinuxError::NoMember {
+                structure: "mm_struct".to_owned(),
+                member: "mm_mt or mm_rb".to_owned(),
+                release: self.kernel.release().to_owned(),
+            });
+        };
+        let walk = rbtree::walk(self.kernel.space(), tree.at(mm), MAX_MAPPINGS);
+        Ok((
+            walk.items.iter().map(|&at| node.container(at)).collect(),
+            walk.end.warning(what),
+        ))
+    }
+
+    /// The mappings of the `mm_struct` at `mm`.
+    pub(crate) fn mappings(&self, pid: i32, mm: Gva) -> Result<Listing<Mapping>, LinuxError> {
+        let space = self.kernel.space();
+        let bounds = |error: ReadError| LinuxError::Read {
+            what: "mm_struct".to_owned(),
+            at: mm,
+            source: error,
+        };
+        let bounds = Bounds {
+            start_brk: self.mm.start_brk.read(space, mm).map_err(bounds)?,
+            brk: self.mm.brk.read(space, mm).map_err(bounds)?,
+            start_stack: self.mm.start_stack.read(space, mm).map_err(bounds)?,
+        };
+        let (areas, warning) = self.areas(mm)?;
+        let mut out = Listing {
+            rows: Vec::with_capacity(areas.len()),
+            warnings: warning.into_iter().collect(),
+        };
+        let mut buffer = self.spans.buffer();
+        for area in areas {
+            out.rows.push(self.row(pid, area, &bounds, &mut buffer));
+        }
+        if out
+            .rows
+            .windows(2)
+            .any(|pair| matches!(pair, [a, b] if a.end > b.start))
+        {
+            out.warn("mappings overlap: the tree was changed while read, or tampered with");
+        }
+        out.rows.extend(self.vsyscall(pid, mm, &mut buffer));
+        Ok(out)
+    }
+
+    fn row(&self, pid: i32, area: Gva, bounds: &Bounds, buffer: &mut Buffer) -> Mapping {
+        let mut row = Mapping {
+            pid,
+            start: Gva(0),
+            end: Gva(0),
+            size_kb: 0,
+            perms: "????".to_owned(),
+            offset: 0,
+            device: "00:00".to_owned(),
+            inode: 0,
+            path: None,
+            deleted: false,
+            flags: None,
+            vma: area,
+            problems: Vec::new(),
+        };
+        if let Err(error) = self.spans.read(self.kernel.space(), area, buffer) {
+            row.problems.push(Problem::read("vma", &error));
+            return row;
+        }
+        let (layout, vma) = (&self.vma, &*buffer);
+        let (start, end, flags) = (layout.start.of(vma), layout.end.of(vma), layout.flags.of(vma));
+        row.start = Gva(start);
+        row.end = Gva(end);
+        row.size_kb = end.saturating_sub(start) / 1024;
+        row.flags = Some(flags);
+        row.perms = permissions(flags);
+        if start >= end {
+            row.problems.push(Problem::new("end", "not above the start"));
+        }
+        let file = layout.file.of(vma);
+        if !file.is_null() {
+            row.offset = layout.pgoff.of(vma).wrapping_mul(4096);
+            self.file(&mut row, file);
+        } else {
+            match self.name(vma, start, end, bounds) {
+                Ok(name) => row.path = name,
+                Err(error) => row.problems.push(Problem::read("path", &error)),
+            }
+        }
+        row
+    }
+
+    fn file(&self, row: &mut Mapping, file: Gva) {
+        let space = self.kernel.space();
+        let inode = self.file.inode.read(space, file).and_then(|inode| {
+            row.inode = self.inode.number.read(space, inode)?;
+            let device = self
+                .super_block
+                .device
+                .read(space, self.inode.super_block.read(space, inode)?)?;
+            // dev_t inside the kernel: 12 bits of major, 20 of minor (include/linux/kdev_t.h).
+            row.device = format!("{:02x}:{:02x}", device >> 20, device & 0xf_ffff);
+            Ok(())
+        });
+        if let Err(error) = inode {
+            row.problems.push(Problem::read("inode", &error));
+        }
+    }
+
+    /// What /proc shows in brackets for a mapping without a file (`get_vma_name` in fs/proc/task_mmu.c).
+    fn name(&self, vma: &Buffer, start: u64, end: u64, bounds: &Bounds) -> Result<Option<String>, ReadError> {
+        let (layout, space) = (&self.vma, self.kernel.space());
+        let ops = layout.ops.of(vma);
+        if let (true, Some(special)) = (self.special_ops.contains(&ops), &self.special) {
+            let name = special.name.read(space, layout.private.of(vma))?;
+            return self.kernel.text(name, 64).map(Some);
+        }
+        if layout.mm.of(vma).is_null() {
+            return Ok(Some("[vdso]".to_owned()));
+        }
+        if start < bounds.brk && end > bounds.start_brk {
+            return Ok(Some("[heap]".to_owned()));
+        }
+        if start <= bounds.start_stack && end >= bounds.start_stack {
+            return Ok(Some("[stack]".to_owned()));
+        }
+        if let (Some(member), Some(named)) = (layout.anon_name, &self.anon_name) {
+            let at = member.of(vma);
+            if !at.is_null() {
+                // ANON_VMA_NAME_MAX_LEN is 80.
+                return self
+                    .kernel
+                    .text(named.name.at(at), 80)
+                    .map(|name| Some(format!("[anon:{name}]")));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The page at the top of the address space that every x86-64 process sees and no tree holds: `gate_vma`.
+    fn vsyscall(&self, pid: i32, mm: Gva, buffer: &mut Buffer) -> Option<Mapping> {
+        // arch/x86/entry/vsyscall/vsyscall_64.c: get_gate_vma, enum { EMULATE, XONLY, NONE }.
+        const NONE: u32 = 2;
+        // MM_CONTEXT_HAS_VSYSCALL (arch/x86/include/asm/mmu.h), since 5.8: a process of 32 bits has none.
+        const HAS_VSYSCALL: u64 = 1 << 1;
+        let space = self.kernel.space();
+        let gate = self.kernel.symbol("gate_vma").ok()?;
+        let mode = self.kernel.symbol("vsyscall_mode").ok()?;
+        if space.read_u32(mode).ok()? == NONE {
+            return None;
+        }
+        if self.mm.context_flags?.read(space, mm).ok()? & HAS_VSYSCALL == 0 {
+            return None;
+        }
+        let bounds = Bounds {
+            start_brk: u64::MAX,
+            brk: 0,
+            start_stack: 0,
+        };
+        let mut row = self.row(pid, gate, &bounds, buffer);
+        row.path = Some("[vsyscall]".to_owned());
+        Some(row)
+    }
+}
+
+fn permissions(flags: u64) -> String {
+    let letter = |bit: u64, yes: char, no: char| if flags & bit != 0 { yes } else { no };
+    [
+        letter(VM_READ, 'r', '-'),
+        letter(VM_WRITE, 'w', '-'),
+        letter(VM_EXEC, 'x', '-'),
+        letter(VM_MAYSHARE, 's', 'p'),
+    ]
+    .iter()
+    .collect()
+}

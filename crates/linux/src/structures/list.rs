@@ -1,0 +1,135 @@
+//! `struct list_head`: circular, doubly linked (include/linux/list.h).
+
+use vmsight_arch::Gva;
+use vmsight_memory::{AddressSpace, ReadError};
+
+use super::{End, Walk};
+
+/// The walk of one list.
+#[derive(Clone, Debug)]
+pub(crate) struct ListWalk {
+    /// Addresses of the `list_head`s in the elements, the head's own left out, and how the walk ended.
+    pub(crate) walk: Walk,
+    /// How many elements' `prev` did not name the element that led to them. In a list at rest there are none: either the list was
+    /// changed while it was read, or its links were tampered with.
+    pub(crate) uneven: usize,
+}
+
+/// Follows `next` from `head` until it comes back to `head`. At most `limit` elements.
+///
+/// A cycle that leaves the head out needs an element with two predecessors, and `prev` can name only one of them. So elements are
+/// remembered only from the first disagreement on: an honest list pays nothing for the detection.
+pub(crate) fn walk(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
+    walk_links(head, limit, |at| links(space, at))
+}
+
+/// `next` and `prev` of the `list_head` at `at`.
+fn links(space: &AddressSpace, at: Gva) -> Result<(Gva, Gva), ReadError> {
+    let mut bytes = [0u8; 16];
+    space.read(at, &mut bytes)?;
+    let both = u128::from_le_bytes(bytes);
+    Ok((Gva(both as u64), Gva((both >> 64) as u64)))
+}
+
+fn walk_links(
+    head: Gva,
+    limit: usize,
+    mut links: impl FnMut(Gva) -> Result<(Gva, Gva), ReadError>,
+) -> ListWalk {
+    let mut out = ListWalk {
+        walk: Walk::new(),
+        uneven: 0,
+    };
+    let mut seen: Option<rustc_hash::FxHashSet<u64>> = None;
+    let mut from = head;
+    let mut at = match links(head) {
+        Ok((next, _)) => next,
+        Err(error) => {
+            out.walk.end = End::Unreadable { at: head, error };
+            return out;
+        }
+    };
+    while at != head {
+        if out.walk.items.len() >= limit {
+            out.walk.end = End::Bound { limit };
+            break;
+        }
+        if at.is_null() {
+            out.walk.end = End::Broken {
+                at: from,
+                reason: "its next pointer is null",
+            };
+            break;
+        }
+        let (next, prev) = match links(at) {
+            Ok(both) => both,
+            Err(error) => {
+                out.walk.end = End::Unreadable { at, error };
+                break;
+            }
+        };
+        if prev != from {
+            out.uneven += 1;
+            seen.get_or_insert_with(|| out.walk.items.iter().map(|g: &Gva| g.0).collect());
+        }
+        if let Some(seen) = &mut seen
+            && !seen.insert(at.0)
+        {
+            out.walk.end = End::Cycle { at };
+            break;
+        }
+        out.walk.items.push(at);
+        from = at;
+        at = next;
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    fn run(list: &[(u64, u64, u64)], limit: usize) -> ListWalk {
+        let map: HashMap<u64, (u64, u64)> = list.iter().map(|&(at, next, prev)| (at, (next, prev))).collect();
+        walk_links(Gva(1), limit, |at| {
+            let (next, prev) = map.get(&at.0).copied().unwrap_or((0, 0));
+            Ok((Gva(next), Gva(prev)))
+        })
+    }
+
+    #[test]
+    fn an_honest_list_is_complete() {
+        let out = run(&[(1, 10, 30), (10, 20, 1), (20, 30, 10), (30, 1, 20)], 100);
+        assert_eq!(out.walk.items, [Gva(10), Gva(20), Gva(30)]);
+        assert!(out.walk.end.is_complete());
+        assert_eq!(out.uneven, 0);
+        assert!(run(&[(1, 1, 1)], 100).walk.items.is_empty());
+    }
+
+    #[test]
+    fn a_cycle_past_the_head_is_found_and_no_element_comes_twice() {
+        // 30 leads back to 20, whose prev still says 10.
+        let out = run(&[(1, 10, 30), (10, 20, 1), (20, 30, 10), (30, 20, 20)], 1000);
+        assert_eq!(out.walk.items, [Gva(10), Gva(20), Gva(30)]);
+        assert!(matches!(out.walk.end, End::Cycle { at: Gva(20) }));
+        // An element that points at itself, whichever way its prev was set.
+        let out = run(&[(1, 10, 10), (10, 10, 10)], 1000);
+        assert_eq!(out.walk.items, [Gva(10)]);
+        assert!(matches!(out.walk.end, End::Cycle { at: Gva(10) }));
+        let out = run(&[(1, 10, 10), (10, 10, 1)], 1000);
+        assert_eq!(out.walk.items, [Gva(10)]);
+        assert!(matches!(out.walk.end, End::Cycle { at: Gva(10) }));
+    }
+
+    #[test]
+    fn an_endless_list_is_cut_and_a_null_link_is_named() {
+        let endless = walk_links(Gva(1), 50, |at| Ok((at.wrapping_add(1), at.wrapping_sub(1))));
+        assert_eq!(endless.walk.items.len(), 50);
+        assert!(matches!(endless.walk.end, End::Bound { limit: 50 }));
+        let out = run(&[(1, 10, 30), (10, 0, 1)], 100);
+        assert_eq!(out.walk.items, [Gva(10)]);
+        assert!(matches!(out.walk.end, End::Broken { at: Gva(10), .. }));
+    }
+}

@@ -1,0 +1,65 @@
+//! `struct rb_root` and `rb_root_cached` (include/linux/rbtree_types.h): red-black trees, walked in order.
+
+use vmsight_arch::Gva;
+use vmsight_memory::AddressSpace;
+
+use super::{End, Seen, Walk};
+
+/// A red-black tree of n nodes is at most 2·log2(n+1) deep: 128 is deeper than any that fits a 64-bit machine.
+const MAX_DEPTH: usize = 128;
+
+// struct rb_node { unsigned long __rb_parent_color; struct rb_node *rb_right; struct rb_node *rb_left; }: the layout has not changed
+// since 2012 and macros of the kernel's own assembly-free code rely on its order, so the offsets are taken as given.
+const RIGHT: u64 = 8;
+
+/// The `rb_node`s of the tree whose `rb_root` (one pointer) lies at `root`, leftmost first. At most `limit` nodes.
+pub(crate) fn walk(space: &AddressSpace, root: Gva, limit: usize) -> Walk {
+    match space.read_u64(root) {
+        Ok(top) => walk_from(space, Gva(top), limit),
+        Err(error) => Walk {
+            items: Vec::new(),
+            end: End::Unreadable { at: root, error },
+        },
+    }
+}
+
+/// Like [`walk`], from the topmost node itself; null is the empty tree.
+pub(crate) fn walk_from(space: &AddressSpace, top: Gva, limit: usize) -> Walk {
+    let mut out = Walk::new();
+    let mut seen = Seen::default();
+    // Nodes whose left half is being walked, with their right child: in order, each is emitted when its left half is done.
+    let mut pending: Vec<(Gva, Gva)> = Vec::new();
+    let mut at = top;
+    loop {
+        while !at.is_null() {
+            if pending.len() >= MAX_DEPTH {
+                out.end = End::Broken {
+                    at,
+                    reason: "deeper than a red-black tree can be",
+                };
+                return out;
+            }
+            if !seen.insert(at) {
+                out.end = End::Cycle { at };
+                return out;
+            }
+            let mut bytes = [0u8; 16];
+            if let Err(error) = space.read(at.wrapping_add(RIGHT), &mut bytes) {
+                out.end = End::Unreadable { at, error };
+                return out;
+            }
+            let both = u128::from_le_bytes(bytes);
+            pending.push((at, Gva(both as u64)));
+            at = Gva((both >> 64) as u64);
+        }
+        let Some((node, right)) = pending.pop() else {
+            return out;
+        };
+        if out.items.len() >= limit {
+            out.end = End::Bound { limit };
+            return out;
+        }
+        out.items.push(node);
+        at = right;
+    }
+}

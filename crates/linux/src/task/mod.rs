@@ -1,0 +1,23 @@
+//! Processes and threads.
+
+mod cgroup;
+mod container;
+mod cred;
+mod ids;
+pub(crate) mod layouts;
+mod namespaces;
+mod process;
+pub(crate) mod read;
+mod sizes;
+mod state;
+mod threads;
+mod times;
+mod tree;
+mod tty;
+pub(crate) mod user;
+pub(crate) mod walk;
+
+pub use cgroup::Cgroup;
+pub use process::{Process, ProcessFields};
+pub use threads::Thread;
+pub use tree::{TreeNode, process_tree};

@@ -1,0 +1,610 @@
+//! Makes process rows: reads only what is asked for, each structure in as few reads as there are stretches of interest.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use rustc_hash::FxHashMap;
+use vmsight_arch::Gva;
+
+use super::cgroup::{CgroupReader, Membership};
+use super::cred::CredReader;
+use super::ids::PidReader;
+use super::layouts::{MmLayout, SignalLayout, TaskLayout};
+use super::namespaces::{NamespaceCache, NamespaceReader};
+use super::process::{Process, ProcessFields};
+use super::sizes::RssReader;
+use super::state;
+use super::tty::TtyReader;
+use super::user::{self, Budget};
+use super::walk;
+use crate::clock::Clock;
+use crate::layout::{Buffer, Extent, Spans};
+use crate::listing::{Listing, Problem};
+use crate::{Kernel, LinuxError};
+
+/// Nanoseconds of a tick of USER_HZ, which is 100 on every architecture covered.
+pub(crate) const TICK: u64 = 10_000_000;
+
+/// Rows that one thread makes in a row: enough to pay for its buffers.
+const CHUNK: usize = 64;
+
+impl Kernel {
+    /// All processes, in the kernel's own order (that of creation).
+    ///
+    /// # Errors
+    /// If the kernel lacks a symbol or member that the listing cannot do without. An unreadable process costs its own row.
+    pub fn processes(&self, fields: ProcessFields) -> Result<Listing<Process>, LinuxError> {
+        let reader = ProcessReader::new(self, fields)?;
+        let (rows, mut warnings) = walk::stable(self, |tasks| reader.rows(tasks))?;
+        warnings.extend(reader.warnings.iter().cloned());
+        Ok(Listing { rows, warnings })
+    }
+
+    /// One process by its pid in the root namespace.
+    pub fn process(&self, pid: i32, fields: ProcessFields) -> Result<Process, LinuxError> {
+        let task = self.task(pid)?;
+        let reader = ProcessReader::new(self, fields)?;
+        Ok(reader.row(task, &mut reader.scratch()))
+    }
+
+    /// The address of the `task_struct` of the process `pid`.
+    pub fn task(&self, pid: i32) -> Result<Gva, LinuxError> {
+        let layout: Arc<TaskLayout> = self.layout()?;
+        let list = walk::task_list(self)?;
+        let found = list
+            .tasks
+            .iter()
+            .find(|&&task| layout.pid.read(self.space(), task).is_ok_and(|p| p == pid));
+        found.copied().ok_or_else(|| {
+            let mut message = format!("the guest has no process {pid}");
+            for warning in list.warnings() {
+                message.push_str("; ");
+                message.push_str(&warning);
+            }
+            LinuxError::NotFound(message)
+        })
+    }
+}
+
+/// What a listing of processes needs to know before it reads the first.
+#[derive(Debug)]
+pub(crate) struct ProcessReader {
+    kernel: Kernel,
+    fields: ProcessFields,
+    task: Arc<TaskLayout>,
+    task_spans: Spans,
+    signal: Option<SignalReader>,
+    cred: Option<CredReader>,
+    mm: Option<MmReader>,
+    rss: Option<RssReader>,
+    pids: Option<PidReader>,
+    namespaces: Option<NamespaceReader>,
+    cgroups: Option<CgroupReader>,
+    clock: Option<Clock>,
+    budget: Budget,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug)]
+struct SignalReader {
+    layout: Arc<SignalLayout>,
+    spans: Spans,
+    sid: usize,
+    pgrp: usize,
+    tty: TtyReader,
+}
+
+#[derive(Debug)]
+struct MmReader {
+    layout: Arc<MmLayout>,
+    spans: Spans,
+}
+
+/// Buffers and memories of one thread.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    task: Buffer,
+    signal: Buffer,
+    cred: Buffer,
+    mm: Buffer,
+    ttys: FxHashMap<u64, String>,
+    namespaces: NamespaceCache,
+    memberships: FxHashMap<u64, Arc<Membership>>,
+    // Session and group leaders' `struct pid`s: shared by whole families.
+    pid_numbers: FxHashMap<u64, i32>,
+}
+
+impl ProcessReader {
+    pub(crate) fn new(kernel: &Kernel, fields: ProcessFields) -> Result<Self, LinuxError> {
+        let has = |wanted: ProcessFields| fields.intersects(wanted);
+        let task: Arc<TaskLayout> = kernel.layout()?;
+        let task_spans = Spans::covering("task_struct", kernel.release(), task_extents(&task, fields))?;
+        let needs_signal = has(ProcessFields::SIGNAL | ProcessFields::TIMES);
+        let needs_mm =
+            has(ProcessFields::MEMORY | ProcessFields::CMDLINE | ProcessFields::ENVIRON | ProcessFields::EXE);
+        let mm = if needs_mm {
+            Some(MmReader::new(kernel, fields)?)
+        } else {
+            None
+        };
+        let rss = match &mm {
+            Some(mm) if has(ProcessFields::MEMORY) => Some(RssReader::new(kernel, &mm.layout)?),
+            _ => None,
+        };
+        let mut warnings = Vec::new();
+        let clock = if has(ProcessFields::START) {
+            Clock::read(kernel)
+                .map_err(|error| warnings.push(format!("no wall-clock start times: {error}")))
+                .ok()
+        } else {
+            None
+        };
+        Ok(Self {
+            kernel: kernel.clone(),
+            fields,
+            task,
+            task_spans,
+            signal: if needs_signal {
+                Some(SignalReader::new(kernel)?)
+            } else {
+                None
+            },
+            cred: if has(ProcessFields::CREDENTIALS) {
+                Some(CredReader::new(kernel)?)
+            } else {
+                None
+            },
+            mm,
+            rss,
+            pids: if has(ProcessFields::SIGNAL | ProcessFields::NAMESPACES) {
+                Some(PidReader::new(kernel)?)
+            } else {
+                None
+            },
+            namespaces: if has(ProcessFields::NAMESPACES | ProcessFields::CREDENTIALS) {
+                Some(NamespaceReader::new(kernel)?)
+            } else {
+                None
+            },
+            cgroups: if has(ProcessFields::CGROUP) {
+                let made = CgroupReader::new(kernel);
+                made.map_err(|error| warnings.push(format!("no control groups: {error}")))
+                    .ok()
+            } else {
+                None
+            },
+            clock,
+            budget: Budget::default(),
+            warnings,
+        })
+    }
+
+    pub(crate) fn scratch(&self) -> Scratch {
+        Scratch {
+            task: self.task_spans.buffer(),
+            signal: self.signal.as_ref().map(|s| s.spans.buffer()).unwrap_or_default(),
+            cred: self.cred.as_ref().map(CredReader::buffer).unwrap_or_default(),
+            mm: self.mm.as_ref().map(|m| m.spans.buffer()).unwrap_or_default(),
+            ttys: FxHashMap::default(),
+            namespaces: NamespaceCache::default(),
+            memberships: FxHashMap::default(),
+            pid_numbers: FxHashMap::default(),
+        }
+    }
+
+    /// The rows of `tasks`, in their order.
+    pub(crate) fn rows(&self, tasks: &[Gva]) -> Vec<Process> {
+        if tasks.len() <= 2 * CHUNK {
+            let mut scratch = self.scratch();
+            return tasks.iter().map(|&task| self.row(task, &mut scratch)).collect();
+        }
+        tasks
+            .par_iter()
+            .with_min_len(CHUNK)
+            .map_init(|| self.scratch(), |scratch, &task| self.row(task, scratch))
+            .collect()
+    }
+
+    /// The row of one task.
+    pub(crate) fn row(&self, address: Gva, scratch: &mut Scratch) -> Process {
+        let mut row = Process::empty(address);
+        let space = self.kernel.space();
+        if let Err(error) = self.task_spans.read(space, address, &mut scratch.task) {
+            row.problem(Problem::read("task", &error));
+            return row;
+        }
+        let (layout, task) = (&self.task, &scratch.task);
+        row.pid = layout.pid.of(task);
+        row.tgid = layout.tgid.of(task);
+        row.name = crate::text::guest_array_text(layout.comm.of(task));
+        let flags = layout.flags.of(task);
+        row.kernel_thread = flags & state::PF_KTHREAD != 0;
+        row.state = state::letter(layout.state.of(task), layout.exit_state.of(task));
+        let mm = layout.mm.of(task);
+        row.mm = (!mm.is_null()).then_some(mm);
+        // ppid is the parent's tgid: a child of a thread is a child of the process.
+        match layout.tgid.read(space, layout.real_parent.of(task)) {
+            Ok(ppid) => row.ppid = Some(ppid),
+            Err(error) => row.problem(Problem::read("ppid", &error)),
+        }
+        self.scheduling(&mut row, scratch);
+        self.start(&mut row, scratch);
+        self.seccomp(&mut row, scratch);
+        self.signal(&mut row, scratch);
+        self.credentials(&mut row, scratch);
+        self.namespaces(&mut row, scratch);
+        self.cgroup(&mut row, scratch);
+        // Kernel threads have no memory of their own (what they borrow for a while is somebody else's).
+        if !mm.is_null() && !row.kernel_thread {
+            self.memory(&mut row, mm, scratch);
+        }
+        row
+    }
+
+    fn has(&self, fields: ProcessFields) -> bool {
+        self.fields.intersects(fields)
+    }
+
+    fn scheduling(&self, row: &mut Process, scratch: &Scratch) {
+        if !self.has(ProcessFields::SCHED) {
+            return;
+        }
+        let (layout, task) = (&self.task, &scratch.task);
+        // DEFAULT_PRIO is 120, MAX_RT_PRIO 100 (include/linux/sched/prio.h).
+        row.nice = Some(layout.static_prio.of(task).wrapping_sub(120));
+        row.priority = Some(layout.prio.of(task).wrapping_sub(100));
+        row.rt_priority = Some(layout.rt_priority.of(task));
+        row.policy = Some(state::policy(layout.policy.of(task)));
+        row.cpu = layout.cpu.map(|cpu| cpu.of(task));
+    }
+
+    fn start(&self, row: &mut Process, scratch: &Scratch) {
+        if !self.has(ProcessFields::START) {
+            return;
+        }
+        let since_boot = self.task.start_boottime.of(&scratch.task);
+        row.start_ticks = Some(since_boot / TICK);
+        row.start_time = self.clock.as_ref().and_then(|clock| clock.wall(since_boot));
+        if row.start_time.is_none() && self.clock.is_some() {
+            row.problem(Problem::new(
+                "start_time",
+                format!("{since_boot} ns since boot is no time"),
+            ));
+        }
+    }
+
+    fn seccomp(&self, row: &mut Process, scratch: &Scratch) {
+        if !self.has(ProcessFields::SECCOMP) {
+            return;
+        }
+        row.seccomp = self.task.seccomp_mode.map(|mode| mode.of(&scratch.task));
+        row.seccomp_filters = self.task.seccomp_filters.map(|count| count.of(&scratch.task));
+        row.no_new_privs = Some(self.task.atomic_flags.of(&scratch.task) & state::PFA_NO_NEW_PRIVS != 0);
+    }
+
+    fn signal(&self, row: &mut Process, scratch: &mut Scratch) {
+        let Some(reader) = &self.signal else { return };
+        let space = self.kernel.space();
+        let address = self.task.signal.of(&scratch.task);
+        if let Err(error) = reader.spans.read(space, address, &mut scratch.signal) {
+            row.problem(Problem::read("threads", &error));
+            return;
+        }
+        let (layout, signal) = (&reader.layout, &scratch.signal);
+        if self.has(ProcessFields::SIGNAL) {
+            row.threads = Some(layout.nr_threads.of(signal));
+            row.oom_score_adj = Some(layout.oom_score_adj.of(signal));
+            let pids = layout.pids.of(signal);
+            let pid_at = |index: usize| {
+                pids.get(index * 8..index * 8 + 8).map_or(Gva(0), |b| {
+                    Gva(u64::from_le_bytes(b.try_into().unwrap_or_default()))
+                })
+            };
+            let mut number = |field, pid: Gva, row: &mut Process| {
+                if pid.is_null() {
+                    return None;
+                }
+                if let Some(&known) = scratch.pid_numbers.get(&pid.0) {
+                    return Some(known);
+                }
+                match self.pids.as_ref()?.root_number(pid) {
+                    Ok(number) => {
+                        scratch.pid_numbers.insert(pid.0, number);
+                        Some(number)
+                    }
+                    Err(error) => {
+                        row.problem(Problem::read(field, &error));
+                        None
+                    }
+                }
+            };
+            row.sid = number("sid", pid_at(reader.sid), row);
+            row.pgrp = number("pgrp", pid_at(reader.pgrp), row);
+            let tty = layout.tty.of(signal);
+            if !tty.is_null() {
+                match reader.tty.name(tty, &mut scratch.ttys) {
+                    Ok(name) => row.tty = Some(name),
+                    Err(error) => row.problem(Problem::read("tty", &error)),
+                }
+            }
+        }
+        if self.has(ProcessFields::TIMES) {
+            match super::times::process_times(&self.kernel, &self.task, layout, signal, address) {
+                Ok(times) => {
+                    row.utime_ticks = Some(times.user / TICK);
+                    row.stime_ticks = Some(times.system / TICK);
+                }
+                Err(reason) => row.problem(Problem::new("utime_ticks", reason)),
+            }
+        }
+    }
+
+    fn credentials(&self, row: &mut Process, scratch: &mut Scratch) {
+        let Some(reader) = &self.cred else { return };
+        let address = self.task.cred.of(&scratch.task);
+        if let Err(error) = reader.read(address, &mut scratch.cred) {
+            row.problem(Problem::read("uid", &error));
+            return;
+        }
+        let (layout, cred) = (&reader.cred, &scratch.cred);
+        row.uid = Some(layout.uid.of(cred));
+        row.euid = Some(layout.euid.of(cred));
+        row.suid = Some(layout.suid.of(cred));
+        row.fsuid = Some(layout.fsuid.of(cred));
+        row.gid = Some(layout.gid.of(cred));
+        row.egid = Some(layout.egid.of(cred));
+        row.sgid = Some(layout.sgid.of(cred));
+        row.fsgid = Some(layout.fsgid.of(cred));
+        row.cap_inheritable = Some(layout.cap_inheritable.of(cred));
+        row.cap_permitted = Some(layout.cap_permitted.of(cred));
+        row.cap_effective = Some(layout.cap_effective.of(cred));
+        row.cap_bounding = Some(layout.cap_bounding.of(cred));
+        row.cap_ambient = Some(layout.cap_ambient.of(cred));
+        match reader.groups(cred) {
+            Ok(groups) => row.groups = Some(groups),
+            Err(error) => row.problem(Problem::read("groups", &error)),
+        }
+        if let Some(namespaces) = &self.namespaces {
+            match namespaces.user(layout.user_ns.of(cred), &mut scratch.namespaces) {
+                Ok(inum) => row.user_ns = Some(inum),
+                Err(error) => row.problem(Problem::read("user_ns", &error)),
+            }
+        }
+    }
+
+    fn namespaces(&self, row: &mut Process, scratch: &mut Scratch) {
+        if !self.has(ProcessFields::NAMESPACES) {
+            return;
+        }
+        if let Some(reader) = &self.pids {
+            let pid = self.task.thread_pid.of(&scratch.task);
+            // A task that is being released has none left.
+            if !pid.is_null() {
+                let numbers = reader
+                    .numbers(pid)
+                    .and_then(|n| Ok((reader.namespace_inum(n.namespace)?, n.numbers)));
+                match numbers {
+                    Ok((inum, numbers)) => {
+                        row.pid_ns = Some(inum);
+                        row.ns_pid = numbers.last().copied();
+                        row.ns_pids = Some(numbers);
+                    }
+                    Err(error) => row.problem(Problem::read("ns_pids", &error)),
+                }
+            }
+        }
+        let nsproxy = self.task.nsproxy.of(&scratch.task);
+        // A zombie has given its namespaces back.
+        if let (Some(reader), false) = (&self.namespaces, nsproxy.is_null()) {
+            match reader.of_nsproxy(nsproxy, &mut scratch.namespaces) {
+                Ok(found) => {
+                    row.uts_ns = found.uts;
+                    row.ipc_ns = found.ipc;
+                    row.mnt_ns = found.mnt;
+                    row.net_ns = found.net;
+                    row.time_ns = found.time;
+                    row.cgroup_ns = found.cgroup;
+                }
+                Err(error) => row.problem(Problem::read("mnt_ns", &error)),
+            }
+        }
+    }
+
+    fn cgroup(&self, row: &mut Process, scratch: &mut Scratch) {
+        let (Some(reader), Some(member)) = (&self.cgroups, self.task.cgroups) else {
+            return;
+        };
+        let set = member.of(&scratch.task);
+        if set.is_null() {
+            return;
+        }
+        let membership = reader.membership(set, &mut scratch.memberships);
+        row.cgroup = membership.unified.clone();
+        row.cgroups = Some(membership.lines.clone());
+        if let Some(container) = &membership.container {
+            row.container = Some(container.id.clone());
+            row.container_runtime = Some(container.runtime.to_owned());
+        }
+        if let Some(reason) = &membership.problem {
+            row.problem(Problem::new("cgroup", reason.clone()));
+        }
+    }
+
+    fn memory(&self, row: &mut Process, address: Gva, scratch: &mut Scratch) {
+        let Some(reader) = &self.mm else { return };
+        let space = self.kernel.space();
+        if let Err(error) = reader.spans.read(space, address, &mut scratch.mm) {
+            row.problem(Problem::read("mm", &error));
+            return;
+        }
+        let (layout, mm) = (&reader.layout, &scratch.mm);
+        if let Some(rss) = &self.rss {
+            let kb = |pages: u64| Some(pages.saturating_mul(4));
+            row.vm_size_kb = kb(layout.total_vm.of(mm));
+            row.vm_data_kb = kb(layout.data_vm.of(mm));
+            row.vm_stack_kb = kb(layout.stack_vm.of(mm));
+            row.vm_exec_kb = kb(layout.exec_vm.of(mm));
+            match rss.pages(layout, mm) {
+                Ok(pages) => {
+                    row.vm_rss_kb = kb(pages.resident);
+                    row.vm_swap_kb = kb(pages.swapped);
+                }
+                Err(error) => row.problem(Problem::read("vm_rss_kb", &error)),
+            }
+        }
+        if self.has(ProcessFields::CMDLINE | ProcessFields::ENVIRON) {
+            self.strings(row, scratch);
+        }
+    }
+
+    fn strings(&self, row: &mut Process, scratch: &Scratch) {
+        let Some(MmReader { layout, .. }) = &self.mm else {
+            return;
+        };
+        let mm = &scratch.mm;
+        let space = match self.kernel.user_space(layout.pgd.of(mm)) {
+            Ok(space) => space,
+            Err(error) => {
+                row.problem(Problem::new(
+                    "cmdline",
+                    format!("page tables of the process: {error}"),
+                ));
+                return;
+            }
+        };
+        if self.has(ProcessFields::CMDLINE) {
+            let read = user::command_line(&space, layout, mm, &self.budget);
+            row.argv = read.split();
+            row.cmdline = row.argv.as_ref().map(|argv| argv.join(" "));
+            row.problems.extend(read.problem);
+        }
+        if self.has(ProcessFields::ENVIRON) {
+            let read = user::strings(
+                &space,
+                layout.env_start.of(mm),
+                layout.env_end.of(mm),
+                "environ",
+                &self.budget,
+            );
+            row.environ = read.split();
+            row.problems.extend(read.problem);
+        }
+    }
+}
+
+impl SignalReader {
+    fn new(kernel: &Kernel) -> Result<Self, LinuxError> {
+        let layout: Arc<SignalLayout> = kernel.layout()?;
+        let extents = [
+            layout.nr_threads.extent(),
+            layout.pids.extent(),
+            layout.tty.extent(),
+            layout.oom_score_adj.extent(),
+            layout.utime.extent(),
+            layout.stime.extent(),
+            layout.runtime.extent(),
+        ];
+        let spans = Spans::covering("signal_struct", kernel.release(), extents)?;
+        // `enum pid_type` has had this order since 4.19.
+        let index = |name, usual| {
+            kernel
+                .enumerator("pid_type", name)
+                .and_then(|v| usize::try_from(v).ok())
+                .filter(|&v| v < 8)
+                .unwrap_or(usual)
+        };
+        Ok(Self {
+            layout,
+            spans,
+            pgrp: index("PIDTYPE_PGID", 2),
+            sid: index("PIDTYPE_SID", 3),
+            tty: TtyReader::new(kernel)?,
+        })
+    }
+}
+
+impl MmReader {
+    fn new(kernel: &Kernel, fields: ProcessFields) -> Result<Self, LinuxError> {
+        let layout: Arc<MmLayout> = kernel.layout()?;
+        let mut extents = vec![layout.pgd.extent()];
+        if fields.intersects(ProcessFields::CMDLINE | ProcessFields::ENVIRON) {
+            extents.extend(
+                [
+                    &layout.arg_start,
+                    &layout.arg_end,
+                    &layout.env_start,
+                    &layout.env_end,
+                ]
+                .map(|f| f.extent()),
+            );
+        }
+        if fields.contains(ProcessFields::MEMORY) {
+            extents.extend(
+                [
+                    &layout.total_vm,
+                    &layout.data_vm,
+                    &layout.stack_vm,
+                    &layout.exec_vm,
+                ]
+                .map(|f| f.extent()),
+            );
+            extents.push(layout.rss_stat.extent());
+        }
+        extents.extend(
+            layout
+                .exe_file
+                .filter(|_| fields.contains(ProcessFields::EXE))
+                .map(|f| f.extent()),
+        );
+        let spans = Spans::covering("mm_struct", kernel.release(), extents)?;
+        Ok(Self { layout, spans })
+    }
+}
+
+/// The members of `task_struct` that the fields asked for come from.
+fn task_extents(task: &TaskLayout, fields: ProcessFields) -> Vec<Extent> {
+    let has = |wanted: ProcessFields| fields.intersects(wanted);
+    let mut out = vec![
+        task.pid.extent(),
+        task.tgid.extent(),
+        task.comm.extent(),
+        task.flags.extent(),
+        task.state.extent(),
+        task.exit_state.extent(),
+        task.real_parent.extent(),
+        task.mm.extent(),
+    ];
+    if has(ProcessFields::SIGNAL | ProcessFields::TIMES) {
+        out.push(task.signal.extent());
+    }
+    if has(ProcessFields::CREDENTIALS) {
+        out.push(task.cred.extent());
+    }
+    if has(ProcessFields::NAMESPACES) {
+        out.extend([task.nsproxy.extent(), task.thread_pid.extent()]);
+    }
+    if has(ProcessFields::START) {
+        out.push(task.start_boottime.extent());
+    }
+    if has(ProcessFields::SCHED) {
+        out.extend([task.prio, task.static_prio].map(|f| f.extent()));
+        out.extend([task.rt_priority, task.policy].map(|f| f.extent()));
+        out.extend(task.cpu.map(|f| f.extent()));
+    }
+    if has(ProcessFields::SECCOMP) {
+        out.push(task.atomic_flags.extent());
+        out.extend(
+            [task.seccomp_mode, task.seccomp_filters]
+                .into_iter()
+                .flatten()
+                .map(|f| f.extent()),
+        );
+    }
+    if has(ProcessFields::CGROUP) {
+        out.extend(task.cgroups.map(|f| f.extent()));
+    }
+    if has(ProcessFields::CWD) {
+        out.push(task.fs.extent());
+    }
+    out
+}

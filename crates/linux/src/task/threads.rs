@@ -1,0 +1,195 @@
+//! Threads: every task of every process.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use vmsight_arch::Gva;
+
+use super::layouts::{SignalLayout, TaskLayout};
+use super::read::TICK;
+use super::state;
+use super::times::{self, MAX_THREADS, Times};
+use super::walk;
+use crate::clock::Clock;
+use crate::layout::{Buffer, Spans};
+use crate::listing::{Listing, Problem, address};
+use crate::structures::list;
+use crate::{Kernel, LinuxError};
+
+/// A thread.
+#[derive(Clone, Debug, Serialize)]
+pub struct Thread {
+    /// Thread id in the root namespace.
+    pub tid: i32,
+    /// The process it belongs to.
+    pub pid: i32,
+    /// `comm` of this very thread.
+    pub name: String,
+    /// The letter that ps shows.
+    pub state: char,
+    /// Whether it is a thread of the kernel's.
+    pub kernel_thread: bool,
+    /// The CPU it runs on or ran on last.
+    pub cpu: Option<u32>,
+    /// Whether it is on that CPU now.
+    pub running: Option<bool>,
+    /// Nice value.
+    pub nice: i32,
+    /// Priority as in /proc/PID/stat.
+    pub priority: i32,
+    /// Scheduling policy.
+    pub policy: &'static str,
+    /// Start, in ticks of 10 ms since boot.
+    pub start_ticks: u64,
+    /// Start by the guest's wall clock.
+    pub start_time: Option<String>,
+    /// Ticks of 10 ms in user mode.
+    pub utime_ticks: u64,
+    /// Ticks in kernel mode.
+    pub stime_ticks: u64,
+    /// Lowest address of its kernel stack.
+    #[serde(serialize_with = "address::gva")]
+    pub stack: Gva,
+    /// Address of its `task_struct`.
+    #[serde(serialize_with = "address::gva")]
+    pub task: Gva,
+    /// What could not be read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Problem>,
+}
+
+struct ThreadReader {
+    kernel: Kernel,
+    task: Arc<TaskLayout>,
+    signal: Arc<SignalLayout>,
+    spans: Spans,
+    clock: Option<Clock>,
+}
+
+impl Kernel {
+    /// The threads of all processes, or of the process `pid`.
+    pub fn threads(&self, pid: Option<i32>) -> Result<Listing<Thread>, LinuxError> {
+        let reader = ThreadReader::new(self)?;
+        let mut warnings = Vec::new();
+        let (rows, more) = match pid {
+            Some(pid) => (
+                reader.process(self.task(pid)?, &mut reader.spans.buffer(), &mut warnings),
+                Vec::new(),
+            ),
+            None => walk::stable(self, |tasks| {
+                let mut buffer = reader.spans.buffer();
+                warnings.clear();
+                tasks
+                    .iter()
+                    .flat_map(|&task| reader.process(task, &mut buffer, &mut warnings))
+                    .collect()
+            })?,
+        };
+        warnings.extend(more);
+        warnings.dedup();
+        Ok(Listing { rows, warnings })
+    }
+}
+
+impl ThreadReader {
+    fn new(kernel: &Kernel) -> Result<Self, LinuxError> {
+        let task: Arc<TaskLayout> = kernel.layout()?;
+        let mut extents = vec![
+            task.pid.extent(),
+            task.tgid.extent(),
+            task.comm.extent(),
+            task.flags.extent(),
+            task.state.extent(),
+            task.exit_state.extent(),
+            task.prio.extent(),
+            task.static_prio.extent(),
+            task.policy.extent(),
+            task.start_boottime.extent(),
+            task.utime.extent(),
+            task.stime.extent(),
+            task.runtime.extent(),
+            task.stack.extent(),
+        ];
+        extents.extend([task.cpu, task.on_cpu].into_iter().flatten().map(|f| f.extent()));
+        Ok(Self {
+            kernel: kernel.clone(),
+            spans: Spans::covering("task_struct", kernel.release(), extents)?,
+            signal: kernel.layout()?,
+            clock: Clock::read(kernel).ok(),
+            task,
+        })
+    }
+
+    /// The threads of the process whose leader is `leader`.
+    fn process(&self, leader: Gva, buffer: &mut Buffer, warnings: &mut Vec<String>) -> Vec<Thread> {
+        let space = self.kernel.space();
+        let threads = self.task.signal.read(space, leader).map(|signal| {
+            let walk = list::walk(space, self.signal.thread_head.at(signal), MAX_THREADS).walk;
+            warnings.extend(walk.end.warning(&format!("thread list of the task at {leader}")));
+            walk.items
+                .iter()
+                .map(|&at| self.task.thread_node.container(at))
+                .collect::<Vec<_>>()
+        });
+        match threads {
+            Ok(threads) if !threads.is_empty() => threads.into_iter().map(|t| self.row(t, buffer)).collect(),
+            // A thread is better than none: the leader itself.
+            Ok(_) => vec![self.row(leader, buffer)],
+            Err(error) => {
+                let mut row = self.row(leader, buffer);
+                row.problems.push(Problem::read("tid", &error));
+                vec![row]
+            }
+        }
+    }
+
+    fn row(&self, address: Gva, buffer: &mut Buffer) -> Thread {
+        let read = self.spans.read(self.kernel.space(), address, buffer);
+        let (layout, task) = (&self.task, &*buffer);
+        let mut row = Thread {
+            tid: 0,
+            pid: 0,
+            name: String::new(),
+            state: '?',
+            kernel_thread: false,
+            cpu: None,
+            running: None,
+            nice: 0,
+            priority: 0,
+            policy: "unknown",
+            start_ticks: 0,
+            start_time: None,
+            utime_ticks: 0,
+            stime_ticks: 0,
+            stack: Gva(0),
+            task: address,
+            problems: Vec::new(),
+        };
+        if let Err(error) = read {
+            row.problems.push(Problem::read("task", &error));
+            return row;
+        }
+        let times = Times {
+            user: layout.utime.of(task),
+            system: layout.stime.of(task),
+        };
+        let times = times::adjust(times, layout.runtime.of(task));
+        let since_boot = layout.start_boottime.of(task);
+        row.tid = layout.pid.of(task);
+        row.pid = layout.tgid.of(task);
+        row.name = crate::text::guest_array_text(layout.comm.of(task));
+        row.state = state::letter(layout.state.of(task), layout.exit_state.of(task));
+        row.kernel_thread = layout.flags.of(task) & state::PF_KTHREAD != 0;
+        row.cpu = layout.cpu.map(|cpu| cpu.of(task));
+        row.running = layout.on_cpu.map(|on| on.of(task) != 0);
+        row.nice = layout.static_prio.of(task).wrapping_sub(120);
+        row.priority = layout.prio.of(task).wrapping_sub(100);
+        row.policy = state::policy(layout.policy.of(task));
+        row.start_ticks = since_boot / TICK;
+        row.start_time = self.clock.as_ref().and_then(|clock| clock.wall(since_boot));
+        row.utime_ticks = times.user / TICK;
+        row.stime_ticks = times.system / TICK;
+        row.stack = layout.stack.of(task);
+        row
+    }
+}

@@ -1,0 +1,162 @@
+//! A process's own memory, read from outside: its arguments and its environment lie there.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use vmsight_arch::paging::PageFault;
+use vmsight_arch::{Dtb, Gva};
+use vmsight_memory::AddressSpace;
+
+use super::layouts::MmLayout;
+use crate::Kernel;
+use crate::layout::Buffer;
+use crate::listing::Problem;
+
+/// The most that is read of one process's arguments or environment: what execve takes in all (ARG_MAX) with the usual stack limit.
+pub(crate) const MAX_STRINGS: u64 = 2 << 20;
+
+/// How many bytes of arguments and environment one listing may hold: a hostile guest can have 4 Mi processes with 2 MiB each.
+const LISTING_BUDGET: usize = 256 << 20;
+
+/// What is left of a listing's allowance for strings, shared by the threads that make its rows.
+#[derive(Debug)]
+pub(crate) struct Budget(AtomicUsize);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(AtomicUsize::new(LISTING_BUDGET))
+    }
+}
+
+impl Budget {
+    fn take(&self, bytes: usize) -> bool {
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                left.checked_sub(bytes)
+            })
+            .is_ok()
+    }
+}
+
+impl Kernel {
+    /// The address space whose top-level page table the kernel maps at `pgd` (`mm_struct.pgd`).
+    ///
+    /// With page-table isolation the kernel's half of the pair is meant, which maps user memory too.
+    pub(crate) fn user_space(&self, pgd: Gva) -> Result<AddressSpace, PageFault> {
+        let gpa = self.space().translate(pgd)?.gpa;
+        Ok(self.space().with_dtb(Dtb(gpa.0 & !0xfff)))
+    }
+}
+
+/// NUL-separated strings out of user memory.
+#[derive(Debug, Default)]
+pub(crate) struct Strings {
+    /// The bytes that could be read, from the start; `None` where not even the first could.
+    pub(crate) bytes: Option<Vec<u8>>,
+    /// Why they are not all.
+    pub(crate) problem: Option<Problem>,
+}
+
+impl Strings {
+    /// The strings as a list.
+    pub(crate) fn split(&self) -> Option<Vec<String>> {
+        self.bytes.as_deref().map(split)
+    }
+}
+
+/// Reads `start..end`. What follows an unreadable page is left out and said.
+pub(crate) fn strings(
+    space: &AddressSpace,
+    start: u64,
+    end: u64,
+    field: &'static str,
+    budget: &Budget,
+) -> Strings {
+    let mut problem = None;
+    let mut len = if start == 0 { 0 } else { end.saturating_sub(start) };
+    if len > MAX_STRINGS {
+        problem = Some(Problem::new(
+            field,
+            format!("{len} bytes long, cut after {MAX_STRINGS}"),
+        ));
+        len = MAX_STRINGS;
+    }
+    let len = len as usize;
+    if !budget.take(len) {
+        let reason = "left out, the listing holds too many bytes already";
+        return Strings {
+            bytes: None,
+            problem: Some(Problem::new(field, reason)),
+        };
+    }
+    let mut bytes = vec![0; len];
+    if len == 0 || space.read(Gva(start), &mut bytes).is_ok() {
+        return Strings {
+            bytes: Some(bytes),
+            problem,
+        };
+    }
+    // Page by page, to keep what comes before the hole.
+    let mut done = 0;
+    while done < len {
+        let at = Gva(start.wrapping_add(done as u64));
+        let step = (4096 - at.page_offset()).min(len - done);
+        let Some(piece) = bytes.get_mut(done..done + step) else {
+            break;
+        };
+        if let Err(error) = space.read(at, piece) {
+            let why = Problem::read(field, &error);
+            if done == 0 {
+                return Strings {
+                    bytes: None,
+                    problem: Some(why),
+                };
+            }
+            bytes.truncate(done);
+            problem = Some(Problem::new(
+                field,
+                format!("cut after {done} of {len} bytes: {}", why.reason),
+            ));
+            break;
+        }
+        done += step;
+    }
+    Strings {
+        bytes: Some(bytes),
+        problem,
+    }
+}
+
+/// Reads what /proc/PID/cmdline shows of the process whose `mm_struct` is in `buffer`.
+///
+/// A process may write a title of its own over its arguments, and on over its environment (setproctitle). The kernel takes it for one
+/// when the byte before `arg_end` is not NUL, and then shows the text up to the first NUL (`get_mm_cmdline` in fs/proc/base.c).
+pub(crate) fn command_line(space: &AddressSpace, mm: &MmLayout, buffer: &Buffer, budget: &Budget) -> Strings {
+    let (start, end) = (mm.arg_start.of(buffer), mm.arg_end.of(buffer));
+    let (env_start, env_end) = (mm.env_start.of(buffer), mm.env_end.of(buffer));
+    let mut read = strings(space, start, end, "cmdline", budget);
+    if let Some(bytes) = &mut read.bytes
+        && read.problem.is_none()
+        && bytes.last().is_some_and(|&b| b != 0)
+    {
+        match bytes.iter().position(|&b| b == 0) {
+            Some(nul) => bytes.truncate(nul),
+            None if env_start == end && env_end > env_start => {
+                let more = strings(space, end, env_end, "cmdline", budget);
+                let title = more.bytes.unwrap_or_default();
+                bytes.extend_from_slice(title.split(|&b| b == 0).next().unwrap_or(&[]));
+                read.problem = more.problem;
+            }
+            None => {}
+        }
+    }
+    read
+}
+
+/// Splits NUL-terminated strings; the terminator of the last makes no empty one after it.
+fn split(bytes: &[u8]) -> Vec<String> {
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
+    if bytes.is_empty() {
+        return Vec::new();
+    }
+    bytes.split(|&b| b == 0).map(crate::text::guest_text).collect()
+}

@@ -1,0 +1,451 @@
+//! Guests that lie: every listing ends in bounded time, with a marked row or a warning, and never with a panic.
+
+#![allow(clippy::unwrap_used)]
+
+mod synthetic;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use synthetic::{DIRECT_MAP, Guest, offset};
+use vmsight_arch::Gpa;
+use vmsight_linux::{Kernel, Listing, Process, ProcessFields, process_tree};
+
+/// What is asked for where not everything is: cgroups and the clock need structures that the synthetic guest does not have.
+fn fields() -> ProcessFields {
+    ProcessFields::all() - ProcessFields::CGROUP - ProcessFields::START
+}
+
+fn list(kernel: &Kernel) -> Listing<Process> {
+    let start = Instant::now();
+    let listing = kernel.processes(fields()).unwrap();
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "took {:?}",
+        start.elapsed()
+    );
+    listing
+}
+
+fn tasks(task: u64) -> u64 {
+    task + offset("task_struct", "tasks")
+}
+
+fn three() -> (Guest, [u64; 3]) {
+    let mut guest = Guest::new(4);
+    let init = guest.init;
+    let a = guest.process(1, "init", init);
+    let b = guest.process(20, "b", a);
+    let c = guest.process(30, "c", b);
+    (guest, [a, b, c])
+}
+
+#[test]
+fn an_honest_guest_is_listed_whole() {
+    let (mut guest, [a, ..]) = three();
+    guest.user_memory(a, b"/sbin/init\0--flag\0", b"HOME=/\0TERM=linux\0");
+    let listing = list(&guest.kernel());
+    assert!(listing.warnings.is_empty(), "{:?}", listing.warnings);
+    let pids: Vec<_> = listing
+        .rows
+        .iter()
+        .map(|r| (r.pid, r.ppid, r.name.as_str()))
+        .collect();
+    assert_eq!(
+        pids,
+        [(1, Some(0), "init"), (20, Some(1), "b"), (30, Some(20), "c")]
+    );
+    let init = &listing.rows[0];
+    assert_eq!(init.cmdline.as_deref(), Some("/sbin/init --flag"));
+    assert_eq!(init.argv.as_ref().unwrap().len(), 2);
+    assert_eq!(init.environ.as_ref().unwrap(), &["HOME=/", "TERM=linux"]);
+    assert_eq!(
+        (init.uid, init.sid, init.pgrp, init.threads),
+        (Some(0), Some(1), Some(1), Some(1))
+    );
+    assert!(
+        listing
+            .rows
+            .iter()
+            .all(|r| r.state == 'S' && r.user_ns == Some(0xeffffffd))
+    );
+}
+
+#[test]
+fn a_cyclic_task_list_shows_every_task_once_and_says_so() {
+    let (mut guest, [_, b, c]) = three();
+    guest.put(tasks(c), tasks(b));
+    let listing = list(&guest.kernel());
+    assert_eq!(
+        listing.rows.iter().map(|r| r.pid).collect::<Vec<_>>(),
+        [1, 20, 30]
+    );
+    assert!(
+        listing.warnings.iter().any(|w| w.contains("cycle")),
+        "{:?}",
+        listing.warnings
+    );
+}
+
+#[test]
+fn a_task_that_points_at_itself_ends_the_list() {
+    let (mut guest, [a, ..]) = three();
+    guest.put(tasks(a), tasks(a));
+    guest.put(tasks(a) + 8, tasks(a));
+    let listing = list(&guest.kernel());
+    assert_eq!(listing.rows.iter().map(|r| r.pid).collect::<Vec<_>>(), [1]);
+    assert!(listing.warnings.iter().any(|w| w.contains("cycle")));
+}
+
+#[test]
+fn a_list_into_nowhere_is_cut_with_its_address() {
+    for target in [
+        0,
+        0xdead_0000_0000_0100,
+        u64::MAX - 3,
+        0x7fff_0000,
+        DIRECT_MAP + (1 << 29),
+    ] {
+        let (mut guest, [_, b, _]) = three();
+        guest.put(tasks(b), target);
+        let listing = list(&guest.kernel());
+        assert_eq!(
+            listing.rows.iter().map(|r| r.pid).collect::<Vec<_>>(),
+            [1, 20],
+            "{target:#x}"
+        );
+        assert!(
+            listing.warnings.iter().any(|w| w.contains("cut")),
+            "{target:#x}: {:?}",
+            listing.warnings
+        );
+    }
+}
+
+#[test]
+fn a_task_with_broken_pointers_costs_its_own_fields_only() {
+    for bad in [0, 1, 0xdead_0000_0000_0100, u64::MAX, 1 << 63] {
+        let (mut guest, [_, b, _]) = three();
+        for member in [
+            "signal",
+            "real_cred",
+            "mm",
+            "real_parent",
+            "nsproxy",
+            "thread_pid",
+            "cgroups",
+            "fs",
+        ] {
+            guest.set(b, "task_struct", member, bad);
+        }
+        let listing = list(&guest.kernel());
+        assert_eq!(listing.rows.len(), 3);
+        let broken = &listing.rows[1];
+        assert_eq!((broken.pid, broken.name.as_str()), (20, "b"));
+        assert!(
+            broken.problems.iter().any(|p| p.field == "uid"),
+            "{bad:#x}: {:?}",
+            broken.problems
+        );
+        assert!(broken.uid.is_none() && broken.threads.is_none());
+        assert!(listing.rows[0].problems.is_empty() && listing.rows[2].uid == Some(0));
+    }
+}
+
+#[test]
+fn impossible_sizes_are_capped_and_said() {
+    let (mut guest, [a, b, c]) = three();
+    for (task, end) in [(a, 1u64 << 63), (b, u64::MAX), (c, 0)] {
+        let (mm, _) = guest.user_memory(task, b"arg\0", b"ENV=1\0");
+        guest.set(mm, "mm_struct", "arg_end", end);
+        guest.set(mm, "mm_struct", "total_vm", u64::MAX);
+        guest.set(mm, "mm_struct", "env_start", u64::MAX);
+        guest.set(mm, "mm_struct", "env_end", u64::MAX - 1);
+        let signal = guest.get(task + offset("task_struct", "signal"));
+        guest.set(signal, "signal_struct", "utime", u64::MAX);
+        let groups =
+            guest.get(guest.get(task + offset("task_struct", "real_cred")) + offset("cred", "group_info"));
+        guest.set(groups, "group_info", "ngroups", 0x7fff_ffff);
+    }
+    let listing = list(&guest.kernel());
+    for row in listing.rows.iter().take(2) {
+        assert!(
+            row.problems
+                .iter()
+                .any(|p| p.field == "cmdline" && p.reason.contains("cut")),
+            "{:?}",
+            row.problems
+        );
+        assert!(row.cmdline.as_ref().unwrap().starts_with("arg"));
+        assert_eq!(row.vm_size_kb, Some(u64::MAX));
+    }
+    assert_eq!(
+        listing.rows[2].argv.as_deref(),
+        Some(&[][..]),
+        "an end before the start is empty"
+    );
+    assert!(
+        listing
+            .rows
+            .iter()
+            .all(|r| r.groups.as_ref().is_none_or(|g| g.len() <= 65536))
+    );
+}
+
+#[test]
+fn paged_out_arguments_are_shown_as_such() {
+    let (mut guest, [a, b, _]) = three();
+    let (_, entry) = guest.user_memory(a, b"secret\0", b"");
+    // A swap entry: present bit clear, the rest says where on the swap device the page is.
+    guest.put(entry, 0x1234_5000 | 1 << 9);
+    let (_, entry) = guest.user_memory(b, b"never\0", b"");
+    guest.put(entry, 0);
+    let listing = list(&guest.kernel());
+    let reason = |row: usize| {
+        &listing.rows[row]
+            .problems
+            .iter()
+            .find(|p| p.field == "cmdline")
+            .unwrap()
+            .reason
+    };
+    assert_eq!(reason(0), "paged out");
+    assert_ne!(reason(1), "paged out");
+    assert!(listing.rows[0].cmdline.is_none() && listing.rows[1].cmdline.is_none());
+}
+
+#[test]
+fn names_full_of_escapes_stay_data() {
+    let mut guest = Guest::new(4);
+    let init = guest.init;
+    guest.process(1, "\u{1b}[2J\r\n\u{7}x\u{1b}]0;y", init);
+    let task = guest.process(2, "", init);
+    guest.put_bytes(task + offset("task_struct", "comm"), &[0xff; 16]);
+    let listing = list(&guest.kernel());
+    assert_eq!(listing.rows[0].name, "\u{1b}[2J\r\n\u{7}x\u{1b}]0;y");
+    assert_eq!(listing.rows[1].name, "\\xff".repeat(16));
+    let json = serde_json::to_string(&listing.rows).unwrap();
+    assert!(
+        !json.contains('\u{1b}') && json.contains("\\u001b"),
+        "JSON escapes control characters"
+    );
+}
+
+#[test]
+fn page_tables_that_loop_end() {
+    let (mut guest, [a, ..]) = three();
+    let (mm, _) = guest.user_memory(a, b"x\0", b"");
+    // The top table's first entry points at the top table itself.
+    let top = guest.get(mm + offset("mm_struct", "pgd"));
+    guest.put(top, (top & 0x3fff_ffff) | 7);
+    guest.set(mm, "mm_struct", "arg_end", 1 << 47);
+    let listing = list(&guest.kernel());
+    assert_eq!(listing.rows.len(), 3);
+    assert!(listing.rows[0].problems.iter().any(|p| p.field == "cmdline"));
+}
+
+#[test]
+fn threads_in_a_circle_are_cut() {
+    let (mut guest, [a, ..]) = three();
+    let node = a + offset("task_struct", "thread_node");
+    guest.put(node, node);
+    let kernel = guest.kernel();
+    let listing = kernel.threads(None).unwrap();
+    assert_eq!(
+        listing.rows.iter().map(|r| r.tid).collect::<Vec<_>>(),
+        [1, 20, 30]
+    );
+    assert!(
+        listing.warnings.iter().any(|w| w.contains("cycle")),
+        "{:?}",
+        listing.warnings
+    );
+    let row = &list(&kernel).rows[0];
+    assert!(
+        row.problems
+            .iter()
+            .any(|p| p.field == "utime_ticks" && p.reason.contains("cycle"))
+    );
+}
+
+#[test]
+fn parents_in_a_circle_make_a_finite_tree() {
+    let (mut guest, [a, b, c]) = three();
+    guest.set(a, "task_struct", "real_parent", c);
+    guest.set(b, "task_struct", "real_parent", b);
+    let listing = list(&guest.kernel());
+    let tree = process_tree(&listing.rows);
+    assert_eq!(tree.len(), 3);
+    assert!(tree.iter().any(|n| n.orphan));
+}
+
+/// The mappings of the process 1 over a maple tree whose root is what `build` makes.
+fn maps_of(build: impl FnOnce(&mut Guest) -> u64) -> Listing<vmsight_linux::Mapping> {
+    let (mut guest, [a, ..]) = three();
+    let (mm, _) = guest.user_memory(a, b"x\0", b"");
+    let root = build(&mut guest);
+    guest.put(
+        mm + offset("mm_struct", "mm_mt") + offset("maple_tree", "ma_root"),
+        root,
+    );
+    let start = Instant::now();
+    let listing = guest.kernel().maps(1).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(20));
+    listing
+}
+
+/// A pointer to a maple node of a type (1 leaf, 2 range, 3 arange).
+fn maple(node: u64, kind: u64) -> u64 {
+    node | kind << 3 | 2
+}
+
+#[test]
+fn an_honest_maple_tree_is_listed_whole() {
+    let listing = maps_of(|guest| {
+        let areas: Vec<u64> = (0..3).map(|_| guest.alloc("vm_area_struct")).collect();
+        for (index, &area) in areas.iter().enumerate() {
+            let start = 0x1000 + 0x2000 * index as u64;
+            guest.set(area, "vm_area_struct", "vm_start", start);
+            guest.set(area, "vm_area_struct", "vm_end", start + 0x1000);
+            guest.set(area, "vm_area_struct", "vm_flags", 0x75);
+            guest.set(area, "vm_area_struct", "vm_mm", 1);
+        }
+        let (low, high) = (guest.space(256, 256), guest.space(256, 256));
+        // Gap, area, gap, area | gap, area, gap to the end.
+        for (index, (pivot, slot)) in [(0xfff, 0), (0x1fff, areas[0]), (0x2fff, 0), (0x3fff, areas[1])]
+            .iter()
+            .enumerate()
+        {
+            guest.put(low + 8 + index as u64 * 8, *pivot);
+            guest.put(low + 128 + index as u64 * 8, *slot);
+        }
+        for (index, (pivot, slot)) in [(0x4fff, 0), (0x5fff, areas[2]), (u64::MAX, 0)]
+            .iter()
+            .enumerate()
+        {
+            guest.put(high + 8 + index as u64 * 8, *pivot);
+            guest.put(high + 128 + index as u64 * 8, *slot);
+        }
+        let root = guest.space(256, 256);
+        guest.put(root + 8, 0x3fff);
+        guest.put(root + 80, maple(low, 1));
+        guest.put(root + 88, maple(high, 1));
+        maple(root, 3)
+    });
+    assert!(listing.warnings.is_empty(), "{:?}", listing.warnings);
+    let rows: Vec<_> = listing
+        .rows
+        .iter()
+        .map(|r| (r.start.0, r.end.0, r.perms.as_str()))
+        .collect();
+    assert_eq!(
+        rows,
+        [
+            (0x1000, 0x2000, "r-xp"),
+            (0x3000, 0x4000, "r-xp"),
+            (0x5000, 0x6000, "r-xp")
+        ]
+    );
+}
+
+#[test]
+fn maple_trees_that_lie_are_cut() {
+    // A node that is its own child.
+    let cyclic = maps_of(|guest| {
+        let node = guest.space(256, 256);
+        guest.put(node + 80, maple(node, 3));
+        maple(node, 3)
+    });
+    assert!(
+        cyclic.warnings.iter().any(|w| w.contains("cycle")),
+        "{:?}",
+        cyclic.warnings
+    );
+    // Falling pivots, unknown type, null node, node outside memory.
+    let falling = maps_of(|guest| {
+        let node = guest.space(256, 256);
+        guest.put(node + 8, 0x5000);
+        guest.put(node + 16, 0x1000);
+        maple(node, 1)
+    });
+    assert!(
+        falling.warnings.iter().any(|w| w.contains("do not rise")),
+        "{:?}",
+        falling.warnings
+    );
+    for root in [
+        maple(DIRECT_MAP + 0x10_0000, 9),
+        maple(0x1000, 1),
+        maple(DIRECT_MAP + (1 << 29), 1),
+        u64::MAX - 1,
+    ] {
+        let listing = maps_of(|_| root);
+        assert!(
+            listing.warnings.iter().any(|w| w.contains("cut")),
+            "{root:#x}: {:?}",
+            listing.warnings
+        );
+    }
+}
+
+#[test]
+fn a_list_rewritten_while_read_ends_with_whole_rows() {
+    let mut guest = Guest::new(32);
+    let init = guest.init;
+    let all: Vec<u64> = (1..1500).map(|pid| guest.process(pid, "busy", init)).collect();
+    let (kernel, memory) = guest.live();
+    let stop = AtomicBool::new(false);
+    // A failed assertion must stop the writer too, or the test would never end.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
+        scope.spawn(|| {
+            // Unlinks and relinks tasks, and for moments ties the list into knots.
+            let physical = |at: u64| Gpa(at & 0x3fff_ffff);
+            let mut random = 0x9e37_79b9_7f4a_7c15u64;
+            while !stop.load(Ordering::Relaxed) {
+                random = random
+                    .wrapping_mul(6364136223846793005)
+                    .wrapping_add(1442695040888963407);
+                let task = all[(random >> 33) as usize % all.len()];
+                let other = all[(random >> 13) as usize % all.len()];
+                let at = physical(tasks(task));
+                let original = memory.read_u64(at).unwrap();
+                memory.write(at, &tasks(other).to_le_bytes()).unwrap();
+                memory.write(at, &0xdead_0000_0000_0100u64.to_le_bytes()).unwrap();
+                memory.write(at, &original.to_le_bytes()).unwrap();
+            }
+        });
+        for _ in 0..30 {
+            let listing = list(&kernel);
+            let mut pids: Vec<_> = listing.rows.iter().map(|r| r.pid).collect();
+            let shown = pids.len();
+            pids.sort_unstable();
+            pids.dedup();
+            assert_eq!(pids.len(), shown, "no process comes twice");
+            assert!(
+                shown == 1499 || !listing.warnings.is_empty(),
+                "{shown} processes and no warning"
+            );
+            assert!(listing.rows.iter().all(|r| r.name == "busy"));
+        }
+    });
+    // At rest it is whole again.
+    let listing = list(&kernel);
+    assert_eq!((listing.rows.len(), listing.warnings.len()), (1499, 0));
+}
+
+#[test]
+fn a_missing_member_is_named_with_the_release() {
+    let guest = Guest::new(4);
+    let error = guest.kernel().cgroups().unwrap_err().to_string();
+    assert!(
+        error.contains("css_set") && error.contains("6.1.0-synthetic"),
+        "{error}"
+    );
+}
