@@ -1,6 +1,7 @@
 //! An attached target.
 
 use std::fmt;
+use std::sync::Arc;
 
 use vmsight_arch::Registers;
 use vmsight_memory::GuestMemory;
@@ -32,8 +33,8 @@ impl fmt::Display for TargetKind {
     }
 }
 
-/// A VM or a dump, ready to be read.
-#[derive(Debug)]
+/// A VM or a dump, ready to be read. Clones share everything.
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Target {
     /// Its guest-physical memory.
@@ -52,13 +53,13 @@ pub struct Target {
 }
 
 /// What a target can be asked and told besides its memory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Control {
     Qmp(QmpControl),
     Gdb {
         control: GdbControl,
         /// Held where memory too is read through the stub.
-        _memory: Option<PauseGuard>,
+        _memory: Option<Arc<PauseGuard>>,
     },
     /// What the dump holds.
     Dump(Vec<Registers>),

@@ -99,7 +99,7 @@ fn through_stub(
         vmcoreinfo: None,
         control: Control::Gdb {
             control,
-            _memory: Some(held),
+            _memory: Some(Arc::new(held)),
         },
     })
 }
