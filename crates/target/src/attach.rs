@@ -10,7 +10,7 @@ use std::time::Duration;
 use vmsight_memory::GuestMemory;
 
 use crate::control::QmpControl;
-use crate::discover::{self, ControlKind};
+use crate::discover::{self, ControlKind, Named};
 use crate::host::maps::{self, Mapping};
 use crate::host::process::Process;
 use crate::layout::from_monitor::{self, MonitorFailure};
@@ -72,7 +72,7 @@ pub fn attach(spec: &TargetSpec, options: &AttachOptions<'_>) -> Result<Target, 
 }
 
 fn of_pid(pid: u32) -> Result<VmInfo, TargetError> {
-    if let Some(info) = discover::describe(pid) {
+    if let Some(info) = discover::describe_to_attach(pid) {
         return Ok(info);
     }
     let process = Process { pid };
@@ -84,29 +84,29 @@ fn of_pid(pid: u32) -> Result<VmInfo, TargetError> {
 }
 
 fn attach_name(name: &str, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
-    let all = discover::list().map_err(TargetError::List)?;
-    let is_it = |vm: &&VmInfo| {
-        vm.name.as_deref() == Some(name) || vm.uuid.as_deref().is_some_and(|u| u.eq_ignore_ascii_case(name))
-    };
-    let matching: Vec<&VmInfo> = all.iter().filter(is_it).collect();
-    match matching[..] {
-        [one] => attach_vm(one.clone(), options),
+    match discover::named(name).map_err(TargetError::List)? {
+        Named::Machines(matching) => match &matching[..] {
+            [one] => attach_vm(one.clone(), options),
+            several => Err(TargetError::Ambiguous {
+                name: name.to_owned(),
+                pids: several.iter().map(|vm| vm.pid).collect(),
+            }),
+        },
         // A file of the current folder may be called by its bare name.
-        [] if Path::new(name).is_file() => dumps::attach(Path::new(name), None, options),
-        [] => {
-            let known = all.iter().take(20).map(|vm| {
-                let name = vm.name.as_deref().unwrap_or("no name").escape_debug();
-                format!("pid:{} ({name})", vm.pid)
+        Named::Nothing(_) if Path::new(name).is_file() => dumps::attach(Path::new(name), None, options),
+        Named::Nothing(known) => {
+            let known = known.iter().take(20).map(|(pid, name)| {
+                let name = name.as_deref().unwrap_or("no name");
+                format!(
+                    "pid:{pid} ({})",
+                    name.chars().take(64).collect::<String>().escape_debug()
+                )
             });
             Err(TargetError::NotFound {
                 name: name.to_owned(),
                 known: known.collect(),
             })
         }
-        _ => Err(TargetError::Ambiguous {
-            name: name.to_owned(),
-            pids: matching.iter().map(|vm| vm.pid).collect(),
-        }),
     }
 }
 

@@ -9,7 +9,7 @@ use super::microvm::MicroVm;
 use super::qemu::{self, Endpoint, MonitorMode, QemuConfig};
 use crate::host::maps;
 use crate::host::process::{self, Descriptor, Process};
-use crate::host::sockets::{self, ListenAddress, Listener};
+use crate::host::sockets::{ListenAddress, Listener, NetTables};
 
 /// Memory given to a machine where `-m` is missing (`default_ram_size` of hw/core/machine.c).
 const QEMU_DEFAULT_MEMORY: u64 = 128 << 20;
@@ -20,19 +20,23 @@ const MIN_SHARED: u64 = 1 << 20;
 pub(super) struct Evidence {
     descriptors: io::Result<Vec<Descriptor>>,
     listeners: io::Result<Vec<Listener>>,
+    /// Whether TCP sockets are among them.
+    tcp: bool,
     threads: Vec<String>,
 }
 
-pub(super) fn gather(process: Process) -> Evidence {
+pub(super) fn gather(process: Process, tables: &mut NetTables) -> Evidence {
     let descriptors = process.descriptors();
     let listeners = match &descriptors {
-        Ok(all) => sockets::listeners(process, all),
+        Ok(all) => tables.listeners(process, all),
         Err(e) => Err(io::Error::from(e.kind())),
     };
+    let threads = process.thread_names().unwrap_or_default();
     Evidence {
         descriptors,
         listeners,
-        threads: process.thread_names().unwrap_or_default(),
+        tcp: tables.has_tcp(),
+        threads,
     }
 }
 
@@ -166,12 +170,7 @@ pub(super) fn fill_qemu(
         );
     }
     info.name = config.name.as_deref().map(bounded);
-    info.uuid = config
-        .uuid
-        .clone()
-        .or_else(|| smbios_uuid(args))
-        .as_deref()
-        .map(bounded);
+    info.uuid = config.uuid.as_deref().or(info.uuid.as_deref()).map(bounded);
     info.machine = config
         .machine
         .as_deref()
@@ -263,7 +262,7 @@ pub(super) fn fill_other(info: &mut VmInfo, comm: &str, seen: &Evidence) {
 }
 
 /// Proxmox names the machine's UUID in its SMBIOS table only.
-fn smbios_uuid(args: &[String]) -> Option<String> {
+pub(super) fn smbios_uuid(args: &[String]) -> Option<String> {
     args.windows(2)
         .filter(|w| w[0].trim_start_matches('-') == "smbios")
         .find_map(|w| {
@@ -311,6 +310,7 @@ fn accelerator(config: &QemuConfig, seen: &Evidence, file_name: &str) -> Result<
 struct Sockets<'a> {
     process: Process,
     listeners: Option<&'a [Listener]>,
+    tcp: bool,
     used: Vec<u32>,
     found: Vec<Control>,
 }
@@ -320,6 +320,7 @@ impl<'a> Sockets<'a> {
         Self {
             process,
             listeners: seen.listeners.as_deref().ok(),
+            tcp: seen.tcp,
             used: Vec::new(),
             found: Vec::new(),
         }
@@ -362,7 +363,8 @@ impl<'a> Sockets<'a> {
             // The machine dials out, or it is no socket: nobody else can connect.
             Endpoint::Unix { .. } | Endpoint::Tcp { .. } | Endpoint::Other(_) => return,
         };
-        let listening = self.listeners.map(|_| listener.is_some());
+        let looked_for = self.tcp || !matches!(endpoint, Endpoint::Tcp { .. });
+        let listening = self.listeners.filter(|_| looked_for).map(|_| listener.is_some());
         self.found.push(Control {
             kind,
             address: bounded(&address),

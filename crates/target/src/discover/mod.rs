@@ -9,13 +9,15 @@ mod info;
 mod microvm;
 pub(crate) mod qemu;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
 pub use info::{Control, ControlKind, Manager, Problem, SharedMemory, VmInfo, Vmm};
 
 use crate::host::process::{self, Process};
-use qemu::is_system_emulator;
+use crate::host::sockets::{NetTables, Wanted};
+use qemu::{QemuConfig, is_system_emulator};
 
 /// Every virtual machine on this host that can be seen from here, ordered by pid.
 ///
@@ -23,56 +25,130 @@ use qemu::is_system_emulator;
 /// `/proc` itself cannot be read. What cannot be read of single processes costs only the fields in question:
 /// they are `None` and [`VmInfo::problems`] says why.
 pub fn list() -> io::Result<Vec<VmInfo>> {
-    let mut found: Vec<(VmInfo, Vec<String>, Option<u32>)> = Vec::new();
-    for process in process::all()? {
-        if let Some((info, args)) = examine(process) {
-            found.push((info, args, process.stat().ok().map(|s| s.parent)));
-        }
-    }
-    // crosvm forks its devices and a QEMU on its way into the background forks itself: the same command line
-    // in parent and child is one machine. It lives in crosvm's parent and in QEMU's child.
-    let twin_of = |child: &(VmInfo, Vec<String>, Option<u32>),
-                   parent: &(VmInfo, Vec<String>, Option<u32>)| {
-        child.2 == Some(parent.0.pid) && child.1 == parent.1 && child.0.vmm == parent.0.vmm
-    };
-    let superseded: Vec<u32> = found
+    let mut tables = NetTables::new(Wanted::All);
+    Ok(machines()?
         .iter()
-        .flat_map(|child| {
-            found
-                .iter()
-                .filter(move |parent| twin_of(child, parent))
-                .map(move |parent| (child, parent))
-        })
-        .map(|(child, parent)| {
-            if child.0.vmm == Vmm::Qemu {
-                parent.0.pid
-            } else {
-                child.0.pid
-            }
-        })
-        .collect();
-    Ok(found
-        .into_iter()
-        .map(|(info, ..)| info)
-        .filter(|info| !superseded.contains(&info.pid))
+        .map(|machine| machine.describe(&mut tables))
         .collect())
 }
 
 /// What one process is, if it is a virtual machine.
 #[must_use]
 pub fn describe(pid: u32) -> Option<VmInfo> {
-    examine(Process { pid }).map(|(info, _)| info)
+    Some(identify(Process { pid }, &kvm_holders())?.describe(&mut NetTables::new(Wanted::All)))
 }
 
-fn examine(process: Process) -> Option<(VmInfo, Vec<String>)> {
-    let comm = process.comm().ok()?;
-    let exe = process.exe();
-    // Threads, zombies and kernel threads have no command line.
+/// [`describe`] without what only people want to know: TCP sockets cost milliseconds.
+pub(crate) fn describe_to_attach(pid: u32) -> Option<VmInfo> {
+    Some(identify(Process { pid }, &kvm_holders())?.describe(&mut NetTables::new(Wanted::Unix)))
+}
+
+/// What a name means here.
+pub(crate) enum Named {
+    /// The machines that have it.
+    Machines(Vec<VmInfo>),
+    /// None has it: the pid and name of those that are there.
+    Nothing(Vec<(u32, Option<String>)>),
+}
+
+/// The machines called `name` by their name or UUID.
+pub(crate) fn named(name: &str) -> io::Result<Named> {
+    let all: Vec<(Machine, CommandLine)> = machines()?
+        .into_iter()
+        .map(|machine| {
+            let line = machine.command_line();
+            (machine, line)
+        })
+        .collect();
+    let mut tables = NetTables::new(Wanted::Unix);
+    let matching: Vec<VmInfo> = all
+        .iter()
+        .filter(|(_, line)| {
+            let uuid = line.uuid().is_some_and(|u| u.eq_ignore_ascii_case(name));
+            uuid || line.name() == Some(name)
+        })
+        .map(|(machine, _)| machine.describe(&mut tables))
+        .collect();
+    if matching.is_empty() {
+        let known = all
+            .iter()
+            .map(|(m, line)| (m.process.pid, line.name().map(str::to_owned)));
+        return Ok(Named::Nothing(known.collect()));
+    }
+    Ok(Named::Machines(matching))
+}
+
+/// A process that runs a machine, before anything is asked of it.
+struct Machine {
+    process: Process,
+    vmm: Vmm,
+    program: String,
+    comm: String,
+    args: Vec<String>,
+}
+
+/// A command line that was understood.
+enum CommandLine {
+    Qemu(Box<QemuConfig>, Option<String>),
+    MicroVm(microvm::MicroVm),
+    Unknown,
+}
+
+impl CommandLine {
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::Qemu(config, _) => config.name.as_deref(),
+            Self::MicroVm(machine) => machine.name.as_deref(),
+            Self::Unknown => None,
+        }
+    }
+
+    fn uuid(&self) -> Option<&str> {
+        match self {
+            Self::Qemu(config, smbios) => config.uuid.as_deref().or(smbios.as_deref()),
+            Self::MicroVm(machine) => machine.uuid.as_deref(),
+            Self::Unknown => None,
+        }
+    }
+}
+
+/// Every process that runs a machine.
+fn machines() -> io::Result<Vec<Machine>> {
+    let holders = kvm_holders();
+    let all: Vec<Machine> = process::all()?
+        .into_iter()
+        .filter_map(|process| identify(process, &holders))
+        .collect();
+    // crosvm forks its devices and a QEMU on its way into the background forks itself: the same command line
+    // in parent and child is one machine. It lives in crosvm's parent and in QEMU's child.
+    let parents: Vec<Option<u32>> = all.iter().map(|m| Some(m.process.stat().ok()?.parent)).collect();
+    let mut superseded = BTreeSet::new();
+    for (child, parent_pid) in all.iter().zip(parents) {
+        let twin =
+            |m: &&Machine| Some(m.process.pid) == parent_pid && m.vmm == child.vmm && m.args == child.args;
+        if let Some(parent) = all.iter().find(twin) {
+            superseded.insert(if child.vmm == Vmm::Qemu {
+                parent.process.pid
+            } else {
+                child.process.pid
+            });
+        }
+    }
+    Ok(all
+        .into_iter()
+        .filter(|m| !superseded.contains(&m.process.pid))
+        .collect())
+}
+
+/// Whether a process runs a machine, and which program it is. `kvm_holders` are the processes known to hold one.
+fn identify(process: Process, kvm_holders: &BTreeSet<u32>) -> Option<Machine> {
+    // Zombies and kernel threads have no command line.
     let args = process.cmdline().ok().filter(|a| !a.is_empty())?;
+    let comm = process.comm().ok()?;
     let file_name = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
     // The executable is the truth where we may see it. Where not, the first argument must fit the short name:
     // each alone is easily set to anything.
-    let program = match &exe {
+    let program = match process.exe() {
         Ok(path) => file_name(&path.to_string_lossy()),
         Err(_) => {
             let first = file_name(args.first().map(String::as_str).unwrap_or_default());
@@ -85,51 +161,68 @@ fn examine(process: Process) -> Option<(VmInfo, Vec<String>)> {
             }
         }
     };
-    let vmm = if is_system_emulator(&program) {
-        Vmm::Qemu
-    } else {
-        match program.as_str() {
-            "firecracker" => Vmm::Firecracker,
-            "cloud-hypervisor" | "cloud-hypervisor-static" => Vmm::CloudHypervisor,
-            "crosvm" if args.get(1..).is_some_and(|a| a.iter().any(|a| a == "run")) => Vmm::Crosvm,
-            _ if has_kvm_debugfs(process.pid) => Vmm::Other,
-            _ => return None,
-        }
+    let vmm = match program.as_str() {
+        name if is_system_emulator(name) => Vmm::Qemu,
+        "firecracker" => Vmm::Firecracker,
+        "cloud-hypervisor" | "cloud-hypervisor-static" => Vmm::CloudHypervisor,
+        "crosvm" if args.get(1..).is_some_and(|a| a.iter().any(|a| a == "run")) => Vmm::Crosvm,
+        _ if kvm_holders.contains(&process.pid) => Vmm::Other,
+        _ => return None,
     };
-    // `qemu-system-x86_64 --version` and its like are no machines; they are gone in a moment anyway.
-    let evidence = evidence::gather(process);
-    let mut info = VmInfo::new(vmm, process.pid, &program);
-    evidence::fill_process(&mut info, process);
-    match vmm {
-        Vmm::Qemu => {
-            let read = |path: &str| {
-                let path = process.own_path(path.as_ref());
-                Some(String::from_utf8_lossy(&process::read_bounded(&path, 1 << 20).ok()?).into_owned())
-            };
-            let config = qemu::QemuConfig::parse(&args, &read);
-            evidence::fill_qemu(&mut info, process, &args, config, &evidence);
-        }
-        Vmm::Firecracker | Vmm::CloudHypervisor | Vmm::Crosvm => {
-            let read = |path: &str| {
-                let path = process.own_path(path.as_ref());
-                Some(String::from_utf8_lossy(&process::read_bounded(&path, 1 << 20).ok()?).into_owned())
-            };
-            let machine = microvm::parse(vmm, &args, &read);
-            evidence::fill_microvm(&mut info, process, machine, &evidence);
-        }
-        Vmm::Other => evidence::fill_other(&mut info, &comm, &evidence),
-    }
-    Some((info, args))
+    Some(Machine {
+        process,
+        vmm,
+        program,
+        comm,
+        args,
+    })
 }
 
-/// Whether the kernel's KVM statistics name this process: they do for every KVM machine, where debugfs is
+impl Machine {
+    fn command_line(&self) -> CommandLine {
+        let read = |path: &str| {
+            let path = self.process.own_path(path.as_ref());
+            Some(String::from_utf8_lossy(&process::read_bounded(&path, 1 << 20).ok()?).into_owned())
+        };
+        match self.vmm {
+            Vmm::Qemu => {
+                let config = QemuConfig::parse(&self.args, &read);
+                CommandLine::Qemu(Box::new(config), evidence::smbios_uuid(&self.args))
+            }
+            Vmm::Firecracker | Vmm::CloudHypervisor | Vmm::Crosvm => {
+                CommandLine::MicroVm(microvm::parse(self.vmm, &self.args, &read))
+            }
+            Vmm::Other => CommandLine::Unknown,
+        }
+    }
+
+    fn describe(&self, tables: &mut NetTables) -> VmInfo {
+        let evidence = evidence::gather(self.process, tables);
+        let mut info = VmInfo::new(self.vmm, self.process.pid, &self.program);
+        evidence::fill_process(&mut info, self.process);
+        match self.command_line() {
+            CommandLine::Qemu(config, smbios) => {
+                info.uuid = smbios;
+                evidence::fill_qemu(&mut info, self.process, &self.args, *config, &evidence);
+            }
+            CommandLine::MicroVm(machine) => {
+                evidence::fill_microvm(&mut info, self.process, machine, &evidence);
+            }
+            CommandLine::Unknown => evidence::fill_other(&mut info, &self.comm, &evidence),
+        }
+        info
+    }
+}
+
+/// The processes that the kernel's KVM statistics name: they do for every KVM machine, where debugfs is
 /// mounted and may be read (`/sys/kernel/debug/kvm/PID-FD`).
-fn has_kvm_debugfs(pid: u32) -> bool {
-    let prefix = format!("{pid}-");
-    fs::read_dir("/sys/kernel/debug/kvm").is_ok_and(|dir| {
-        dir.flatten()
-            .any(|e| e.file_name().to_string_lossy().starts_with(&prefix))
-    })
+fn kvm_holders() -> BTreeSet<u32> {
+    let Ok(dir) = fs::read_dir("/sys/kernel/debug/kvm") else {
+        return BTreeSet::new();
+    };
+    dir.flatten()
+        .filter_map(|e| e.file_name().to_str()?.split_once('-')?.0.parse().ok())
+        .collect()
 }
 
 #[cfg(test)]

@@ -1,29 +1,40 @@
 //! Whether a stub of this host serves a debugger already, found out without connecting.
 
+use std::time::{Duration, Instant};
+
 use super::GdbError;
-use crate::host::peers;
+use crate::host::peers::{self, Occupied};
 use crate::host::process::Process;
 use crate::host::sockets;
 use crate::spec::GdbAddress;
 
-/// An error where somebody is connected to the stub that process `pid` has at `address`.
-pub(crate) fn refuse_if_busy(address: &GdbAddress, pid: u32) -> Result<(), GdbError> {
+/// An error where somebody is connected to the stub that process `pid` has at `address`. A connection whose other
+/// end is gone is waited for until `deadline`: the stub serves nobody before it has noticed.
+pub(crate) fn refuse_if_busy(address: &GdbAddress, pid: u32, deadline: Instant) -> Result<(), GdbError> {
     let process = Process { pid };
-    let busy = match address {
-        GdbAddress::Unix(path) => {
-            // The socket may be bound under another name than the one we came by; its listener tells.
-            let bound =
-                sockets::bound_name(process, path).unwrap_or_else(|| path.to_string_lossy().into_owned());
-            peers::has_clients(process, &bound).unwrap_or(false)
+    loop {
+        let occupied = match address {
+            GdbAddress::Unix(path) => {
+                // The socket may be bound under another name than the one we came by; its listener tells.
+                let bound = sockets::bound_name(process, path);
+                let bound = bound.unwrap_or_else(|| path.to_string_lossy().into_owned());
+                peers::occupied(process, &bound).unwrap_or(Occupied::Free)
+            }
+            // A TCP connection whose client is gone is in another state (CLOSE_WAIT).
+            GdbAddress::Tcp { port, .. } => match sockets::has_tcp_client(process, *port) {
+                Ok(true) => Occupied::Busy,
+                _ => Occupied::Free,
+            },
+        };
+        match occupied {
+            Occupied::Free => return Ok(()),
+            Occupied::Stale if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            _ => {
+                return Err(GdbError::Busy {
+                    address: address.to_string(),
+                    pid,
+                });
+            }
         }
-        GdbAddress::Tcp { port, .. } => sockets::has_tcp_client(process, *port).unwrap_or(false),
-    };
-    if busy {
-        Err(GdbError::Busy {
-            address: address.to_string(),
-            pid,
-        })
-    } else {
-        Ok(())
     }
 }

@@ -50,10 +50,10 @@ impl Gdb {
         timeout: Duration,
     ) -> Result<Self, GdbError> {
         let name = address.to_string();
-        if let Some(pid) = server {
-            refuse_if_busy(address, pid)?;
-        }
         let deadline = Instant::now() + timeout;
+        if let Some(pid) = server {
+            refuse_if_busy(address, pid, deadline)?;
+        }
         let stream = match connect(address, timeout, deadline) {
             Ok(stream) => stream,
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {

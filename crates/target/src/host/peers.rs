@@ -27,12 +27,40 @@ pub(crate) struct Holder {
     pub(crate) comm: String,
 }
 
+/// Who has a listening unix socket, as far as it can be told without connecting.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Occupied {
+    /// Nobody.
+    Free,
+    /// Somebody who is gone; the server has not noticed yet.
+    Stale,
+    /// Somebody is connected, or waits to be.
+    Busy,
+}
+
 /// Whether anybody is connected to the listening unix socket `path` of `server`, or waits to be.
-pub(crate) fn has_clients(server: Process, path: &str) -> io::Result<bool> {
+pub(crate) fn occupied(server: Process, path: &str) -> io::Result<Occupied> {
     let table = sockets::parse_unix(&server.text("net/unix", 64 << 20)?);
-    Ok(table
+    let mut taken = table
         .iter()
-        .any(|s| !s.listening && s.path.as_deref() == Some(path)))
+        .filter(|s| !s.listening && s.path.as_deref() == Some(path))
+        .peekable();
+    if taken.peek().is_none() {
+        return Ok(Occupied::Free);
+    }
+    let pairs = peer_pairs()?;
+    // One that still waits in the queue has no inode. Where the other end is gone nobody is told as its peer.
+    let alive = |inode: u64| {
+        inode == 0
+            || pairs
+                .iter()
+                .any(|(ino, peer)| u64::from(*ino) == inode && *peer != 0)
+    };
+    Ok(if taken.any(|s| alive(s.inode)) {
+        Occupied::Busy
+    } else {
+        Occupied::Stale
+    })
 }
 
 /// The processes that are connected to the listening unix socket `path` of `server`, as far as we may see
@@ -52,9 +80,13 @@ pub(crate) fn clients_of(server: Process, path: &str) -> io::Result<Vec<Holder>>
     let pairs = peer_pairs()?;
     let peers: Vec<u64> = pairs
         .iter()
-        .filter(|(ino, _)| accepted.contains(&u64::from(*ino)))
+        .filter(|(ino, peer)| *peer != 0 && accepted.contains(&u64::from(*ino)))
         .map(|(_, peer)| u64::from(*peer))
         .collect();
+    // A client that is gone leaves a connection without its other end until the server notices.
+    if peers.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut holders = Vec::new();
     for process in process::all()? {
         let Ok(descriptors) = process.descriptors() else {
@@ -166,10 +198,16 @@ mod tests {
         };
         assert!(clients_of(me, path.to_str().unwrap()).unwrap().is_empty());
         let client = UnixStream::connect(&path).unwrap();
-        let _accepted = listener.accept().unwrap();
+        let accepted = listener.accept().unwrap();
         let holders = clients_of(me, path.to_str().unwrap()).unwrap();
         assert_eq!(holders.iter().map(|h| h.pid).collect::<Vec<_>>(), [me.pid]);
         assert_eq!(listener_pid(&client), Some(me.pid));
+        assert_eq!(occupied(me, path.to_str().unwrap()).unwrap(), Occupied::Busy);
+        drop(client);
+        assert_eq!(occupied(me, path.to_str().unwrap()).unwrap(), Occupied::Stale);
+        assert!(clients_of(me, path.to_str().unwrap()).unwrap().is_empty());
+        drop(accepted);
+        assert_eq!(occupied(me, path.to_str().unwrap()).unwrap(), Occupied::Free);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::process::{Descriptor, Process};
 
@@ -39,7 +39,8 @@ pub(crate) enum ListenAddress {
 pub(crate) fn bound_name(process: Process, path: &Path) -> Option<String> {
     let wanted = fs::metadata(path).ok()?;
     let descriptors = process.descriptors().ok()?;
-    listeners(process, &descriptors)
+    NetTables::new(Wanted::Unix)
+        .listeners(process, &descriptors)
         .ok()?
         .into_iter()
         .find_map(|listener| match listener.address {
@@ -76,44 +77,94 @@ pub(crate) struct UnixSocket {
     pub(crate) path: Option<String>,
 }
 
-/// The listening sockets among `descriptors`, which are those of `process`. The tables of its own network
-/// namespace are read.
-pub(crate) fn listeners(process: Process, descriptors: &[Descriptor]) -> io::Result<Vec<Listener>> {
-    let inodes: Vec<(u64, u32)> = descriptors
-        .iter()
-        .filter_map(|d| Some((d.socket_inode()?, d.fd)))
-        .collect();
-    if inodes.is_empty() {
-        return Ok(Vec::new());
-    }
-    let fd_of = |inode: u64| inodes.iter().find(|(i, _)| *i == inode).map(|(_, fd)| *fd);
-    let mut found = Vec::new();
-    for socket in parse_unix(&process.text("net/unix", MAX_TABLE)?) {
-        if socket.listening
-            && let (Some(fd), Some(path)) = (fd_of(socket.inode), socket.path)
-        {
-            found.push(Listener {
-                fd,
-                address: ListenAddress::Unix(path),
-            });
+/// Which tables are looked into.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Wanted {
+    /// Unix sockets.
+    Unix,
+    /// TCP too, whose tables the kernel takes milliseconds to print.
+    All,
+}
+
+/// The tables of listening sockets, read once for each network namespace.
+#[derive(Debug)]
+pub(crate) struct NetTables {
+    wanted: Wanted,
+    of_namespace: Vec<(PathBuf, Vec<(u64, ListenAddress)>)>,
+}
+
+impl NetTables {
+    pub(crate) fn new(wanted: Wanted) -> Self {
+        Self {
+            wanted,
+            of_namespace: Vec::new(),
         }
     }
-    for table in ["net/tcp", "net/tcp6"] {
-        // A kernel without IPv6 has no tcp6.
-        let Ok(text) = process.text(table, MAX_TABLE) else {
-            continue;
+
+    /// Whether TCP sockets are among the answers.
+    pub(crate) fn has_tcp(&self) -> bool {
+        self.wanted == Wanted::All
+    }
+
+    /// The listening sockets among `descriptors`, which are those of `process`.
+    pub(crate) fn listeners(
+        &mut self,
+        process: Process,
+        descriptors: &[Descriptor],
+    ) -> io::Result<Vec<Listener>> {
+        let inodes: Vec<(u64, u32)> = descriptors
+            .iter()
+            .filter_map(|d| Some((d.socket_inode()?, d.fd)))
+            .collect();
+        if inodes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let namespace = fs::read_link(process.path("ns/net"))?;
+        let at = match self.of_namespace.iter().position(|(n, _)| *n == namespace) {
+            Some(at) => at,
+            None => {
+                let all = self.read(process)?;
+                self.of_namespace.push((namespace, all));
+                self.of_namespace.len() - 1
+            }
         };
-        for (inode, address) in parse_tcp_listeners(&text) {
-            if let Some(fd) = fd_of(inode) {
-                found.push(Listener {
-                    fd,
-                    address: ListenAddress::Tcp(address),
-                });
+        let all = self
+            .of_namespace
+            .get(at)
+            .map(|(_, all)| all.as_slice())
+            .unwrap_or_default();
+        let mut found: Vec<Listener> = all
+            .iter()
+            .filter_map(|(inode, address)| {
+                let (_, fd) = inodes.iter().find(|(i, _)| i == inode)?;
+                Some(Listener {
+                    fd: *fd,
+                    address: address.clone(),
+                })
+            })
+            .collect();
+        found.sort_by_key(|l| l.fd);
+        Ok(found)
+    }
+
+    fn read(&self, process: Process) -> io::Result<Vec<(u64, ListenAddress)>> {
+        let mut all = Vec::new();
+        for socket in parse_unix(&process.text("net/unix", MAX_TABLE)?) {
+            if let (true, Some(path)) = (socket.listening, socket.path) {
+                all.push((socket.inode, ListenAddress::Unix(path)));
             }
         }
+        if self.wanted == Wanted::All {
+            for table in ["net/tcp", "net/tcp6"] {
+                // A kernel without IPv6 has no tcp6.
+                let Ok(text) = process.text(table, MAX_TABLE) else {
+                    continue;
+                };
+                all.extend(parse_tcp_listeners(&text).map(|(inode, a)| (inode, ListenAddress::Tcp(a))));
+            }
+        }
+        Ok(all)
     }
-    found.sort_by_key(|l| l.fd);
-    Ok(found)
 }
 
 /// Parses `/proc/net/unix`.
@@ -236,7 +287,9 @@ Num       RefCount Protocol Flags    Type St Inode Path
         let me = Process {
             pid: std::process::id(),
         };
-        let found = listeners(me, &me.descriptors().unwrap()).unwrap();
+        let found = NetTables::new(Wanted::All)
+            .listeners(me, &me.descriptors().unwrap())
+            .unwrap();
         let addresses: Vec<_> = found.iter().map(|l| &l.address).collect();
         assert!(
             addresses.contains(&&ListenAddress::Unix(path.to_str().unwrap().into())),

@@ -90,7 +90,7 @@ fn the_stub_tells_layout_and_registers_and_the_machine_goes_on() {
         "the stub knows more than the monitor"
     );
     assert!(
-        all[0].cs.limit > 0 && all[0].idt.limit > 0,
+        all[0].cs.limit > 0 && all[0].cs.attributes > 0,
         "and the monitor more than the stub"
     );
     assert_eq!(status(&vm), "running");
