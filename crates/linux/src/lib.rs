@@ -9,6 +9,7 @@ pub(crate) mod layout;
 pub mod listing;
 pub mod maps;
 mod module_types;
+pub mod path;
 mod percpu;
 pub(crate) mod structures;
 pub mod task;
