@@ -198,6 +198,21 @@ impl MapReader {
         ))
     }
 
+    /// The `struct file`s that the `mm_struct` at `mm` has mapped, each once, and what kept the walk from its end.
+    pub(crate) fn files(&self, mm: Gva) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
+        let (areas, warning) = self.areas(mm)?;
+        let mut seen = rustc_hash::FxHashSet::default();
+        let files = areas
+            .iter()
+            .filter_map(|&area| self.vma.file.read(self.kernel.space(), area).ok());
+        Ok((
+            files
+                .filter(|&file| !file.is_null() && seen.insert(file))
+                .collect(),
+            warning,
+        ))
+    }
+
     /// The mappings of the `mm_struct` at `mm`.
     pub(crate) fn mappings(&self, pid: i32, mm: Gva) -> Result<Listing<Mapping>, LinuxError> {
         let space = self.kernel.space();
