@@ -294,9 +294,14 @@ fn maps_of(build: impl FnOnce(&mut Guest) -> u64) -> Listing<vmsight_linux::Mapp
     listing
 }
 
-/// A pointer to a maple node of a type (1 leaf, 2 range, 3 arange).
+/// The pointer to a maple tree's root node of a type (1 leaf, 2 range, 3 arange).
 fn maple(node: u64, kind: u64) -> u64 {
-    node | kind << 3 | 2
+    child(node, kind) | 2
+}
+
+/// The pointer to a node in another's slot.
+fn child(node: u64, kind: u64) -> u64 {
+    node | kind << 3 | 4
 }
 
 #[test]
@@ -328,8 +333,8 @@ fn an_honest_maple_tree_is_listed_whole() {
         }
         let root = guest.space(256, 256);
         guest.put(root + 8, 0x3fff);
-        guest.put(root + 80, maple(low, 1));
-        guest.put(root + 88, maple(high, 1));
+        guest.put(root + 80, child(low, 1));
+        guest.put(root + 88, child(high, 1));
         maple(root, 3)
     });
     assert!(listing.warnings.is_empty(), "{:?}", listing.warnings);
@@ -353,7 +358,7 @@ fn maple_trees_that_lie_are_cut() {
     // A node that is its own child.
     let cyclic = maps_of(|guest| {
         let node = guest.space(256, 256);
-        guest.put(node + 80, maple(node, 3));
+        guest.put(node + 80, child(node, 3));
         maple(node, 3)
     });
     assert!(

@@ -63,9 +63,15 @@ struct Shape {
     leaf: bool,
 }
 
-/// `xa_is_node` for maple trees: an internal entry above the first page.
+/// `xa_is_node` for the root of a maple tree: an internal entry above the first page (`mte_mk_root` sets `MAPLE_ROOT_NODE`, 2).
 fn is_node(entry: u64) -> bool {
     entry & 3 == 2 && entry > 4096
+}
+
+/// The same for the slots of inner nodes, which lack the root's mark: type and `MAPLE_ENODE_NULL` (4) are all that is added to the
+/// address (`mt_mk_node`, lib/maple_tree.c).
+fn is_child(entry: u64) -> bool {
+    entry & 3 == 0 && entry > 4096
 }
 
 /// The entries of the tree at `tree`, by rising index, empty ranges left out. At most `limit`.
@@ -176,7 +182,7 @@ pub(crate) fn walk(kernel: &Kernel, tree: Gva, limit: usize) -> Result<Walk<Entr
                             value: Gva(value),
                         });
                     }
-                } else if is_node(value) {
+                } else if is_child(value) {
                     below.push((value, first, last, depth + 1));
                 } else {
                     out.end = End::Broken {
