@@ -156,7 +156,7 @@ fn odd_arguments() -> Vec<OsString> {
 fn long_arguments() -> Part {
     let args = (0..220).map(|n| format!("--option-{n:03}={}", "x".repeat(50)));
     let mut part = Part::new("long-arguments").args(std::iter::once("long-arguments".to_owned()).chain(args));
-    for n in 0..150 {
+    for n in 0..180 {
         part = part.env(format!("VARIABLE_{n:03}"), "y".repeat(40));
     }
     part

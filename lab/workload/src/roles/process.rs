@@ -120,6 +120,7 @@ pub(super) fn retitled() -> Result<Held> {
 /// A user's process with a few capabilities in each set.
 pub(super) fn few_capabilities() -> Result<Held> {
     join_cgroup("/user.slice/user-1000.slice/session-3.scope")?;
+    fs::write("/proc/self/oom_score_adj", "500")?;
     for capability in [
         CapabilitySet::SYS_BOOT,
         CapabilitySet::SYS_TIME,
