@@ -149,8 +149,10 @@ fn pieces_of(backend: &Backend, maps: &[Mapping]) -> Result<Vec<Piece>, String> 
             m.path.contains(name)
         }),
         "shm" => m.path.starts_with("/dev/shm/"),
-        // share=on makes it a mapping of /dev/zero.
-        _ => m.is_anonymous() || m.path.starts_with("/dev/zero"),
+        // share=on makes it a mapping of /dev/zero, from QEMU 9.2 on of a memfd.
+        _ => {
+            m.is_anonymous() || m.path.starts_with("/dev/zero") || (m.shared && m.path.starts_with("/memfd:"))
+        }
     };
     let found: Vec<Piece> = maps
         .iter()
