@@ -5,7 +5,7 @@ use std::process::Command;
 use vmsight_target::discover::{ControlKind, describe};
 use vmsight_target::{Vmm, list};
 
-use crate::machine::Machine;
+use crate::machine::{Machine, copy_program};
 
 #[test]
 fn a_machine_is_described_as_it_is() {
@@ -152,7 +152,7 @@ fn tools_of_qemu_are_not_listed() {
     // A program of QEMU's that is no machine, under a name that has "qemu" in it.
     let dir = tempfile::tempdir().unwrap();
     let tool = dir.path().join("qemu-img");
-    std::fs::copy("/bin/sleep", &tool).unwrap();
+    copy_program("/bin/sleep".as_ref(), &tool);
     let mut child = Command::new(&tool).arg("60").spawn().unwrap();
     let listed = list().unwrap().iter().any(|v| v.pid == child.id());
     child.kill().unwrap();

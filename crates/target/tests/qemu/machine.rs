@@ -138,7 +138,7 @@ impl Machine {
     pub(crate) fn as_nobody_with(&self, test: &str, variables: &[(&str, &str)]) -> String {
         // The test's folder may be closed to nobody; a copy in a folder of its own is not.
         let exe = self.dir().join("tests");
-        std::fs::copy(std::env::current_exe().expect("our own program"), &exe).expect("a copy of it");
+        copy_program(&std::env::current_exe().expect("our own program"), &exe);
         std::fs::set_permissions(self.dir(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("our folder");
         let output = Command::new("setpriv")
@@ -171,6 +171,17 @@ impl Machine {
     fn messages(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("stderr")).unwrap_or_default()
     }
+}
+
+/// Copies a program so that it can be run at once. Not by ourselves: another test may fork while we have the copy
+/// open for writing, and a program that somebody has open for writing does not run.
+pub(crate) fn copy_program(from: &Path, to: &Path) {
+    let done = Command::new("cp")
+        .arg(from)
+        .arg(to)
+        .status()
+        .expect("cp of coreutils");
+    assert!(done.success());
 }
 
 impl Drop for Machine {
