@@ -48,11 +48,11 @@ fn at(bytes: &[u8], index: usize) -> Option<Tokens> {
     if !offsets.is_sorted_by(|a, b| a < b) {
         return None;
     }
-    // The table ends with the last token and its NUL, padded to 8. How long that token is, only the table itself tells.
+    // The table ends with the last token and its NUL, padded. How long that token is, only the table itself tells.
     let last = usize::from(offsets[255]);
-    let longest = index.checked_sub(last + 1)? & !7;
-    (0..=LONGEST / 8 + 1)
-        .map_while(|k| longest.checked_sub(8 * k))
+    let longest = index.checked_sub(last + 1)? & !3;
+    (0..=LONGEST / 4 + 2)
+        .map_while(|k| longest.checked_sub(4 * k))
         .find_map(|table| tokens(bytes, table, index, &offsets))
 }
 
