@@ -32,6 +32,9 @@ const ANCHORS: [&[u8]; 6] = [
 /// More than twice what any kernel exports.
 const MAX_EXPORTS: usize = 1 << 16;
 
+/// Words that lead to the name of an anchor and are tried as part of a table.
+const MAX_TRIES: usize = 64;
+
 /// No per-CPU offset is above.
 const ABSOLUTE_MAX: u64 = 64 << 20;
 
@@ -46,12 +49,17 @@ pub fn find(section: Section<'_>, image: &Image) -> Vec<Export> {
         return Vec::new();
     };
     let mut best = Vec::new();
+    let mut tries = 0;
     for (i, word) in section.bytes.chunks_exact(4).enumerate() {
         let at = 4 * i;
         let value = i32::from_le_bytes(word.try_into().unwrap_or_default());
         let target = at.wrapping_add_signed(value as isize);
         if target < low || target > high || !strings.contains(&target) || at < 4 {
             continue;
+        }
+        tries += 1;
+        if tries > MAX_TRIES {
+            break;
         }
         for stride in [12, 8] {
             let table = Table {

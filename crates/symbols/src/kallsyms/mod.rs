@@ -97,6 +97,12 @@ pub enum KallsymsError {
     },
 }
 
+/// Token tables that are tried. A kernel has one; more are somebody's joke.
+const MAX_TABLES: usize = 4;
+
+/// Names that are stepped over, in all, in search of the right ones. A kernel needs some thousands.
+const MAX_STEPS: usize = 1 << 25;
+
 /// Finds the tables in `section` and decodes them all.
 ///
 /// # Errors
@@ -105,8 +111,9 @@ pub fn decode(section: Section<'_>, image: &Image) -> Result<Kallsyms, KallsymsE
     let mut error = KallsymsError::NoTokens {
         searched: section.bytes.len(),
     };
-    for tokens in tokens::find(section.bytes) {
-        match decode_with(section, image, &tokens) {
+    let mut budget = MAX_STEPS;
+    for tokens in tokens::find(section.bytes).take(MAX_TABLES) {
+        match decode_with(section, image, &tokens, &mut budget) {
             Ok(found) => return Ok(found),
             // The one that got furthest says most.
             Err(e) if rank(&e) > rank(&error) => error = e,
@@ -120,9 +127,11 @@ fn decode_with(
     section: Section<'_>,
     image: &Image,
     tokens: &tokens::Tokens,
+    budget: &mut usize,
 ) -> Result<Kallsyms, KallsymsError> {
     let address = section.address.wrapping_add(tokens.table as u64);
-    let names = names::find(section.bytes, tokens).ok_or(KallsymsError::NoNames { tokens: address })?;
+    let names =
+        names::find(section.bytes, tokens, budget).ok_or(KallsymsError::NoNames { tokens: address })?;
     let decoded = expand::decode(section.bytes, tokens, &names);
     if decoded.blocks() == 0 {
         return Err(KallsymsError::Damaged {

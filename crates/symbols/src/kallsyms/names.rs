@@ -45,7 +45,9 @@ impl Names {
 
 /// The names that belong to `tokens`: the nearest place before them where a count is followed by names whose first block
 /// ends where the markers say.
-pub(super) fn find(bytes: &[u8], tokens: &Tokens) -> Option<Names> {
+///
+/// Each candidate costs steps out of `budget`, so that a guest full of likenesses does not keep us for hours.
+pub(super) fn find(bytes: &[u8], tokens: &Tokens, budget: &mut usize) -> Option<Names> {
     let kinds = kinds(tokens);
     let floor = tokens.table.saturating_sub(FAR);
     let before = bytes.get(floor..tokens.table)?;
@@ -56,21 +58,46 @@ pub(super) fn find(bytes: &[u8], tokens: &Tokens) -> Option<Names> {
         }
         let count_at = tokens.table - 4 * (i + 1);
         // The names are aligned to 8, or (7.2) to 4. A name is never empty, so padding is not taken for one.
-        [count_at + 4, count_at + 8]
-            .into_iter()
-            .find_map(|start| at(bytes, tokens, &kinds, count_at, start, count))
+        [count_at + 4, count_at + 8].into_iter().find_map(|start| {
+            let first = walk(bytes, &kinds, start, tokens.table, count.min(BLOCK), budget)?;
+            at(
+                bytes,
+                tokens,
+                &kinds,
+                Candidate {
+                    count_at,
+                    start,
+                    count,
+                    first,
+                },
+                budget,
+            )
+        })
     })
+}
+
+/// A count with as many names behind it as a block has.
+struct Candidate {
+    count_at: usize,
+    start: usize,
+    count: usize,
+    /// Where the second block begins.
+    first: usize,
 }
 
 fn at(
     bytes: &[u8],
     tokens: &Tokens,
     kinds: &[bool; 256],
-    count_at: usize,
-    start: usize,
-    count: usize,
+    candidate: Candidate,
+    budget: &mut usize,
 ) -> Option<Names> {
-    let first = walk(bytes, kinds, start, tokens.table, count.min(BLOCK))?;
+    let Candidate {
+        count_at,
+        start,
+        count,
+        first,
+    } = candidate;
     let blocks = count.div_ceil(BLOCK);
     let markers_len = 4 * blocks;
     // What may stand between markers and tokens: nothing, or (6.2, 6.3, and 6.1 as distributions patch it) the order of
@@ -90,7 +117,9 @@ fn at(
             }
             // The last block too, unless it is damaged: so the count is proven.
             let last = start.checked_add(read_u32(bytes, markers + 4 * (blocks - 1))? as usize)?;
-            if walk(bytes, kinds, last, markers, count - BLOCK * (blocks - 1)).is_some_and(|end| !ends(end)) {
+            if walk(bytes, kinds, last, markers, count - BLOCK * (blocks - 1), budget)
+                .is_some_and(|end| !ends(end))
+            {
                 return None;
             }
         } else if !ends(first) {
@@ -106,9 +135,17 @@ fn at(
 }
 
 /// Steps over `count` names from `at`: the end of the last. `None` if one passes `end` or has no kind.
-fn walk(bytes: &[u8], kinds: &[bool; 256], mut at: usize, end: usize, count: usize) -> Option<usize> {
+fn walk(
+    bytes: &[u8],
+    kinds: &[bool; 256],
+    mut at: usize,
+    end: usize,
+    count: usize,
+    budget: &mut usize,
+) -> Option<usize> {
     let bytes = bytes.get(..end)?;
     for _ in 0..count {
+        *budget = budget.checked_sub(1)?;
         let (first, len) = length(bytes, at)?;
         if !kinds[usize::from(*bytes.get(first)?)] {
             return None;

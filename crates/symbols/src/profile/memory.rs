@@ -230,20 +230,29 @@ fn with_exports(
 /// The offset of a symbol from `_text`.
 type Offset<'a> = &'a dyn Fn(&str) -> Option<u64>;
 
+/// Places that begin like BTF and are tried.
+const MAX_BTF: usize = 8;
+
+/// Bytes that a kernel's BTF can have: megabytes as a rule. Anything small is test data or a module's.
+const BTF_LEN: Range<usize> = 0x1_0000..64 << 20;
+
 /// Types of the one BTF blob in `part`, with its range. There may be another in memory, left from boot, but not in the image.
 fn find_types(part: &[u8]) -> Option<(Range<usize>, Types)> {
     // Magic, version, flags, and the length of the header (include/uapi/linux/btf.h): 24 bytes, 32 since 7.1.
     let starts = [b"\x9f\xeb\x01\0\x18\0\0\0", b"\x9f\xeb\x01\0\x20\0\0\0"];
     starts.iter().find_map(|start| {
-        memchr::memmem::find_iter(part, *start).find_map(|at| {
-            let len = btf_len(part.get(at..)?)?;
-            // vmlinux's own is megabytes; anything small is test data or a module's.
-            let blob = part.get(at..at.checked_add(len)?).filter(|_| len > 0x1_0000)?;
-            let types = Types::from_btf(blob.to_vec()).ok()?;
-            // Has the index by name made here, while another thread is busy with the symbols.
-            types.find_struct("task_struct");
-            Some((at..at + len, types))
-        })
+        memchr::memmem::find_iter(part, *start)
+            .take(MAX_BTF)
+            .find_map(|at| {
+                let len = btf_len(part.get(at..)?)?;
+                let blob = part
+                    .get(at..at.checked_add(len)?)
+                    .filter(|_| BTF_LEN.contains(&len))?;
+                let types = Types::from_btf(blob.to_vec()).ok()?;
+                // Has the index by name made here, while another thread is busy with the symbols.
+                types.find_struct("task_struct");
+                Some((at..at + len, types))
+            })
     })
 }
 

@@ -1,0 +1,363 @@
+//! Finding kernels in memory that the tests have put together: every strategy, decoys, several kernels, hostile tables.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on has failed
+
+mod support;
+
+use proptest::prelude::*;
+use support::guest::{DATA, EARLY_TOP, Kernel, LINK, MIB, Ram};
+use vmsight_arch::paging;
+use vmsight_arch::{Gpa, Gva};
+use vmsight_memory::GuestMemory;
+use vmsight_symbols::kernel::{FindError, Found, Hints, find};
+use vmsight_symbols::{Profile, cache::Cache, locate};
+
+const TRAMPOLINE: u64 = 0x9_8000;
+
+fn hints(registers: Vec<vmsight_arch::Registers>) -> Hints {
+    Hints::with_registers(registers)
+}
+
+#[track_caller]
+fn check(found: &Found, k: &Kernel) {
+    let image = found.image();
+    assert_eq!(image.text, Gva(k.text));
+    assert_eq!(image.phys, Gpa(k.phys));
+    assert_eq!(image.len, 8 * MIB);
+    assert_eq!(image.slide, k.text - LINK);
+    assert_eq!(image.dtb, k.dtb(), "{:?}", image.evidence);
+    assert_eq!(image.mode, k.mode());
+    assert_eq!(image.direct_map, Some(Gva(k.direct_map)));
+    assert_eq!(image.banner, k.banner());
+    assert_eq!(image.release(), k.release);
+    assert_eq!(
+        image.build_id.as_deref(),
+        Some(k.build_id.as_slice()),
+        "the kernel's, not the vDSO's"
+    );
+    assert!(image.evidence.len() >= 3);
+}
+
+fn kernels() -> [Kernel; 4] {
+    [
+        Kernel::new(32 * MIB, 0x1280_0000),
+        // Without KASLR: level4_kernel_pgt looks like a top-level table.
+        Kernel::new(16 * MIB, 0),
+        Kernel::new(32 * MIB, 0x1280_0000).five_levels(),
+        Kernel::new(16 * MIB, 0).five_levels(),
+    ]
+}
+
+#[test]
+fn by_the_trampoline_page() {
+    for k in kernels() {
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        for memory in [ram.frozen(), ram.live()] {
+            let asked = Hints {
+                registers: Some(Box::new(|| panic!("nobody needs registers"))),
+                thorough: false,
+            };
+            let found = find(&memory, &asked).unwrap();
+            check(&found, &k);
+            assert_eq!(found.candidates.len(), 1);
+        }
+    }
+}
+
+#[test]
+fn by_registers_in_kernel_and_process() {
+    for k in kernels() {
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        let process = 50 * MIB;
+        ram.process(&k, process);
+        // The user's half under page-table isolation: the next page, with a third-level table that is not the kernel's.
+        ram.entry(process + 0x1000, 511, (52 * MIB) | 0x67);
+        ram.entry(52 * MIB, 511, (52 * MIB + 0x1000) | 0x67);
+        let memory = ram.from(MIB);
+        for root in [k.dtb().0, process, process | 0x1234 & 0xfff, process + 0x1000] {
+            check(&find(&memory, &hints(vec![k.registers(root)])).unwrap(), &k);
+        }
+    }
+}
+
+#[test]
+fn by_a_scan_of_all_memory() {
+    for k in kernels() {
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        // Low memory is missing, and nobody knows the registers.
+        let found = find(&ram.from(MIB), &Hints::default()).unwrap();
+        check(&found, &k);
+        assert!(
+            found.image().evidence[0].contains("all of memory"),
+            "{:?}",
+            found.image().evidence
+        );
+    }
+}
+
+#[test]
+fn tables_of_processes_inside_the_image_are_not_the_kernels() {
+    for k in kernels() {
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        // Memory of init code that was given back now holds the top-level table of a process, in front and behind.
+        ram.process(&k, k.phys + DATA + 0x1000);
+        ram.process(&k, k.phys + EARLY_TOP + 0x3000);
+        // What is left of early_top_pgt, moved to the front: leads to the kernel and maps no memory.
+        let last = ram.read(k.phys + EARLY_TOP + 0xff8);
+        ram.entry(k.phys + DATA + 0x2000, 511, last);
+        check(&find(&ram.frozen(), &Hints::default()).unwrap(), &k);
+    }
+}
+
+#[test]
+fn every_translation_of_the_found_table_leads_home() {
+    for k in kernels() {
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        let memory = ram.frozen();
+        let found = find(&memory, &Hints::default()).unwrap();
+        let image = found.image();
+        for offset in (0..image.len).step_by(0x1_1000) {
+            let t = paging::walk(image.mode, &memory, image.dtb, Gva(image.text.0 + offset)).unwrap();
+            assert_eq!(t.gpa, Gpa(image.phys.0 + offset));
+            let part = image
+                .parts
+                .iter()
+                .find(|p| (p.start..p.start + p.len).contains(&offset))
+                .unwrap();
+            assert_eq!((part.write, part.execute), (t.access.write, t.access.execute));
+        }
+    }
+}
+
+fn two_kernels() -> (Kernel, Kernel, Ram) {
+    let dead = Kernel {
+        clock: 1_600_000_000,
+        release: "5.10.0-dead".to_owned(),
+        ..Kernel::new(16 * MIB, 0x200_0000)
+    };
+    let live = Kernel {
+        clock: 1_700_000_000,
+        release: "6.1.0-live".to_owned(),
+        ..Kernel::new(40 * MIB, 0x1280_0000)
+    };
+    let mut ram = Ram::new(64);
+    ram.install(&dead);
+    ram.install(&live);
+    (dead, live, ram)
+}
+
+#[test]
+fn of_two_kernels_cr3_tells_which_runs() {
+    let (dead, live, ram) = two_kernels();
+    let mut thorough = hints(vec![live.registers(live.dtb().0)]);
+    thorough.thorough = true;
+    let found = find(&ram.frozen(), &thorough).unwrap();
+    assert_eq!(found.candidates.len(), 2);
+    check(&found, &live);
+    assert!(found.why.contains("CR3"), "{}", found.why);
+    // Even against its clock.
+    let mut thorough = hints(vec![dead.registers(dead.dtb().0)]);
+    thorough.thorough = true;
+    check(&find(&ram.frozen(), &thorough).unwrap(), &dead);
+}
+
+#[test]
+fn of_two_kernels_the_clock_tells_which_runs() {
+    let (_, live, ram) = two_kernels();
+    let found = find(&ram.from(MIB), &Hints::default()).unwrap();
+    assert_eq!(found.candidates.len(), 2);
+    check(&found, &live);
+    assert!(
+        found.why.contains("clock") && found.why.contains("100000000 s behind"),
+        "{}",
+        found.why
+    );
+}
+
+#[test]
+fn of_two_kernels_without_clocks_the_trampoline_tells() {
+    for live_first in [true, false] {
+        let (a, b, _) = two_kernels();
+        let (mut dead, mut live) = if live_first { (b, a) } else { (a, b) };
+        dead.clock = 0;
+        live.clock = 0;
+        let mut ram = Ram::new(64);
+        ram.install(&dead);
+        ram.install(&live);
+        ram.trampoline(&live, TRAMPOLINE);
+        let found = find(
+            &ram.frozen(),
+            &Hints {
+                thorough: true,
+                ..Hints::default()
+            },
+        )
+        .unwrap();
+        assert_eq!(found.candidates.len(), 2);
+        check(&found, &live);
+        assert!(found.why.contains("trampoline"), "{}", found.why);
+    }
+}
+
+#[test]
+fn two_trampolines_are_a_doubt_that_registers_settle() {
+    let (dead, live, mut ram) = two_kernels();
+    ram.trampoline(&dead, 0x9_0000);
+    ram.trampoline(&live, TRAMPOLINE);
+    let found = find(&ram.frozen(), &hints(vec![live.registers(live.dtb().0)])).unwrap();
+    assert_eq!(found.candidates.len(), 2);
+    check(&found, &live);
+}
+
+#[test]
+fn what_only_looks_like_a_kernel_is_refused_with_the_reason() {
+    let k = Kernel::new(32 * MIB, 0x1280_0000);
+    let mut ram = Ram::new(64);
+    ram.install(&k);
+    ram.trampoline(&k, TRAMPOLINE);
+    let whole = ram.0.clone();
+    let level3 = k.phys + DATA + 0x7000;
+    let level2 = level3 + 0x1000;
+
+    let error = |ram: &Ram| match find(&ram.frozen(), &Hints::default()) {
+        Err(FindError::NotFound { tried }) => tried,
+        Ok(found) => panic!("found {:?}", found.image()),
+    };
+    // The tables of an image elsewhere.
+    let first = (k.text - 0xffff_ffff_8000_0000) / (2 * MIB);
+    (0..4).for_each(|i| ram.entry(level2, first + i, (2 * MIB * i) | 0x1e3));
+    let tried = error(&ram);
+    assert!(tried.contains("lies outside the image"), "{tried}");
+    assert!(tried.contains("a banner \"Linux version 6.1.0-test"), "{tried}");
+
+    // No direct map.
+    ram.0.clone_from(&whole);
+    (256..511).for_each(|i| ram.entry(k.dtb().0, i, 0));
+    let tried = error(&ram);
+    assert!(tried.contains("no direct map"), "{tried}");
+
+    // Everything but a banner.
+    ram.0.clone_from(&whole);
+    ram.put(k.phys + 2 * MIB, &[0; 0x2000]);
+    let tried = error(&ram);
+    assert!(tried.contains("no Linux banner"), "{tried}");
+
+    // Nothing at all.
+    let tried = error(&Ram::new(8));
+    assert!(
+        tried.contains("trampoline") && tried.contains("no registers") && tried.contains("all of memory"),
+        "{tried}"
+    );
+    let nothing = GuestMemory::from_bytes(vec![]).unwrap();
+    assert!(find(&nothing, &Hints::default()).is_err());
+}
+
+#[test]
+fn a_thousand_decoys_are_not_all_tried() {
+    let mut ram = Ram::new(64);
+    for i in 0..4000 {
+        let page = 8 * MIB + i * 0x1000;
+        ram.entry(page, 510, (page + 0x1000) | 0x63);
+        ram.entry(page, 511, (page + 0x2000) | 0x67);
+    }
+    let start = std::time::Instant::now();
+    let error = find(&ram.frozen(), &Hints::default()).unwrap_err().to_string();
+    assert!(error.contains("too many") || error.len() < 4000, "{error}");
+    assert!(start.elapsed().as_secs() < 20);
+}
+
+#[test]
+fn profile_and_location_out_of_memory() {
+    for mut k in kernels() {
+        // Linked for another address than most: the boot loader's header tells.
+        if k.levels == 4 {
+            k.preferred = 0x20_0000;
+        }
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        for memory in [ram.frozen(), ram.live()] {
+            let l = locate(&memory, &Hints::default(), &Cache::disabled()).unwrap();
+            let link = 0xffff_ffff_8000_0000 + k.preferred;
+            assert_eq!(l.profile.text_start, link);
+            assert_eq!(l.image.slide, k.text.wrapping_sub(link));
+            assert_eq!(l.profile.symbols.address("_text"), Some(link));
+            assert_eq!(
+                l.image.runtime(l.profile.symbols.address("init_task").unwrap()),
+                Gva(k.text + DATA + 0x2_0000)
+            );
+            assert_eq!(
+                l.profile.symbols.address("current_task"),
+                Some(0x1fbc0),
+                "absolute values stay"
+            );
+            assert_eq!(l.profile.types.member("task_struct", "pid").unwrap().offset, 40);
+            assert_eq!(l.profile.banner, k.banner());
+            assert!(l.profile.warnings.is_empty(), "{:?}", l.profile.warnings);
+            assert!(l.image.evidence.iter().any(|e| e.contains("init_top_pgt agrees")));
+        }
+    }
+}
+
+#[test]
+fn a_kernel_without_types_says_so() {
+    let k = Kernel {
+        with_btf: false,
+        ..Kernel::new(32 * MIB, 0x1280_0000)
+    };
+    let mut ram = Ram::new(64);
+    ram.install(&k);
+    ram.trampoline(&k, TRAMPOLINE);
+    let memory = ram.frozen();
+    let found = find(&memory, &Hints::default()).unwrap();
+    let p = Profile::from_memory(&memory, found.image()).unwrap();
+    assert!(!p.has_types());
+    assert!(
+        p.warnings.iter().any(|w| w.contains("no BTF")),
+        "{:?}",
+        p.warnings
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    /// Whatever a guest writes into its page tables: no panic, no endless search, and what is found is mapped as claimed.
+    #[test]
+    fn forged_page_tables(
+        five in any::<bool>(),
+        writes in prop::collection::vec((0_u64..10, 0_u64..512, prop_oneof![
+            any::<u64>(),
+            (0_u64..64 * MIB / 0x1000).prop_map(|p| p << 12 | 0x63),
+            (0_u64..64 * MIB / 0x1000).prop_map(|p| p << 12 | 0xe3),
+        ]), 1..12),
+    ) {
+        let mut k = Kernel { symbols: 60, ..Kernel::new(16 * MIB, 0x1280_0000) };
+        if five {
+            k = k.five_levels();
+        }
+        let mut ram = Ram::new(32);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        for (page, index, value) in writes {
+            ram.entry(k.phys + DATA + 0x4000 + page * 0x1000, index, value);
+        }
+        let memory = ram.frozen();
+        let hints = Hints { thorough: true, ..hints(vec![k.registers(k.dtb().0)]) };
+        if let Ok(found) = find(&memory, &hints) {
+            for image in &found.candidates {
+                let t = paging::walk(image.mode, &memory, image.dtb, image.text);
+                prop_assert_eq!(t.map(|t| t.gpa), Ok(image.phys));
+                let _ = Profile::from_memory(&memory, image);
+            }
+        }
+    }
+}
