@@ -5,7 +5,7 @@
 mod support;
 
 use proptest::prelude::*;
-use support::guest::{DATA, EARLY_TOP, Kernel, LINK, MIB, Ram};
+use support::guest::{DATA, EARLY_TOP, Kernel, LINK, MIB, Ram, exported};
 use vmsight_arch::paging;
 use vmsight_arch::{Gpa, Gva};
 use vmsight_memory::GuestMemory;
@@ -325,6 +325,37 @@ fn a_kernel_without_types_says_so() {
         "{:?}",
         p.warnings
     );
+}
+
+#[test]
+fn a_kernel_without_data_symbols_has_those_that_it_exports() {
+    for stride in [12, 8] {
+        let k = Kernel {
+            exports: Some(stride),
+            with_btf: false,
+            ..Kernel::new(32 * MIB, 0x1280_0000)
+        };
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        let l = locate(&ram.frozen(), &Hints::default(), &Cache::disabled()).unwrap();
+        let symbols = &l.profile.symbols;
+        assert_eq!(symbols.address("_end"), None, "no data symbols of its own");
+        for (name, address) in exported(&k) {
+            let link = if address < 1 << 47 {
+                address
+            } else {
+                address - 0x1280_0000
+            };
+            assert_eq!(symbols.address(&name), Some(link), "{name}");
+        }
+        assert_eq!(symbols.address("_text"), Some(LINK));
+        assert!(
+            l.profile.warnings[0].contains("203 that it exports"),
+            "{:?}",
+            l.profile.warnings
+        );
+    }
 }
 
 proptest! {

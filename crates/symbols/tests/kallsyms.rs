@@ -236,6 +236,39 @@ fn likenesses_without_number_end_soon() {
     assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }
 
+/// The seeds of the fuzz target `kallsyms` are tables of this writer; with VMSIGHT_WRITE_SEEDS set they are written anew.
+#[test]
+fn the_fuzz_seeds_are_tables_of_every_layout() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/kallsyms");
+    for (name, layout) in LAYOUTS {
+        let mut bytes = Vec::new();
+        encode(&mut bytes, RODATA, &symbols_for(layout, 24), layout);
+        assert!(run(&bytes).is_ok(), "{name}");
+        let path = folder.join(name.replace(' ', "_"));
+        if std::env::var_os("VMSIGHT_WRITE_SEEDS").is_some() {
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(&path, &bytes).unwrap();
+        }
+        assert_eq!(
+            std::fs::read(&path).unwrap(),
+            bytes,
+            "{} is not what the tests write",
+            path.display()
+        );
+    }
+    let mut symbols = symbols_for(LAYOUTS[0].1, 24);
+    symbols.retain(|s| s.address > 1 << 47);
+    let table: vmsight_symbols::SymbolTable = symbols
+        .iter()
+        .map(|s| (s.name.as_str(), s.address, s.kind))
+        .collect();
+    let path = folder.join("symbol_table");
+    if std::env::var_os("VMSIGHT_WRITE_SEEDS").is_some() {
+        std::fs::write(&path, table.as_bytes()).unwrap();
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), table.as_bytes());
+}
+
 fn arbitrary_symbols() -> impl Strategy<Value = Vec<Sym>> {
     let name = "[a-zA-Z0-9_.$]{1,60}";
     let one = (0..LEN, "[tTdDrRbBwWvVA]", name).prop_map(|(at, kind, name)| Sym {

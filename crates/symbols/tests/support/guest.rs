@@ -30,6 +30,7 @@ pub const EARLY_TOP: u64 = DATA + 0x10_0000;
 const BANNER: u64 = RODATA + 0x340;
 const NOTES: u64 = RODATA + 0x1f_0000;
 const BTF: u64 = RODATA + 0x10_0000;
+const KSYMTAB: u64 = RODATA + 0x18_0000;
 const KALLSYMS: u64 = RODATA + 0x4000;
 
 const TABLE: u64 = 0x63;
@@ -53,6 +54,8 @@ pub struct Kernel {
     pub extra: Option<(String, u64)>,
     pub with_btf: bool,
     pub percpu: bool,
+    /// Built without CONFIG_KALLSYMS_ALL: functions only, and what is exported to modules, in entries of so many bytes.
+    pub exports: Option<u64>,
     pub preferred: u64,
 }
 
@@ -71,6 +74,7 @@ impl Kernel {
             extra: None,
             with_btf: true,
             percpu: true,
+            exports: None,
             preferred: 0x100_0000,
         }
     }
@@ -128,6 +132,9 @@ impl Kernel {
         if !self.with_btf {
             all.retain(|s| !s.name.ends_with("_BTF"));
         }
+        if self.exports.is_some() {
+            all.retain(|s| s.kind.eq_ignore_ascii_case(&b't'));
+        }
         if let Some((name, offset)) = &self.extra {
             all.push(at(*offset, 'T', name));
         }
@@ -169,6 +176,18 @@ pub fn btf() -> Vec<u8> {
         members: &[member("seq", long, 0), member("timekeeper", keeper, 8)],
     });
     b.into_bytes().unwrap()
+}
+
+/// What the kernel exports to modules.
+pub fn exported(k: &Kernel) -> Vec<(String, u64)> {
+    let mut all: Vec<(String, u64)> = (0..200)
+        .map(|i| (format!("exported_{i:03}"), k.text + DATA + 0x4_0000 + i * 16))
+        .collect();
+    all.push(("init_task".to_owned(), k.text + DATA + 0x2_0000));
+    all.push(("phys_base".to_owned(), k.text + DATA + 0x2_1000));
+    all.push(("this_cpu_off".to_owned(), 0x30000));
+    all.sort();
+    all
 }
 
 /// Guest-physical memory from 0.
@@ -216,6 +235,9 @@ impl Ram {
         if k.with_btf {
             self.put(at(BTF), &btf());
         }
+        if let Some(stride) = k.exports {
+            self.install_exports(k, stride);
+        }
         // A vDSO with a note of its own, before the kernel's.
         let note = |id: &[u8]| {
             let head = [
@@ -234,6 +256,24 @@ impl Ram {
         self.put(at(BOOT_PARAMS + 0x258), &k.preferred.to_le_bytes());
         self.put(at(TK_CORE + 8 + 24), &k.clock.to_le_bytes());
         self.install_tables(k);
+    }
+
+    /// `__ksymtab` and its strings, sorted by name.
+    fn install_exports(&mut self, k: &Kernel, stride: u64) {
+        let strings = KSYMTAB + 0x8000;
+        let mut end = strings;
+        for (i, (name, address)) in exported(k).into_iter().enumerate() {
+            let at = KSYMTAB + i as u64 * stride;
+            // Each field counts from its own place.
+            let relative = |to: u64, field: u64| (to.wrapping_sub(k.text + at + field) as u32).to_le_bytes();
+            self.put(k.phys + at, &relative(address, 0));
+            self.put(k.phys + at + 4, &relative(k.text + end, 4));
+            if stride == 12 {
+                self.put(k.phys + at + 8, &relative(k.text + strings - 1, 8));
+            }
+            self.put(k.phys + end, &[name.as_bytes(), b"\0"].concat());
+            end += name.len() as u64 + 1;
+        }
     }
 
     fn install_tables(&mut self, k: &Kernel) {
