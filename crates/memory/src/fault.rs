@@ -2,8 +2,8 @@
 //! kills the process. Here it becomes an error of the one read instead.
 //!
 //! Every mapping registers its range. The handler puts a page of zeros in place of the one that is gone, notes the
-//! range as lost and returns; the copy goes on with zeros, and whoever made it checks afterwards (see
-//! [`Watch::lost`]) and throws the result away. Signals for other addresses go to the handler that was there
+//! range as lost and returns; the copy goes on with zeros, and whoever made it checks afterwards ([`all_is_well`], and
+//! where that says no [`Watch::lost`]) and throws the result away. Signals for other addresses go to the handler that was there
 //! before.
 //!
 //! The handler only does atomic loads and stores and raw system calls, and entries are never freed (but used
@@ -13,7 +13,7 @@ use std::io;
 use std::ptr;
 use std::sync::Once;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
 
 /// One watched range. All fields are addresses in this process.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ struct Entry {
     lost_start: AtomicUsize,
     /// End of the highest page known to be gone.
     lost_end: AtomicUsize,
+    /// How often a page of this range was lost: its share of [`LOST`].
+    faults: AtomicUsize,
     used: AtomicBool,
     next: *const Entry,
 }
@@ -34,8 +36,19 @@ unsafe impl Sync for Entry {}
 unsafe impl Send for Entry {}
 
 static ENTRIES: AtomicPtr<Entry> = AtomicPtr::new(ptr::null_mut());
+/// Pages lost in the ranges that are watched now; 0 nearly always.
+static LOST: AtomicUsize = AtomicUsize::new(0);
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 static PAGE_SIZE: AtomicUsize = AtomicUsize::new(4096);
+
+/// After an access to any mapping: whether no page of any was ever lost. One load for the hot path; where the answer is
+/// no, [`Watch::lost`] of the mapping knows more.
+#[inline(always)]
+pub(crate) fn all_is_well() -> bool {
+    // The access before must not be moved behind the load.
+    fence(Ordering::Acquire);
+    LOST.load(Ordering::Relaxed) == 0
+}
 
 /// Keeps a mapped range under watch until dropped, which must be before the range is unmapped.
 #[derive(Debug)]
@@ -57,11 +70,6 @@ impl Watch {
         Ok(Self { entry })
     }
 
-    /// The lowest address that is gone, for the hot path: one load. It outlives the watch, but then means nothing.
-    pub(crate) fn lost_start(&self) -> &'static AtomicUsize {
-        &self.entry.lost_start
-    }
-
     /// The range of addresses that is gone, if any is. Between two lost pages everything counts as lost.
     pub(crate) fn lost(&self) -> Option<std::ops::Range<usize>> {
         let start = self.entry.lost_start.load(Ordering::Acquire);
@@ -73,6 +81,7 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.entry.start.store(usize::MAX, Ordering::SeqCst);
         self.entry.end.store(0, Ordering::SeqCst);
+        LOST.fetch_sub(self.entry.faults.swap(0, Ordering::SeqCst), Ordering::SeqCst);
         self.entry.used.store(false, Ordering::SeqCst);
     }
 }
@@ -92,6 +101,7 @@ fn claim() -> &'static Entry {
         end: AtomicUsize::new(0),
         lost_start: AtomicUsize::new(usize::MAX),
         lost_end: AtomicUsize::new(0),
+        faults: AtomicUsize::new(0),
         used: AtomicBool::new(true),
         next: ptr::null(),
     }));
@@ -179,6 +189,8 @@ fn heal(address: usize) -> bool {
 /// Notes `[start, end)` as lost, then puts zeros there: in this order, so that nobody reads the zeros without being
 /// able to see that they are not real.
 fn lose(entry: &Entry, start: usize, end: usize) -> bool {
+    entry.faults.fetch_add(1, Ordering::SeqCst);
+    LOST.fetch_add(1, Ordering::SeqCst);
     entry.lost_end.fetch_max(end, Ordering::SeqCst);
     entry.lost_start.fetch_min(start, Ordering::SeqCst);
     // SAFETY: the range is part of a mapping that `Watch` was told of and that lives as long as it is watched;

@@ -1,12 +1,12 @@
 //! Guest-physical memory, whatever it comes from.
 
 use crate::batch::{self, ReadOp};
-use crate::slot::{Slot, is_below};
+use crate::fault;
+use crate::slot::{Backing, Slot};
 use crate::{MemoryError, Region, copy};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use vmsight_arch::Gpa;
 use vmsight_arch::paging::TableMemory;
 
@@ -21,20 +21,67 @@ pub struct GuestMemory {
 }
 
 struct Inner {
-    /// The mapped slots again, with only what a small read needs. Sorted, disjoint.
-    fast: Box<[FastSlot]>,
+    pair: Pair,
+    /// All mapped slots, sorted by address.
+    mapped: Box<[FastSlot]>,
     slots: Box<[Slot]>,
     regions: Box<[Region]>,
     missing: Box<[Region]>,
     notes: Box<[String]>,
 }
 
-/// A mapped slot: 32 bytes, so that two fit into a cache line.
+/// The two longest mapped slots: nearly all of a guest, whose other slots are firmware. Which of them an address lies in
+/// is found without a branch, for on random addresses above and below 4 GiB a mispredicted one would cost as much as
+/// the read; and in few instructions, so that the processor looks further ahead and has more reads under way.
+struct Pair {
+    slots: [FastSlot; 2],
+    /// Where the second starts.
+    split: u64,
+}
+
+/// A mapped slot, with only what a small read needs.
+#[derive(Clone, Copy)]
 struct FastSlot {
     start: u64,
+    /// Eight bytes fit at offsets below this.
+    words: u64,
     len: u64,
     base: *const u8,
-    lost: &'static AtomicUsize,
+}
+
+impl FastSlot {
+    /// No slot: nothing fits in it.
+    const NONE: Self = Self {
+        start: 0,
+        words: 0,
+        len: 0,
+        base: std::ptr::null(),
+    };
+}
+
+impl Pair {
+    /// `all` sorted by address.
+    fn of(all: &[FastSlot]) -> Self {
+        let mut longest: Vec<FastSlot> = all.to_vec();
+        longest.sort_by_key(|slot| std::cmp::Reverse(slot.len));
+        longest.truncate(2);
+        longest.sort_by_key(|slot| slot.start);
+        let mut slots = [FastSlot::NONE; 2];
+        for (place, slot) in slots.iter_mut().zip(&longest) {
+            *place = *slot;
+        }
+        Self {
+            slots,
+            split: longest.get(1).map_or(u64::MAX, |slot| slot.start),
+        }
+    }
+
+    /// The only one of the two that can hold `gpa`.
+    #[inline(always)]
+    fn candidate(&self, gpa: Gpa) -> &FastSlot {
+        let [low, high] = &self.slots;
+        std::hint::select_unpredictable(gpa.0 >= self.split, high, low)
+    }
 }
 
 // SAFETY: `base` points into a mapping that a slot of the same `Inner` keeps alive; it is only used for volatile copies,
@@ -43,22 +90,19 @@ unsafe impl Send for FastSlot {}
 // SAFETY: as above.
 unsafe impl Sync for FastSlot {}
 
-/// Up to so many mapped slots are looked through one by one: a guest has 1 to 4.
-const LINEAR: usize = 4;
-
 impl GuestMemory {
     /// `slots` must be sorted, disjoint, not empty, and within their sources: [`crate::Builder`] checks.
     pub(crate) fn of_slots(slots: Vec<Slot>, missing: Vec<Region>, notes: Vec<String>) -> Self {
-        let fast = slots
+        let mapped: Box<[FastSlot]> = slots
             .iter()
             .filter_map(|slot| {
-                let direct = slot.direct(0, slot.region.len)?;
                 let Region { start, len } = slot.region;
+                let base: *const u8 = slot.direct(0, len)?.ptr;
                 Some(FastSlot {
                     start: start.0,
+                    words: len.saturating_sub(7),
                     len,
-                    base: direct.ptr,
-                    lost: direct.lost_start(),
+                    base,
                 })
             })
             .collect();
@@ -70,7 +114,8 @@ impl GuestMemory {
             }
         }
         let inner = Inner {
-            fast,
+            pair: Pair::of(&mapped),
+            mapped,
             slots: slots.into(),
             regions: regions.into(),
             missing: missing.into(),
@@ -87,10 +132,10 @@ impl GuestMemory {
     /// The first address that could not be read, and why. `buf` may then be filled in part.
     #[inline]
     pub fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        if let Some((ptr, lost)) = self.inner.fast(gpa, buf.len()) {
-            // SAFETY: `fast` found that many mapped bytes at `ptr`; `buf` is ours alone.
+        if let Some(ptr) = self.inner.mapped(gpa, buf.len()) {
+            // SAFETY: `mapped` found that many mapped bytes at `ptr`; `buf` is ours alone.
             unsafe { copy::copy(ptr, buf.as_mut_ptr(), buf.len()) };
-            if is_below(ptr, buf.len(), lost) {
+            if fault::all_is_well() {
                 return Ok(());
             }
         }
@@ -242,16 +287,19 @@ impl GuestMemory {
         &self.inner.slots
     }
 
-    /// Where `len` bytes at `gpa` are mapped in one piece, for as long as `self` or a clone lives, and the lowest
-    /// address lost of that mapping (see [`is_below`]). `None` where not mapped, or not in one piece.
+    /// Where `len` bytes at `gpa` are mapped in one piece, for as long as `self` or a clone lives. `None` where not mapped
+    /// or not in one piece. Ask [`fault::all_is_well`] after the access.
     #[inline(always)]
-    pub(crate) fn mapped(&self, gpa: Gpa, len: usize) -> Option<(*const u8, &'static AtomicUsize)> {
-        self.inner.fast(gpa, len)
+    pub(crate) fn mapped(&self, gpa: Gpa, len: usize) -> Option<*const u8> {
+        self.inner.mapped(gpa, len)
     }
 
     /// Whether all of it is mapped in this process.
     pub(crate) fn is_all_mapped(&self) -> bool {
-        self.inner.fast.len() == self.inner.slots.len()
+        self.inner
+            .slots
+            .iter()
+            .all(|slot| matches!(slot.backing, Backing::Mapped { .. }))
     }
 
     pub(crate) fn parts(&self, gpa: Gpa, len: usize) -> Parts<'_> {
@@ -269,31 +317,44 @@ impl Integer for u8 {}
 impl Inner {
     /// Where `len` bytes at `gpa` are mapped in one piece.
     #[inline(always)]
-    fn fast(&self, gpa: Gpa, len: usize) -> Option<(*const u8, &'static AtomicUsize)> {
-        let slot = if self.fast.len() <= LINEAR {
-            self.fast
-                .iter()
-                .find(|slot| gpa.0.wrapping_sub(slot.start) < slot.len)?
-        } else {
-            let after = self.fast.partition_point(|slot| slot.start <= gpa.0);
-            self.fast.get(after.checked_sub(1)?)?
-        };
+    fn mapped(&self, gpa: Gpa, len: usize) -> Option<*const u8> {
+        let slot = self.pair.candidate(gpa);
+        // Below the slot's start this is huge, and no slot is: they end before 2^64.
         let at = gpa.0.wrapping_sub(slot.start);
         // Not `at + len <= slot.len`: that could wrap.
-        if at >= slot.len || slot.len - at < len as u64 {
-            return None;
+        if at < slot.len && slot.len - at >= len as u64 {
+            // SAFETY: `at` is inside the slot, all of which is mapped from `base` on (so it fits a usize).
+            Some(unsafe { slot.base.add(at as usize) })
+        } else {
+            self.mapped_elsewhere(gpa, len)
         }
-        // SAFETY: `at` is inside the slot, all of which is mapped from `base` on (so it fits a usize).
-        Some((unsafe { slot.base.add(at as usize) }, slot.lost))
     }
 
-    /// The integer at `gpa` in the guest's byte order, `None` where that takes more than a look.
+    /// [`Self::mapped`] for all slots.
+    #[cold]
+    fn mapped_elsewhere(&self, gpa: Gpa, len: usize) -> Option<*const u8> {
+        let after = self.mapped.partition_point(|slot| slot.start <= gpa.0);
+        let slot = self.mapped.get(after.checked_sub(1)?)?;
+        let at = gpa.0.wrapping_sub(slot.start);
+        let fits = at < slot.len && slot.len - at >= len as u64;
+        // SAFETY: as above.
+        fits.then(|| unsafe { slot.base.add(at as usize) })
+    }
+
+    /// The integer (of up to eight bytes) at `gpa` in the guest's byte order, `None` where that takes more than a look.
     #[inline(always)]
     fn load<T: Integer>(&self, gpa: Gpa) -> Option<T> {
-        let (ptr, lost) = self.fast(gpa, size_of::<T>())?;
-        // SAFETY: `fast` found that many mapped bytes at `ptr`, and any bytes make an integer.
+        let slot = self.pair.candidate(gpa);
+        let at = gpa.0.wrapping_sub(slot.start);
+        let ptr = if at < slot.words {
+            // SAFETY: eight bytes are mapped there.
+            unsafe { slot.base.add(at as usize) }
+        } else {
+            self.mapped_elsewhere(gpa, size_of::<T>())?
+        };
+        // SAFETY: so many bytes are mapped there, and any bytes make an integer.
         let value = unsafe { copy::load::<T>(ptr) };
-        is_below(ptr, size_of::<T>(), lost).then_some(value)
+        fault::all_is_well().then_some(value)
     }
 
     fn slot(&self, gpa: Gpa) -> Option<&Slot> {

@@ -5,6 +5,7 @@ use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 /// Whether mapped bytes can change, and whether we may change them.
@@ -150,33 +151,35 @@ impl Mapping {
         }
     }
 
-    /// The next stretch at or after `from` (offsets in the mapping) that holds data, as far as the file system can
-    /// tell; the rest reads as zeros and was never written. `None` when nothing follows.
-    pub(crate) fn next_data(&self, from: u64) -> Option<std::ops::Range<u64>> {
-        let len = self.len();
-        if from >= len {
-            return None;
-        }
-        let Some(backing) = &self.backing else {
-            return Some(from..len);
+    /// The first offset at or after `from` that may hold data, as far as the file system can tell; what lies before it
+    /// reads as zeros and was never written. `None` when nothing follows.
+    ///
+    /// Where that data ends is not asked: tmpfs would look at every page up to there, for each chunk again.
+    pub(crate) fn next_data(&self, from: u64) -> Option<u64> {
+        let at = self
+            .backing
+            .as_ref()
+            .and_then(|backing| Some((backing, backing.offset.checked_add(from)?)));
+        let Some((backing, at)) = at else {
+            return Some(from);
         };
-        let whole = Some(from..len);
-        let Some(at) = backing.offset.checked_add(from) else {
-            return whole;
-        };
-        let data = match seek(&backing.file, at, libc::SEEK_DATA) {
-            Ok(data) => data,
+        match seek(&backing.file, at, libc::SEEK_DATA) {
+            Ok(data) => Some(data.checked_sub(backing.offset)?.max(from)),
             // ENXIO: nothing but a hole up to the end of the file.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return None,
-            Err(_) => return whole,
-        };
-        let hole = match seek(&backing.file, data, libc::SEEK_HOLE) {
-            Ok(hole) if hole > data => hole,
-            _ => return whole,
-        };
-        let start = data.checked_sub(backing.offset)?.max(from);
-        let end = hole.checked_sub(backing.offset)?.min(len);
-        (start < end).then_some(start..end)
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => None,
+            Err(_) => Some(from),
+        }
+    }
+
+    /// Reads from the file instead of the mapping, and says whether that worked. For going over all memory: touching a
+    /// page of shared memory that the guest never used would allocate it, reading it from the file does not; nor do the
+    /// pages count for our own size.
+    pub(crate) fn read_file(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let at = self
+            .backing
+            .as_ref()
+            .and_then(|backing| Some((backing, backing.offset.checked_add(offset)?)));
+        at.is_some_and(|(backing, at)| backing.file.read_exact_at(buf, at).is_ok())
     }
 }
 

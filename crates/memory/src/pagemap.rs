@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 const PAGE: u64 = 4096;
-/// Entries read at a time: 16 MiB of address space.
-const BLOCK: u64 = 4096;
+/// Entries read at a time: 2 MiB of address space.
+const BLOCK: u64 = 512;
 /// Page is present (bit 63) or swapped out (bit 62): see the kernel's `Documentation/admin-guide/mm/pagemap.rst`.
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 
@@ -46,8 +46,8 @@ impl PageMap {
         })
     }
 
-    /// The next stretch of `range` that may hold something else than zeros.
-    pub(crate) fn next_touched(&mut self, range: Range<u64>) -> Option<Range<u64>> {
+    /// The first address of `range` that may hold something else than zeros.
+    pub(crate) fn next_touched(&mut self, range: Range<u64>) -> Option<u64> {
         let mut at = range.start;
         while at < range.end {
             let after = self.anonymous.partition_point(|map| map.start <= at);
@@ -56,45 +56,38 @@ impl PageMap {
                 .and_then(|i| self.anonymous.get(i))
                 .filter(|map| at < map.end);
             let Some(map) = inside else {
-                // Not ours to judge, up to the next mapping that is.
-                let end = self
-                    .anonymous
-                    .get(after)
-                    .map_or(range.end, |next| next.start.min(range.end));
-                return Some(at..end);
+                // Not ours to judge.
+                return Some(at);
             };
             let end = map.end.min(range.end);
             match self.touched_in(at..end) {
                 Ok(Some(found)) => return Some(found),
                 Ok(None) => at = end,
-                Err(()) => return Some(at..end),
+                Err(()) => return Some(at),
             }
         }
         None
     }
 
-    /// The first run of touched pages in a range of one private anonymous mapping.
-    fn touched_in(&mut self, range: Range<u64>) -> Result<Option<Range<u64>>, ()> {
+    /// The first touched byte in a range of one private anonymous mapping.
+    fn touched_in(&mut self, range: Range<u64>) -> Result<Option<u64>, ()> {
         let (mut page, last) = (range.start / PAGE, range.end.div_ceil(PAGE));
-        let mut start = None;
         while page < last {
             let count = BLOCK.min(last - page);
             self.block.resize(count as usize * 8, 0);
             self.pagemap
                 .read_exact_at(&mut self.block, page * 8)
                 .map_err(|_| ())?;
-            for (i, entry) in self.block.as_chunks::<8>().0.iter().enumerate() {
-                let touched = u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0;
-                let address = (page + i as u64) * PAGE;
-                match (touched, start) {
-                    (true, None) => start = Some(address.max(range.start)),
-                    (false, Some(start)) => return Ok(Some(start..address)),
-                    _ => {}
-                }
+            let entries = self.block.as_chunks::<8>().0;
+            if let Some(i) = entries
+                .iter()
+                .position(|entry| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0)
+            {
+                return Ok(Some(((page + i as u64) * PAGE).max(range.start)));
             }
             page += count;
         }
-        Ok(start.map(|start| start..range.end))
+        Ok(None)
     }
 }
 

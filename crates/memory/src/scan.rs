@@ -11,8 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vmsight_arch::Gpa;
 
 const PAGE: u64 = 4096;
-/// Untouched stretches shorter than this are not worth a chunk's end.
-const SMALL_HOLE: u64 = 64 << 10;
 /// Problems kept by a scan; the rest is counted only.
 const MAX_PROBLEMS: usize = 64;
 
@@ -24,7 +22,8 @@ pub struct ScanOptions {
     /// Bytes of the following memory that each chunk shows as well, so that what lies across the border is found. Give the
     /// length of the longest match less one.
     pub overlap: usize,
-    /// Leave out memory that nobody ever wrote to, where that can be found out without reading it: it is all zeros.
+    /// Leave out memory that nobody ever wrote to, where that can be found out without reading it: it is all zeros. No
+    /// chunk starts with such memory, but one may end with it.
     pub skip_untouched: bool,
     /// Only memory in this range.
     pub within: Option<Region>,
@@ -103,7 +102,7 @@ impl GuestMemory {
             return Ok(bytes);
         }
         scratch.resize(chunk.len, 0);
-        self.read(chunk.gpa, scratch)?;
+        self.read_once(chunk.gpa, scratch)?;
         Ok(scratch)
     }
 
@@ -176,10 +175,19 @@ impl GuestMemory {
         }
     }
 
+    /// Reads as whoever looks at everything once should.
+    fn read_once(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        for part in self.parts(gpa, buf.len()) {
+            let (slot, at, range) = part?;
+            slot.read_once(at, buf.get_mut(range).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
     /// Copies a chunk; pages that cannot be read become zeros, each with its error.
     fn read_or_zero(&self, chunk: &Chunk, scratch: &mut Vec<u8>, failed: &mut Vec<MemoryError>) {
         scratch.resize(chunk.len, 0);
-        if self.read(chunk.gpa, scratch).is_ok() {
+        if self.read_once(chunk.gpa, scratch).is_ok() {
             return;
         }
         for (i, page) in scratch.chunks_mut(PAGE as usize).enumerate() {
@@ -230,23 +238,11 @@ impl Iterator for Chunks<'_> {
             };
             // Whole pages, counted from the start of the slot.
             let base = slot.region.start.0;
-            let first = start.max(base + (data.start - base) / PAGE * PAGE);
-            let limit = end.min(first.saturating_add(self.step));
-            let mut last = data.end;
-            while last < limit {
-                match self.next_data(slot, last..limit) {
-                    Some(more) if more.start - last <= SMALL_HOLE => last = more.end.max(last + 1),
-                    _ => break,
-                }
-            }
-            let last = last.min(limit);
+            let first = start.max(base + (data - base) / PAGE * PAGE);
+            let last = end.min(first.saturating_add(self.step));
             self.at = last;
             let own = last - first;
-            let region = self
-                .memory
-                .regions()
-                .iter()
-                .find(|region| region.contains(Gpa(first)))?;
+            let region = self.memory.region_of(Gpa(first))?;
             let len = own.saturating_add(self.overlap).min(region.end().0 - first);
             let (Ok(len), Ok(own)) = (usize::try_from(len), usize::try_from(own)) else {
                 continue;
@@ -261,36 +257,33 @@ impl Iterator for Chunks<'_> {
 }
 
 impl Chunks<'_> {
-    /// The next stretch of `range` (guest addresses, all in `slot`) that may hold something.
-    fn next_data(&mut self, slot: &Slot, range: Range<u64>) -> Option<Range<u64>> {
+    /// The first address of `range` (all in `slot`) that may hold something.
+    fn next_data(&mut self, slot: &Slot, range: Range<u64>) -> Option<u64> {
         if !self.skip_untouched {
-            return Some(range);
+            return Some(range.start);
         }
         // Sources count from elsewhere; both ways the difference is the same, and no sum passes the end of the slot.
         let base = slot.region.start.0;
         let (from, to) = (range.start - base, range.end - base);
         let found = match &slot.backing {
-            Backing::Mapped { mapping, offset } => {
-                let found = mapping.next_data(offset.saturating_add(from))?;
-                found.start.saturating_sub(*offset)..found.end.saturating_sub(*offset)
-            }
+            Backing::Mapped { mapping, offset } => mapping
+                .next_data(offset.saturating_add(from))?
+                .saturating_sub(*offset),
             Backing::Process { process, hva, .. } => {
                 let pid = process.pid();
                 if self.pagemap.as_ref().is_none_or(|(known, _)| *known != pid) {
                     self.pagemap = Some((pid, PageMap::open(pid)));
                 }
                 let Some((_, Some(pagemap))) = &mut self.pagemap else {
-                    return Some(range);
+                    return Some(range.start);
                 };
                 let (Some(first), Some(last)) = (hva.checked_add(from), hva.checked_add(to)) else {
-                    return Some(range);
+                    return Some(range.start);
                 };
-                let found = pagemap.next_touched(first..last)?;
-                found.start - hva..found.end - hva
+                pagemap.next_touched(first..last)?.checked_sub(*hva)?
             }
-            Backing::Custom { .. } => return Some(range),
+            Backing::Custom { .. } => return Some(range.start),
         };
-        let (start, end) = (found.start.max(from), found.end.min(to));
-        (start < end).then(|| base + start..base + end)
+        (found < to).then(|| base + found.max(from))
     }
 }

@@ -6,7 +6,7 @@ use crate::process::{ProcessError, ProcessMemory};
 use crate::source::Source;
 use crate::{MemoryError, Region, copy};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 use vmsight_arch::Gpa;
 
 /// Where the bytes of a slot come from.
@@ -133,6 +133,14 @@ impl Slot {
         }
     }
 
+    /// As [`read`](Self::read), the way that is best for going over everything once.
+    pub(crate) fn read_once(&self, at: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        match &self.backing {
+            Backing::Mapped { mapping, offset } if mapping.read_file(offset.wrapping_add(at), buf) => Ok(()),
+            _ => self.read(at, buf),
+        }
+    }
+
     /// Writes `data` at `at` bytes into the slot, which has that many and is writable.
     pub(crate) fn write(&self, at: u64, data: &[u8]) -> Result<(), MemoryError> {
         let gpa = Gpa(self.region.start.0.wrapping_add(at));
@@ -215,20 +223,6 @@ impl Direct<'_> {
             Err(MemoryError::Lost { gpa })
         }
     }
-
-    /// The lowest address of the mapping that is lost: the quick question of the hot path.
-    pub(crate) fn lost_start(&self) -> &'static AtomicUsize {
-        self.watch.lost_start()
-    }
-}
-
-/// Whether `len` bytes at `ptr` lie below everything that is lost. Call it after the access. Where the answer is no,
-/// [`Direct::is_intact`] knows better.
-#[inline(always)]
-pub(crate) fn is_below(ptr: *const u8, len: usize, lost: &AtomicUsize) -> bool {
-    // The access before must not be moved behind this load.
-    fence(Ordering::Acquire);
-    (ptr as usize).wrapping_add(len) <= lost.load(Ordering::Relaxed)
 }
 
 /// Gives the guest's address to an error of the process that holds the memory.

@@ -425,20 +425,11 @@ fn a_scan_sees_everything_once_and_skips_what_was_never_touched() {
             let (chunks, found) = touched(memory, &options);
             assert_eq!(&found, expect, "step {step}");
             let seen: usize = chunks.iter().map(|c| c.own).sum();
-            assert!(
-                seen <= 32 * PAGE,
-                "{seen:#x} bytes looked at, 7 pages were touched"
-            );
+            // A chunk starts with a page that was touched.
+            let most = step.max(PAGE).saturating_mul(7);
+            assert!(seen <= most, "{seen:#x} bytes looked at, 7 pages were touched");
         }
     }
-    // Being looked at did not make the guest bigger.
-    // SAFETY: a plain query with a valid buffer.
-    let blocks = unsafe {
-        let mut stat: libc::stat = std::mem::zeroed();
-        assert_eq!(libc::fstat(file.as_raw_fd(), &mut stat), 0);
-        stat.st_blocks
-    };
-    assert_eq!(blocks as usize * 512, 7 * PAGE);
     for (memory, expect) in [(&of_process, expect_process), (&of_memfd, expect_memfd)] {
         let options = ScanOptions {
             skip_untouched: false,
@@ -448,6 +439,14 @@ fn a_scan_sees_everything_once_and_skips_what_was_never_touched() {
         assert_eq!(found, expect);
         assert_eq!(chunks.iter().map(|c| c.own as u64).sum::<u64>(), len);
     }
+    // Being looked at did not make the guest bigger, not even where it never was.
+    // SAFETY: a plain query with a valid buffer.
+    let blocks = unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        assert_eq!(libc::fstat(file.as_raw_fd(), &mut stat), 0);
+        stat.st_blocks
+    };
+    assert_eq!(blocks as usize * 512, 7 * PAGE);
 }
 
 #[test]

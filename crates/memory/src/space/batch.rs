@@ -7,7 +7,7 @@ use super::cache::{DEPTH, Found, NO_PAGE};
 use super::mapped::Leaf;
 use super::{AddressSpace, Inner, Method, ReadError};
 use crate::copy;
-use crate::slot::is_below;
+use crate::fault;
 
 /// One read of a batch.
 #[derive(Debug)]
@@ -111,7 +111,7 @@ impl Inner {
                 };
             }
             if let Lane::Page(gpa, _) = *lane
-                && let Some((ptr, _)) = self.memory.mapped(gpa, op.buf.len())
+                && let Some(ptr) = self.memory.mapped(gpa, op.buf.len())
             {
                 prefetch(ptr);
                 prefetch(ptr.wrapping_add(op.buf.len() - 1));
@@ -135,7 +135,7 @@ impl Inner {
         while lanes.iter().any(|lane| matches!(lane, Lane::Walk(_))) {
             for lane in lanes.iter() {
                 if let Lane::Walk(cursor) = lane
-                    && let Some((ptr, _)) = self.memory.mapped(cursor.entry_gpa(), 8)
+                    && let Some(ptr) = self.memory.mapped(cursor.entry_gpa(), 8)
                 {
                     prefetch(ptr);
                 }
@@ -157,12 +157,12 @@ impl Inner {
 
     /// Copies the bytes and asks for the proof.
     fn finish(&self, gpa: Gpa, proof: &Proof, buf: &mut [u8]) -> bool {
-        let Some((ptr, lost)) = self.memory.mapped(gpa, buf.len()) else {
+        let Some(ptr) = self.memory.mapped(gpa, buf.len()) else {
             return false;
         };
         // SAFETY: so many bytes are mapped there; `buf` is ours alone.
         unsafe { copy::copy(ptr, buf.as_mut_ptr(), buf.len()) };
-        is_below(ptr, buf.len(), lost)
+        fault::all_is_well()
             && match proof {
                 Proof::Known(found, leaf) => self.holds::<DEPTH>(found, *leaf),
                 Proof::Walk(_, cursor) => !self.live || self.unchanged(cursor.steps()),

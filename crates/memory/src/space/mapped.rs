@@ -8,7 +8,7 @@ use vmsight_arch::{Gpa, Gva};
 use super::cache::{DEPTH, Found, NO_PAGE};
 use super::{Inner, Method, ReadCause, ReadError, TRIES};
 use crate::copy;
-use crate::slot::is_below;
+use crate::fault;
 
 /// Bits 51:12 of an x86-64 entry.
 const LONG_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -94,10 +94,10 @@ impl Inner {
     ) -> Option<T> {
         let found = self.cache.get::<N>(gva.0 >> self.span_shift)?;
         let (gpa, leaf) = self.hit_of(&found, gva)?;
-        let (ptr, lost) = self.memory.mapped(gpa, len)?;
+        let ptr = self.memory.mapped(gpa, len)?;
         let value = access(ptr);
-        // A compiler and, off x86, a processor fence is in `is_below`: the proof is read after the bytes.
-        (is_below(ptr, len, lost) && self.holds::<N>(&found, leaf)).then_some(value)
+        // A compiler and, off x86, a processor fence is in `all_is_well`: the proof is read after the bytes.
+        (fault::all_is_well() && self.holds::<N>(&found, leaf)).then_some(value)
     }
 
     /// [`Self::quick`] with as much evidence as the mode has levels above the last, none for a dump.

@@ -124,11 +124,11 @@ impl Inner {
                     let index = (gva.0 >> self.page_shift) & self.last_index_mask();
                     let table = Gpa(leaf.wrapping_sub(index << 3));
                     let len = (self.last_index_mask() as usize + 1) << 3;
-                    found.table = self.memory.mapped(table, len)?.0.expose_provenance() as u64;
+                    found.table = self.memory.mapped(table, len)?.expose_provenance() as u64;
                 }
                 if self.live {
                     for (to, step) in found.evidence.iter_mut().zip(steps.iter()).take(upper) {
-                        let place = self.memory.mapped(step.entry_gpa, 8)?.0.expose_provenance() as u64;
+                        let place = self.memory.mapped(step.entry_gpa, 8)?.expose_provenance() as u64;
                         *to = Evidence {
                             place,
                             value: step.value,
