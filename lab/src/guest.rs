@@ -13,6 +13,7 @@ use serde_json::json;
 use vmsight_workload::{Truth, frame};
 
 use crate::cache::Lock;
+use crate::flat;
 use crate::initramfs;
 use crate::qmp::Qmp;
 use crate::spec::{Memory, Spec};
@@ -158,20 +159,12 @@ impl Guest {
                 )?;
             }
             Format::Raw => {
-                // The last line of iomem that is RAM says where memory ends.
-                let ranges = &self.truth.system.iomem;
-                let end = ranges
-                    .iter()
-                    .filter(|r| r.name == "System RAM")
-                    .map(|r| r.end)
-                    .max();
-                let size = end.context("the guest names no RAM")? + 1;
-                // pmemsave leaves out what is no memory, which would shift what comes after it.
-                if size > 4 << 30 {
-                    bail!("a flat dump of more than 4 GiB is not made here: use ELF");
-                }
-                let size = size.max(u64::from(self.spec.memory_mib.min(2048)) << 20);
-                qmp.execute("pmemsave", json!({ "val": 0, "size": size, "filename": name }))?;
+                // Beside the result, which has the room for it; not in the guest's folder, which is in memory.
+                let beside = file.with_extension("raw-from-elf");
+                self.dump_paused(qmp, Format::Elf, &beside)?;
+                let made = flat::from_elf(&beside, file);
+                std::fs::remove_file(&beside).with_context(|| format!("remove {}", beside.display()))?;
+                made?;
             }
         }
         Ok(())

@@ -14,6 +14,7 @@
 
 pub mod cache;
 pub mod cpio;
+mod flat;
 pub mod guest;
 pub mod initramfs;
 pub mod kernel;

@@ -45,6 +45,9 @@ enum Verb {
         /// Every combination instead of the choice.
         #[arg(long)]
         full: bool,
+        /// Only those with this kernel.
+        #[arg(long)]
+        kernel: Option<Kernel>,
         /// Boot each in turn and say how it went.
         #[arg(long)]
         boot: bool,
@@ -132,8 +135,12 @@ fn main() -> Result<()> {
             format,
             folder,
         } => dump(&guest.spec(), &format, &folder),
-        Verb::Matrix { full, boot } => {
-            for spec in if full { full_matrix() } else { matrix() } {
+        Verb::Matrix { full, kernel, boot } => {
+            let specs = if full { full_matrix() } else { matrix() };
+            for spec in specs
+                .into_iter()
+                .filter(|spec| kernel.is_none_or(|k| k == spec.kernel))
+            {
                 if boot {
                     let guest = Guest::boot(&spec)?;
                     println!("{spec}: up after {:.1} s", guest.boot_time().as_secs_f64());
