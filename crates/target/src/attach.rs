@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use vmsight_memory::GuestMemory;
 
-use crate::control::QmpControl;
+use crate::control::{QmpControl, VirshControl};
 use crate::discover::{self, ControlKind, Named};
 use crate::host::maps::{self, Mapping};
 use crate::host::process::Process;
@@ -166,7 +166,13 @@ fn attach_with(
             drop(qmp); // the socket is its owner's again
             (layout, Control::Qmp(QmpControl::new(path, options.timeout)))
         }
-        Err(why) => (Err(why.clone()), Control::None(why)),
+        Err(why) => {
+            let control = match VirshControl::of(&info, options.timeout) {
+                Some(virsh) => Control::Virsh(virsh),
+                None => Control::None(why.clone()),
+            };
+            (Err(why), control)
+        }
     };
     attach_process(info, layout, control, options)
 }
@@ -217,6 +223,9 @@ pub(crate) fn attach_process(
         Control::None(why) => notes.push(format!("no registers and no pausing: {why}")),
         Control::Gdb { .. } => {
             notes.push("registers come from its gdb stub, which pauses it for the moment".to_owned())
+        }
+        Control::Virsh(_) => {
+            notes.push("registers and pausing go through libvirt, which holds its monitor".to_owned());
         }
         Control::Qmp(_) | Control::Dump(_) => {}
     }

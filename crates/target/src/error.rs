@@ -75,6 +75,14 @@ pub enum TargetError {
     /// A gdb stub does not help.
     #[error(transparent)]
     Gdb(#[from] GdbError),
+    /// libvirt, which holds the VM's monitor, does not help.
+    #[error("virsh {doing}: {reason}")]
+    Virsh {
+        /// What it was told to do.
+        doing: String,
+        /// What it said.
+        reason: String,
+    },
     /// What lies where in the machine cannot be learnt through its gdb stub.
     #[error("gdb stub {address}: {reason}, and without that its memory would have to be guessed at")]
     NoMemoryMap {

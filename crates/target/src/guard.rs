@@ -22,6 +22,13 @@ printf "$1"
 while read -r line <&1; do case $line in *"$2"*) exit 0;; esac; done
 "#;
 
+/// Runs a command when we are gone.
+const RUN: &str = r#"
+trap '' HUP INT QUIT TERM TSTP PIPE
+read -r word && exit 0
+exec "$@"
+"#;
+
 /// The watch. Dropped without [`Guard::dismiss`] it does what it is there for.
 #[derive(Debug)]
 pub(crate) struct Guard {
@@ -39,6 +46,21 @@ impl Guard {
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::from(connection))
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        let pipe = child.stdin.take();
+        Ok(Self { child, pipe })
+    }
+
+    /// Sets up a watch that runs `command` when we are gone.
+    pub(crate) fn command(command: &[&str]) -> io::Result<Self> {
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", RUN, "vmsight-guard"])
+            .args(command)
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .process_group(0)
             .spawn()?;

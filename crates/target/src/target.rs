@@ -7,7 +7,7 @@ use vmsight_arch::Registers;
 use vmsight_memory::GuestMemory;
 use vmsight_memory::dump::DumpFormat;
 
-use crate::control::{GdbControl, PauseGuard, QmpControl};
+use crate::control::{GdbControl, PauseGuard, QmpControl, VirshControl};
 use crate::host::process::Process;
 use crate::{TargetError, VmInfo, Vmm};
 
@@ -61,6 +61,8 @@ pub(crate) enum Control {
         /// Held where memory too is read through the stub.
         _memory: Option<Arc<PauseGuard>>,
     },
+    /// Its monitor is libvirt's.
+    Virsh(VirshControl),
     /// What the dump holds.
     Dump(Vec<Registers>),
     /// Why there is nothing.
@@ -79,6 +81,7 @@ impl Target {
             Control::Gdb { control, .. } => control
                 .with(crate::gdb::Gdb::registers)
                 .map_err(|e| self.or_exited(e.into()))?,
+            Control::Virsh(control) => control.registers().map_err(|e| self.or_exited(e))?,
             Control::Dump(registers) if registers.is_empty() => {
                 let why = format!("{} has none", self.kind);
                 return Err(TargetError::NoRegisters {
@@ -123,6 +126,7 @@ impl Target {
         let why = match &self.control {
             Control::Qmp(control) => return control.pause().map_err(|e| self.or_exited(e)),
             Control::Gdb { control, .. } => return control.pause().map_err(|e| self.or_exited(e.into())),
+            Control::Virsh(control) => return control.pause().map_err(|e| self.or_exited(e)),
             Control::Dump(_) => "it is a dump".to_owned(),
             Control::None(why) => why.clone(),
         };

@@ -9,6 +9,7 @@ mod attach;
 mod discovery;
 mod dumps;
 mod gdb;
+mod libvirt;
 mod machine;
 mod pause;
 mod trouble;

@@ -1,17 +1,16 @@
-//! Registers and pausing, through QMP or a gdb stub.
+//! Through QEMU's own monitor.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use vmsight_arch::Registers;
 
+use super::{PauseGuard, Pauses, lock};
 use crate::TargetError;
-use crate::gdb::{Gdb, GdbError};
 use crate::guard::Guard;
 use crate::monitor;
 use crate::qmp::{Qmp, QmpError};
-use crate::spec::GdbAddress;
 
 /// The mark by which the watch knows the answer to its last words.
 const GUARD_ID: &str = "vmsight-guard";
@@ -95,7 +94,7 @@ impl QmpControl {
         })
     }
 
-    fn resume(&self) {
+    pub(super) fn resume(&self) {
         let mut held = self.lock();
         held.pauses = held.pauses.saturating_sub(1);
         if held.pauses > 0 {
@@ -112,109 +111,12 @@ impl QmpControl {
         }
     }
 
+    /// Whether the machine goes on when the pause ends.
+    pub(super) fn will_resume(&self) -> bool {
+        self.lock().guard.is_some()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Held> {
         lock(&self.held)
     }
-}
-
-/// What a gdb stub can be asked and told. Connecting pauses the VM, so each question is a short pause.
-#[derive(Clone, Debug)]
-pub(crate) struct GdbControl {
-    address: GdbAddress,
-    server: Option<u32>,
-    timeout: Duration,
-    /// The connection of a pause, or of a target whose memory is read through it.
-    stub: Arc<Mutex<Option<Gdb>>>,
-    /// Who needs the connection to stay: pauses, and the target itself.
-    holders: Arc<Mutex<usize>>,
-}
-
-impl GdbControl {
-    /// `server` is the VM's process, where it is known.
-    pub(crate) fn new(address: GdbAddress, server: Option<u32>, timeout: Duration) -> Self {
-        Self {
-            address,
-            server,
-            timeout,
-            stub: Arc::default(),
-            holders: Arc::default(),
-        }
-    }
-
-    /// The connection, shared with whoever reads memory through it.
-    pub(crate) fn stub(&self) -> Arc<Mutex<Option<Gdb>>> {
-        Arc::clone(&self.stub)
-    }
-
-    pub(crate) fn with<T>(&self, ask: impl FnOnce(&mut Gdb) -> Result<T, GdbError>) -> Result<T, GdbError> {
-        let mut stub = lock(&self.stub);
-        match stub.as_mut() {
-            Some(stub) => ask(stub),
-            None => ask(&mut self.connect()?),
-        }
-    }
-
-    /// Keeps the connection, and with it the pause, until the guard is dropped.
-    pub(crate) fn pause(&self) -> Result<PauseGuard, GdbError> {
-        let mut holders = lock(&self.holders);
-        if *holders == 0 {
-            *lock(&self.stub) = Some(self.connect()?);
-        }
-        *holders += 1;
-        Ok(PauseGuard {
-            control: Pauses::Gdb(self.clone()),
-        })
-    }
-
-    fn connect(&self) -> Result<Gdb, GdbError> {
-        Gdb::connect(&self.address, self.server, self.timeout)
-    }
-
-    fn release(&self) {
-        let mut holders = lock(&self.holders);
-        *holders = holders.saturating_sub(1);
-        if *holders == 0 {
-            *lock(&self.stub) = None;
-        }
-    }
-}
-
-/// A paused VM. It goes on when this is dropped, when the program panics or is killed; a VM that its owner had
-/// paused stays paused (through a gdb stub that can be told only where QEMU's state is not plainly "paused", and
-/// then it goes on). The monitor's socket, or the stub, is ours as long as this lives.
-#[derive(Debug)]
-#[must_use = "the VM goes on as soon as this is dropped"]
-pub struct PauseGuard {
-    control: Pauses,
-}
-
-#[derive(Debug)]
-enum Pauses {
-    Qmp(QmpControl),
-    Gdb(GdbControl),
-}
-
-impl PauseGuard {
-    /// Whether the VM ran before and will go on, as opposed to one its owner had paused.
-    #[must_use]
-    pub fn will_resume(&self) -> bool {
-        match &self.control {
-            Pauses::Qmp(control) => control.lock().guard.is_some(),
-            Pauses::Gdb(control) => lock(&control.stub).as_ref().is_some_and(Gdb::will_resume),
-        }
-    }
-}
-
-impl Drop for PauseGuard {
-    fn drop(&mut self) {
-        match &self.control {
-            Pauses::Qmp(control) => control.resume(),
-            Pauses::Gdb(control) => control.release(),
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic while it was locked leaves nothing half done that the watch would not mend.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
