@@ -120,6 +120,13 @@ impl Builder {
         }
         missing.retain(|region| region.len > 0);
         missing.sort_by_key(|region| region.start);
+        missing.dedup_by(|next, last| {
+            let joins = next.start <= last.end();
+            if joins {
+                last.len = last.len.max(next.end().0.saturating_sub(last.start.0));
+            }
+            joins
+        });
         Ok(GuestMemory::of_slots(joined, missing, notes))
     }
 }

@@ -392,7 +392,9 @@ impl Inner {
 
     #[cold]
     fn no_memory(&self, gpa: Gpa) -> MemoryError {
-        if let Some(&missing) = self.missing.iter().find(|region| region.contains(gpa)) {
+        let after = self.missing.partition_point(|region| region.start <= gpa);
+        let missing = after.checked_sub(1).and_then(|i| self.missing.get(i));
+        if let Some(&missing) = missing.filter(|region| region.contains(gpa)) {
             return MemoryError::Missing { gpa, missing };
         }
         let after = self.regions.partition_point(|region| region.start <= gpa);

@@ -161,3 +161,30 @@ fn many_threads_read_while_one_writes() {
         }
     });
 }
+
+#[test]
+fn what_is_missing_is_told_from_what_never_was() {
+    let region = |start, len| vmsight_memory::Region {
+        start: Gpa(start),
+        len,
+    };
+    let memory = GuestMemory::builder()
+        .missing(region(0x3000, 0x1000))
+        .missing(region(0x1000, 0x800))
+        .missing(region(0x1400, 0x800))
+        .missing(region(0x5000, 0))
+        .build()
+        .unwrap();
+    assert_eq!(memory.missing(), [region(0x1000, 0xc00), region(0x3000, 0x1000)]);
+    for (at, missing) in [
+        (0xfff, false),
+        (0x1000, true),
+        (0x1bff, true),
+        (0x1c00, false),
+        (0x3fff, true),
+        (0x5000, false),
+    ] {
+        let error = memory.read_u8(Gpa(at)).unwrap_err();
+        assert_eq!(matches!(error, MemoryError::Missing { .. }), missing, "{at:#x}");
+    }
+}

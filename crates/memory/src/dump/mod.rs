@@ -164,6 +164,9 @@ pub fn open(path: &Path, format: Option<DumpFormat>) -> Result<Dump, DumpError> 
     Ok(dump)
 }
 
+/// Which signal tells of a lease that somebody wants broken (fcntl(2); the same number on all architectures).
+const F_SETSIG: libc::c_int = 10;
+
 /// Why a file may change.
 enum Change {
     /// Somebody has it open for writing.
@@ -178,6 +181,11 @@ fn may_change(file: &File) -> Option<Change> {
     // SAFETY: plain system calls on a descriptor that lives.
     unsafe {
         let fd = file.as_raw_fd();
+        // Whoever opens the file for writing while we have the lease makes the kernel send us a signal. The default one
+        // would end us; this one is ignored unless somebody asks for it.
+        if libc::fcntl(fd, F_SETSIG, libc::SIGURG) != 0 {
+            return None;
+        }
         // A read lease is refused while anybody has the file open, or mapped, for writing (fcntl(2), F_SETLEASE).
         if libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) == 0 {
             libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK);
