@@ -27,8 +27,9 @@ const MAX_TEXT: usize = 32 << 10;
 /// Longest name of one component. Filesystems stop at 255; pseudo files may have a little more.
 const MAX_NAME: u32 = 1024;
 
-/// `FMODE_BACKING` of include/linux/fs.h (6.5): the file is embedded in a `struct backing_file`.
-const FMODE_BACKING: u32 = 1 << 25;
+/// `FMODE_NOACCOUNT` of include/linux/fs.h: the kernel's own files, among them those embedded in a `struct backing_file`. The flag of
+/// the latter, `FMODE_BACKING`, has moved between releases and is not in the type data.
+const FMODE_NOACCOUNT: u32 = 1 << 29;
 
 layout! {
     /// One name in a directory (include/linux/dcache.h).
@@ -52,6 +53,7 @@ layout! {
         mountpoint: Field<Gva> = "mnt_mountpoint",
         vfsmount: Place = "mnt",
         root: Field<Gva> = "mnt.mnt_root",
+        sb: Field<Gva> = "mnt.mnt_sb",
         ns: Field<Gva> = "mnt_ns",
     }
 }
@@ -212,14 +214,25 @@ impl PathResolver {
     /// If the file cannot be read.
     pub fn file_location(&self, file: Gva) -> Result<Location, ReadError> {
         if let Some(backing) = &self.backing
-            && self.file.mode.read(&self.space, file)? & FMODE_BACKING != 0
+            && self.file.mode.read(&self.space, file)? & FMODE_NOACCOUNT != 0
+            && let Ok(user) = self.location(backing.user_path.at(backing.file.container(file)))
+            && self.is_consistent(user)
         {
-            let user = self.location(backing.user_path.at(backing.file.container(file)))?;
-            if !user.mnt.is_null() && !user.dentry.is_null() {
-                return Ok(user);
-            }
+            return Ok(user);
         }
         self.location(self.file.path.at(file))
+    }
+
+    /// Whether mount and dentry are of one filesystem, as they are in every `struct path`.
+    fn is_consistent(&self, at: Location) -> bool {
+        let mount = self.mount.vfsmount.container(at.mnt);
+        match (
+            self.mount.sb.read(&self.space, mount),
+            self.dentry.sb.read(&self.space, at.dentry),
+        ) {
+            (Ok(mounted), Ok(own)) => mounted == own && !own.is_null(),
+            _ => false,
+        }
     }
 
     /// The path of a location relative to `root`, or to the topmost mount where none is given.

@@ -305,16 +305,20 @@ impl Lister {
             .map(|maps| maps.files(holder.mm));
         match found {
             Ok(Ok((files, cut))) => {
-                // lsof shows each file once, and not the executable again.
+                // lsof shows each file once, and not the executable again. On an overlay what is mapped is the file below it: another
+                // inode by the same name.
                 let exe = self
                     .mm
                     .exe_file
-                    .and_then(|exe| exe.read(self.kernel.space(), holder.mm).ok());
-                let exe = exe.map(|file| self.facts(file).inode_address);
-                let mut seen: FxHashSet<Gva> = exe.into_iter().collect();
+                    .and_then(|exe| exe.read(self.kernel.space(), holder.mm).ok())
+                    .map(|file| self.facts(file));
+                let mut seen: FxHashSet<Gva> = exe.iter().map(|exe| exe.inode_address).collect();
                 for file in files {
                     let facts = self.facts(file);
-                    if seen.insert(facts.inode_address) {
+                    let is_exe = exe
+                        .as_ref()
+                        .is_some_and(|exe| exe.path.is_some() && exe.path == facts.path);
+                    if seen.insert(facts.inode_address) && !is_exe {
                         listing
                             .rows
                             .push(OpenFile::new(holder, "mem".to_owned(), Some(file), &facts));
