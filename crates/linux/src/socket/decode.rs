@@ -1,5 +1,6 @@
 //! One `struct sock` as a row.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use vmsight_arch::Gva;
@@ -82,7 +83,8 @@ pub(crate) struct SockReader {
     time_wait: Option<Arc<TimeWaitLayout>>,
     packet: Option<Arc<packet::PacketLayout>>,
     netlink: Option<Arc<netlink::NetlinkLayout>>,
-    pub(super) vsock: Option<vsock::VsockLayout>,
+    // Looked up at the first vsock socket: it may cost the types of a module.
+    vsock: OnceCell<vsock::VsockLayout>,
 }
 
 impl SockReader {
@@ -128,8 +130,14 @@ impl SockReader {
             time_wait: kernel.layout().ok(),
             packet: kernel.layout().ok(),
             netlink: kernel.layout().ok(),
-            vsock: vsock::VsockLayout::find(kernel),
+            vsock: OnceCell::new(),
         })
+    }
+
+    /// Where the members of vsock sockets lie.
+    pub(super) fn vsock(&self) -> &vsock::VsockLayout {
+        self.vsock
+            .get_or_init(|| vsock::VsockLayout::find(&self.kernel, self.sock.size))
     }
 
     /// The family of the socket at `sock`.
@@ -226,7 +234,7 @@ impl SockReader {
             }
             AF_PACKET => packet::fill(self, self.packet.as_deref(), &mut row),
             AF_NETLINK => netlink::fill(self, self.netlink.as_deref(), protocol, &mut row),
-            AF_VSOCK => vsock::fill(self, self.vsock.as_ref(), state, &mut row),
+            AF_VSOCK => vsock::fill(self, state, &mut row),
             _ => {
                 row.protocol = row.family.clone();
                 if protocol != 0 {

@@ -189,6 +189,30 @@ pub(super) fn udp(
     Ok(())
 }
 
+layout! {
+    struct PingTableLayout = "ping_table" {
+        hash: Place = "hash",
+    }
+}
+
+/// Sockets that send pings without privileges (`IPPROTO_ICMP` datagrams, net/ipv4/ping.c).
+pub(super) fn ping(kernel: &Kernel, reader: &SockReader, found: &mut Found) -> Result<(), LinuxError> {
+    // Without the symbol nothing is lost: such sockets are found by the descriptors that hold them.
+    let Some(at) = kernel.find_symbol(&["ping_table"]) else {
+        return Ok(());
+    };
+    let layout: Arc<PingTableLayout> = kernel.layout()?;
+    let table = Table {
+        what: "ping sockets",
+        heads: layout.hash.at(at),
+        count: layout.hash.size() / 8,
+        stride: 8,
+        node: reader.sock.node.offset(),
+    };
+    table::walk(kernel, &table, found);
+    Ok(())
+}
+
 /// One table for IPv4 and one for IPv6.
 pub(super) fn raw(kernel: &Kernel, reader: &SockReader, found: &mut Found) -> Result<(), LinuxError> {
     let layout: Arc<RawHashLayout> = kernel.layout()?;

@@ -181,6 +181,9 @@ impl Kernel {
         tables(filter.inet, "raw sockets", &|found| {
             inet::raw(self, &reader, found)
         });
+        tables(filter.inet, "ping sockets", &|found| {
+            inet::ping(self, &reader, found)
+        });
         tables(filter.packet, "packet sockets", &|found| {
             packet::sockets(self, &reader, nets, found)
         });

@@ -3,10 +3,11 @@
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
-use super::address::{self, TCP_CLOSE};
+use super::address::{self, AF_VSOCK, TCP_CLOSE};
 use super::table::Found;
 use super::{MAX_SOCKETS, SockReader, Socket};
-use crate::layout::{Field, Layout, Place, layout};
+use crate::layout::{Layout, Place, layout};
+use crate::listing::Problem;
 use crate::structures::list;
 use crate::{Kernel, LinuxError};
 
@@ -14,29 +15,58 @@ use crate::{Kernel, LinuxError};
 const HASH_SIZE: u64 = 251;
 
 layout! {
-    pub(super) struct VsockLayout = "vsock_sock" {
+    struct VsockTypes = "vsock_sock" {
         bound: Place = "bound_table",
         connected: Place = "connected_table",
-        local_cid: Field<u32> = "local_addr.svm_cid",
-        local_port: Field<u32> = "local_addr.svm_port",
-        remote_cid: Field<u32> = "remote_addr.svm_cid",
-        remote_port: Field<u32> = "remote_addr.svm_port",
+        local: Place = "local_addr",
+        remote: Place = "remote_addr",
     }
 }
 
+/// Offsets in `struct sockaddr_vm` (include/uapi/linux/vm_sockets.h), which is ABI.
+const SVM_FAMILY: u64 = 0;
+const SVM_PORT: u64 = 4;
+const SVM_CID: u64 = 8;
+const SVM_SIZE: u64 = 16;
+
+/// Where the members of `struct vsock_sock` lie.
+pub(super) struct VsockLayout {
+    bound: u64,
+    connected: u64,
+    local: u64,
+    remote: u64,
+}
+
 impl VsockLayout {
-    /// The layout, from the kernel's own types or those of the module; `None` if there is no vsock.
-    pub(super) fn find(kernel: &Kernel) -> Option<Self> {
-        Self::resolve(kernel.types(), kernel.release())
-            .ok()
-            .or_else(|| Self::resolve(&kernel.module_types("vsock").ok()?, kernel.release()).ok())
+    /// The layout, from the kernel's own types or those of the module.
+    ///
+    /// Before 5.11 modules have no types in memory. Then the members are taken to follow `struct sock` and the pointer to the transport
+    /// as they have since 5.5; [`fill`] believes them only where the addresses' families say so.
+    pub(super) fn find(kernel: &Kernel, sock_size: u64) -> Self {
+        let types = VsockTypes::resolve(kernel.types(), kernel.release())
+            .or_else(|_| VsockTypes::resolve(&kernel.module_types("vsock")?, kernel.release()));
+        match types {
+            Ok(types) => Self {
+                bound: types.bound.offset(),
+                connected: types.connected.offset(),
+                local: types.local.offset(),
+                remote: types.remote.offset(),
+            },
+            Err(_) => {
+                let local = sock_size + 8;
+                let (remote, bound) = (local + SVM_SIZE, local + 2 * SVM_SIZE);
+                Self {
+                    bound,
+                    connected: bound + 16,
+                    local,
+                    remote,
+                }
+            }
+        }
     }
 }
 
 pub(super) fn sockets(kernel: &Kernel, reader: &SockReader, found: &mut Found) -> Result<(), LinuxError> {
-    let Some(layout) = &reader.vsock else {
-        return Ok(());
-    };
     let mut tables = [
         kernel.find_symbol(&["vsock_bind_table"]),
         kernel.find_symbol(&["vsock_connected_table"]),
@@ -53,6 +83,7 @@ pub(super) fn sockets(kernel: &Kernel, reader: &SockReader, found: &mut Found) -
             }
         }
     }
+    let layout = reader.vsock();
     let [bound, connected] = tables;
     let lists = [
         (bound, HASH_SIZE + 1, layout.bound),
@@ -65,7 +96,7 @@ pub(super) fn sockets(kernel: &Kernel, reader: &SockReader, found: &mut Found) -
             let walk = list::walk(kernel.space(), head, MAX_SOCKETS).walk;
             found
                 .socks
-                .extend(walk.items.iter().map(|&at| link.container(at)));
+                .extend(walk.items.iter().map(|&at| at.wrapping_sub(link)));
             if let Some(warning) = walk.end.warning("vsock sockets") {
                 found.warnings.push(warning);
                 break;
@@ -75,18 +106,26 @@ pub(super) fn sockets(kernel: &Kernel, reader: &SockReader, found: &mut Found) -
     Ok(())
 }
 
-pub(super) fn fill(
-    reader: &SockReader,
-    layout: Option<&VsockLayout>,
-    state: u8,
-    row: &mut Socket,
-) -> Result<(), ReadError> {
+pub(super) fn fill(reader: &SockReader, state: u8, row: &mut Socket) -> Result<(), ReadError> {
     row.protocol = "vsock".to_owned();
     if state != TCP_CLOSE && state != 0 {
         row.state = address::tcp_state(state);
     }
-    let Some(l) = layout else { return Ok(()) };
+    let l = reader.vsock();
     let space = reader.kernel.space();
+    let (local, remote) = (
+        row.address.wrapping_add(l.local),
+        row.address.wrapping_add(l.remote),
+    );
+    for at in [local, remote] {
+        if space.read_u16(at.wrapping_add(SVM_FAMILY))? != AF_VSOCK {
+            row.problems.push(Problem::new(
+                "local_address",
+                "no vsock address lies where it should",
+            ));
+            return Ok(());
+        }
+    }
     // VMADDR_CID_ANY and VMADDR_PORT_ANY are all ones.
     let cid = |cid: u32| {
         if cid == u32::MAX {
@@ -96,9 +135,9 @@ pub(super) fn fill(
         }
     };
     let port = |port: u32| (port != u32::MAX).then_some(port);
-    row.local_address = Some(cid(l.local_cid.read(space, row.address)?));
-    row.local_port = port(l.local_port.read(space, row.address)?);
-    row.remote_address = Some(cid(l.remote_cid.read(space, row.address)?));
-    row.remote_port = port(l.remote_port.read(space, row.address)?);
+    row.local_address = Some(cid(space.read_u32(local.wrapping_add(SVM_CID))?));
+    row.local_port = port(space.read_u32(local.wrapping_add(SVM_PORT))?);
+    row.remote_address = Some(cid(space.read_u32(remote.wrapping_add(SVM_CID))?));
+    row.remote_port = port(space.read_u32(remote.wrapping_add(SVM_PORT))?);
     Ok(())
 }
