@@ -2,7 +2,7 @@
 //!
 //! **QEMU pauses the VM when a client connects and does not let it go on when the client vanishes.** So: a stub that
 //! serves somebody else is not connected to at all (the connection would wait in a queue and pause the VM when it
-//! is taken from there, long after we are gone); every connection has a [`Guard`](crate::guard::Guard) that sends
+//! is taken from there, long after we are gone); every connection has a guard process that sends
 //! the detach packet if we die; and a VM that was not running before is left without detaching, which would start
 //! it.
 //!
