@@ -132,6 +132,15 @@ pub(crate) fn attach_vm(info: VmInfo, options: &AttachOptions<'_>) -> Result<Tar
 
 /// A connection to the first of its QMP sockets that answers, or why there is none.
 pub(crate) fn connect_any(info: &VmInfo, timeout: Duration) -> Result<Qmp, String> {
+    // A QEMU that waits for its first client has its main thread and one more, and makes the machine when somebody
+    // connects. That is for its owner to do.
+    let threads = (Process { pid: info.pid }).thread_names().map_or(0, |t| t.len());
+    if info.qemu.as_ref().is_some_and(|q| q.waits_for_qmp) && threads <= 2 {
+        return Err(
+            "it waits for its first QMP client (server=on without wait=off) and has no machine yet"
+                .to_owned(),
+        );
+    }
     let mut failures = Vec::new();
     for path in info.qmp_sockets() {
         match Qmp::connect(&path, timeout) {

@@ -299,3 +299,36 @@ fn every_backend_is_found_without_a_monitor() {
         assert_eq!(target.memory.size(), 64 << 20);
     }
 }
+
+#[test]
+fn a_qemu_that_waits_for_its_owner_is_not_started_by_us() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("q");
+    let mut child = std::process::Command::new("qemu-system-x86_64")
+        .args(["-nodefaults", "-display", "none", "-S", "-m", "64"])
+        .args(["-qmp", &format!("unix:{},server=on", socket.display())])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("qemu-system-x86_64");
+    let until = Instant::now() + Duration::from_secs(30);
+    while !socket.exists() {
+        assert!(Instant::now() < until, "QEMU opened no socket");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    let threads = || {
+        std::fs::read_dir(format!("/proc/{}/task", child.id()))
+            .unwrap()
+            .count()
+    };
+    let before = threads();
+    let error = attach(&TargetSpec::Pid(child.id()), &AttachOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("waits for its first QMP client"), "{error}");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(threads(), before, "it still waits");
+    assert!(before <= 2, "{before}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

@@ -35,6 +35,8 @@ pub(crate) struct QemuConfig {
     pub(crate) max_ram_below_4g: Option<u64>,
     /// Monitors: QMP and human.
     pub(crate) monitors: Vec<Monitor>,
+    /// A QMP socket whose first client QEMU waits for before it makes the machine (`wait=on`, the default).
+    pub(crate) waits_for_qmp: bool,
     /// gdb stubs.
     pub(crate) gdb: Vec<Endpoint>,
     /// `-pidfile`.
@@ -263,6 +265,11 @@ impl QemuConfig {
                         MonitorMode::Human
                     };
                     if let Some(id) = pairs.get("chardev") {
+                        if let Some(socket) =
+                            items.iter().find(|i| i.group == "chardev" && i.id() == Some(id))
+                        {
+                            self.waits_for_qmp |= mode == MonitorMode::Qmp && waits(&socket.pairs);
+                        }
                         self.monitors.push(Monitor {
                             mode,
                             endpoint: chardev(items, id),
@@ -303,6 +310,7 @@ impl QemuConfig {
 
     fn monitor(&mut self, items: &[Item], mode: MonitorMode, value: &str) {
         if value != "none" {
+            self.waits_for_qmp |= mode == MonitorMode::Qmp && waits(&Pairs::parse(value, Some("address")));
             self.monitors.push(Monitor {
                 mode,
                 endpoint: device(items, value),
@@ -404,6 +412,11 @@ fn vcpus(smp: &Pairs) -> Option<u32> {
     levels
         .iter()
         .try_fold(1_u32, |n, level| n.checked_mul(number(level).unwrap_or(1)))
+}
+
+/// Whether QEMU stops at this socket until somebody connects.
+fn waits(pairs: &Pairs) -> bool {
+    pairs.switch("server") == Some(true) && pairs.switch("wait") != Some(false)
 }
 
 /// A device in the old short form of `-monitor`, `-qmp`, `-gdb`.

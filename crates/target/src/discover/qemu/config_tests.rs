@@ -207,6 +207,31 @@ fn config_files_and_set() {
 }
 
 #[test]
+fn sockets_that_wait_for_their_first_client() {
+    for (waits, line) in [
+        (true, "q -qmp unix:/q,server=on"),
+        (true, "q -qmp unix:/q,server"),
+        (false, "q -qmp unix:/q,server=on,wait=off"),
+        (false, "q -qmp unix:/q,server,nowait"),
+        (false, "q -qmp unix:/q"),
+        (
+            true,
+            "q -chardev socket,id=m,path=/q,server=on -mon m,mode=control",
+        ),
+        (
+            false,
+            "q -chardev socket,id=m,path=/q,server=on -mon m,mode=readline",
+        ),
+        (
+            false,
+            "q -chardev socket,id=m,path=/q,server=on,wait=off -mon m,mode=control",
+        ),
+    ] {
+        assert_eq!(parse(line).waits_for_qmp, waits, "{line}");
+    }
+}
+
+#[test]
 fn hostile_lines_end() {
     assert_eq!(parse("").memory, None);
     assert_eq!(parse("q -m").memory, None);
