@@ -1,12 +1,16 @@
 //! From a guest's memory to its kernel and profile in one step, by way of the cache.
 
+use std::path::Path;
+
 use vmsight_arch::paging;
 use vmsight_arch::{Dtb, Gva};
 use vmsight_memory::GuestMemory;
 
 use crate::cache::{Cache, Saving};
 use crate::kernel::{self, FindError, Found, Hints, KernelImage};
-use crate::profile::{self, Profile, ProfileError};
+use crate::import::{self, ImportError, WrongFile};
+use crate::profile::{self, Profile, ProfileError, ProfileSource, no_types};
+use crate::table::SymbolTable;
 
 /// The kernel that runs in a guest, and its profile.
 #[derive(Debug)]
@@ -23,7 +27,7 @@ pub struct Located {
 }
 
 /// Why there is no kernel or no profile.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum LocateError {
     /// No kernel.
     #[error(transparent)]
@@ -31,6 +35,12 @@ pub enum LocateError {
     /// A kernel, but nothing can be read of it.
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    /// The symbol file cannot be read.
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    /// The symbol file is another kernel's.
+    #[error(transparent)]
+    WrongFile(#[from] WrongFile),
 }
 
 /// Finds the kernel in `memory` and its profile, out of the cache or else out of memory.
@@ -58,6 +68,41 @@ pub fn locate(memory: &GuestMemory, hints: &Hints, cache: &Cache) -> Result<Loca
         found,
         profile,
         saving,
+    })
+}
+
+/// Finds the kernel in `memory`, and takes symbols, types or both from the file at `path`; what the file lacks comes out of
+/// memory. The cache is not used: a file is given where memory is not trusted, or lacks something.
+///
+/// # Errors
+/// If the file cannot be read or is for another kernel, no kernel can be proven, or there are no symbols in either.
+pub fn locate_with_file(memory: &GuestMemory, hints: &Hints, path: &Path) -> Result<Located, LocateError> {
+    let imported = import::open(path)?;
+    let found = kernel::find(memory, hints)?;
+    let image = found.image();
+    let mut profile = match Profile::from_memory(memory, image) {
+        Ok(profile) => profile,
+        // Without symbols in memory those of the file will do.
+        Err(error) if imported.symbols.is_some() => {
+            let mut profile = Profile::new(
+                image.build_id.clone(),
+                image.banner.clone(),
+                SymbolTable::empty(),
+                no_types(),
+                ProfileSource::Memory,
+            );
+            profile.warnings.push(format!("the guest's own symbols could not be read: {error}"));
+            profile
+        }
+        Err(error) => return Err(error.into()),
+    };
+    imported.apply(&mut profile)?;
+    let image = confirm(memory, image, &profile);
+    Ok(Located {
+        image,
+        found,
+        profile,
+        saving: None,
     })
 }
 
