@@ -1,10 +1,12 @@
 //! From a target's memory to its kernel.
 
+use std::path::PathBuf;
+
 use thiserror::Error;
 use vmsight_memory::GuestMemory;
 use vmsight_symbols::cache::Cache;
 use vmsight_symbols::kernel::Hints;
-use vmsight_symbols::{LocateError, locate};
+use vmsight_symbols::{LocateError, locate, locate_with_file};
 
 use crate::Kernel;
 
@@ -15,6 +17,8 @@ pub struct AttachOptions {
     pub hints: Hints,
     /// Where profiles are kept; [`Cache::disabled`] by default.
     pub cache: Cache,
+    /// A file with symbols or types to use instead of what memory has; the cache is not used then.
+    pub symbols: Option<PathBuf>,
 }
 
 /// Why there is no kernel to look into.
@@ -32,7 +36,10 @@ impl Kernel {
     /// # Errors
     /// If no kernel can be proven, or its symbols cannot be read.
     pub fn attach(memory: GuestMemory, options: AttachOptions) -> Result<Self, AttachError> {
-        let located = locate(&memory, &options.hints, &options.cache)?;
+        let located = match &options.symbols {
+            None => locate(&memory, &options.hints, &options.cache)?,
+            Some(file) => locate_with_file(&memory, &options.hints, file)?,
+        };
         Ok(Self::located(memory, located))
     }
 }

@@ -1,13 +1,14 @@
 //! A process's own memory, read from outside: its arguments and its environment lie there.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vmsight_arch::paging::PageFault;
 use vmsight_arch::{Dtb, Gva};
 use vmsight_memory::AddressSpace;
 
-use super::layouts::MmLayout;
-use crate::Kernel;
+use super::layouts::{MmLayout, TaskLayout};
+use crate::{Kernel, LinuxError};
 use crate::layout::Buffer;
 use crate::listing::Problem;
 
@@ -44,6 +45,29 @@ impl Kernel {
     pub(crate) fn user_space(&self, pgd: Gva) -> Result<AddressSpace, PageFault> {
         let gpa = self.space().translate(pgd)?.gpa;
         Ok(self.space().with_dtb(Dtb(gpa.0 & !0xfff)))
+    }
+}
+
+impl Kernel {
+    /// The address space of the process `pid` (root namespace); `None` for a kernel thread, and for a process that
+    /// has given its memory back.
+    ///
+    /// # Errors
+    /// If there is no such process, or its `mm_struct` or top-level table cannot be read.
+    pub fn process_space(&self, pid: i32) -> Result<Option<AddressSpace>, LinuxError> {
+        let task = self.task(pid)?;
+        let layout: Arc<TaskLayout> = self.layout()?;
+        let mm = layout.mm.read(self.space(), task).map_err(LinuxError::read("task_struct.mm", task))?;
+        if mm.is_null() {
+            return Ok(None);
+        }
+        let pgd = self.offset("mm_struct", "pgd")?;
+        let pgd = self.pointer(mm.wrapping_add(pgd)).map_err(LinuxError::read("mm_struct.pgd", mm))?;
+        let space = self.user_space(pgd).map_err(|fault| LinuxError::Implausible {
+            what: format!("the page tables of process {pid}"),
+            reason: fault.to_string(),
+        })?;
+        Ok(Some(space))
     }
 }
 
