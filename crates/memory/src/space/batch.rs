@@ -1,13 +1,10 @@
 //! Many reads in one go: the walks are taken in lock-step, so that what each must wait for is waited for once.
 
-use vmsight_arch::paging::{Cursor, Progress, Resolved, TableMemory};
-use vmsight_arch::{Gpa, Gva};
+use vmsight_arch::Gva;
+use vmsight_arch::paging::{Cursor, Progress, TableMemory};
 
-use super::cache::{DEPTH, Found, NO_PAGE};
-use super::mapped::Leaf;
-use super::{AddressSpace, Inner, Method, ReadError};
-use crate::copy;
-use crate::fault;
+use super::mapped::Mapped;
+use super::{AddressSpace, Backend, Inner, ReadError};
 
 /// One read of a batch.
 #[derive(Debug)]
@@ -37,40 +34,19 @@ impl AddressSpace {
     /// Reads that miss the processor's caches overlap; memory of another process is asked once a level for all of
     /// them, not once a read.
     pub fn read_batch(&self, ops: &mut [GvaReadOp<'_>]) {
-        match self.inner.method {
-            Method::Mapped => {
+        match &self.inner.backend {
+            Backend::Mapped(mapped) | Backend::MappedFive(mapped) => {
                 for group in ops.chunks_mut(LANES) {
-                    self.inner.read_group(group);
+                    self.inner.read_group(mapped, group);
                 }
             }
-            Method::Remote => self.inner.read_batch_remote(ops),
+            Backend::Remote(cache) => self.inner.read_batch_remote(cache, ops),
         }
     }
 }
 
-/// Reads in flight at once in mapped memory: more than the processor has line-fill buffers for.
-const LANES: usize = 16;
-
-/// Where a read of a group stands.
-#[derive(Clone, Copy, Default)]
-enum Lane {
-    /// Done, or to be done by itself.
-    #[default]
-    Alone,
-    /// What is remembered: a table whose entry is on its way, or a page.
-    Known(Found),
-    /// The walk goes on.
-    Walk(Cursor),
-    /// The page is known; the bytes are on their way.
-    Page(Gpa, Proof),
-}
-
-/// What to look at again after the bytes were copied.
-#[derive(Clone, Copy)]
-enum Proof {
-    Known(Found, Option<Leaf>),
-    Walk(Resolved, Cursor),
-}
+/// Walks taken in lock-step: more than the processor can have misses under way.
+const LANES: usize = 64;
 
 /// Asks the processor to fetch the cache line at `ptr`, where it can be asked.
 #[inline(always)]
@@ -85,87 +61,84 @@ fn prefetch(ptr: *const u8) {
 }
 
 impl Inner {
-    /// Up to [`LANES`] reads in mapped memory.
-    fn read_group(&self, ops: &mut [GvaReadOp<'_>]) {
-        let mut lanes = [Lane::Alone; LANES];
-        for (lane, op) in lanes.iter_mut().zip(&*ops) {
-            if op.buf.is_empty() || op.buf.len() > self.left_in_page(op.gva) {
-                continue;
-            }
-            if let Some(found) = self.cache.get::<DEPTH>(op.gva.0 >> self.span_shift) {
-                if found.page == NO_PAGE {
-                    prefetch(self.leaf_place(&found, op.gva));
-                }
-                *lane = Lane::Known(found);
-            } else if let Some(cursor) = Cursor::new(self.mode, self.dtb, op.gva) {
-                *lane = Lane::Walk(cursor);
-            }
-        }
-        self.walk_group(&mut lanes);
-        // Last entries that are on their way lead to pages, and their bytes are sent for.
-        for (lane, op) in lanes.iter_mut().zip(&*ops) {
-            if let Lane::Known(found) = *lane {
-                *lane = match self.hit_of(&found, op.gva) {
-                    Some((gpa, leaf)) => Lane::Page(gpa, Proof::Known(found, leaf)),
-                    None => Lane::Alone,
-                };
-            }
-            if let Lane::Page(gpa, _) = *lane
-                && let Some(ptr) = self.memory.mapped(gpa, op.buf.len())
-            {
-                prefetch(ptr);
-                prefetch(ptr.wrapping_add(op.buf.len() - 1));
+    /// Up to [`LANES`] reads in mapped memory. First the last entries of all are sent for, then the bytes of all; what
+    /// follows finds them in the processor's cache and is the same as for a single read, proof and all.
+    ///
+    /// Addresses are gathered first and sent for in a loop of their own: a request whose page is not in the TLB holds up
+    /// the instructions behind it, and only as many are under way as fit into the processor's window with what
+    /// lies between them.
+    fn read_group(&self, mapped: &Mapped, ops: &mut [GvaReadOp<'_>]) {
+        let mut places = [const { std::ptr::null() }; LANES];
+        let mut unknown = false;
+        for (to, op) in places.iter_mut().zip(&*ops) {
+            match mapped.hot.place(op.gva.0) {
+                Some((_, place, _)) => *to = place,
+                None => unknown = true,
             }
         }
-        for (lane, op) in lanes.iter().zip(ops) {
-            op.result = match *lane {
-                Lane::Page(gpa, proof) if self.finish(gpa, &proof, op.buf) => {
-                    if let Proof::Walk(page, cursor) = proof {
-                        self.remember(op.gva, page, cursor.steps());
-                    }
-                    Ok(())
-                }
-                _ => self.read_slow(op.gva, op.buf),
+        if unknown {
+            self.walk_unknown(mapped, ops);
+        }
+        places.iter().take(ops.len()).for_each(|place| prefetch(*place));
+        for (to, op) in places.iter_mut().zip(&*ops) {
+            let hit = mapped.hot.get(op.gva.0);
+            *to = hit
+                .and_then(|hit| mapped.window(&self.memory, hit.gpa, 1))
+                .unwrap_or(std::ptr::null());
+        }
+        places.iter().take(ops.len()).for_each(|place| prefetch(*place));
+        for op in ops {
+            op.result = if self.read_within(op.gva, op.buf) {
+                Ok(())
+            } else {
+                self.read_slow(op.gva, op.buf)
             };
         }
     }
 
-    /// Takes all walks to their end, a level of all at a time. A walk that fails is left to be done alone.
-    fn walk_group(&self, lanes: &mut [Lane; LANES]) {
-        while lanes.iter().any(|lane| matches!(lane, Lane::Walk(_))) {
-            for lane in lanes.iter() {
-                if let Lane::Walk(cursor) = lane
-                    && let Some(ptr) = self.memory.mapped(cursor.entry_gpa(), 8)
-                {
+    /// Sends for the first and the last line of a small read. Long ones bring the processor's own prefetcher along.
+    #[inline(always)]
+    fn prefetch_bytes(&self, mapped: &Mapped, gpa: u64, len: usize) {
+        if let Some(ptr) = mapped.window(&self.memory, gpa, 1) {
+            prefetch(ptr);
+            prefetch(ptr.wrapping_add(len.clamp(1, 0x1000 - (gpa as usize & 0xfff)) - 1));
+        }
+    }
+
+    /// Walks for those of up to [`LANES`] addresses of which nothing is remembered, one level of all at a time, and sends
+    /// for their bytes: the reads that follow find it all in the processor's cache.
+    fn walk_unknown(&self, mapped: &Mapped, ops: &[GvaReadOp<'_>]) {
+        let known = |op: &GvaReadOp<'_>| mapped.hot.place(op.gva.0).is_some();
+        if ops.iter().all(known) {
+            return;
+        }
+        let mut cursors = [None; LANES];
+        for (cursor, op) in cursors.iter_mut().zip(ops) {
+            if !known(op) {
+                *cursor = Cursor::new(self.mode, self.dtb, op.gva);
+            }
+        }
+        for _ in 0..self.mode.levels() {
+            for cursor in cursors.iter().flatten() {
+                if let Some(ptr) = mapped.window(&self.memory, cursor.entry_gpa().0, 8) {
                     prefetch(ptr);
                 }
             }
-            for lane in lanes.iter_mut() {
-                let Lane::Walk(cursor) = lane else { continue };
+            for (slot, op) in cursors.iter_mut().zip(ops) {
+                let Some(cursor) = slot else { continue };
                 let value = match self.mode.entry_size() {
                     4 => self.memory.entry_u32(cursor.entry_gpa()).map(u64::from),
                     _ => self.memory.entry_u64(cursor.entry_gpa()),
                 };
                 match value.map(|value| cursor.feed(value)) {
                     Some(Progress::Table) => {}
-                    Some(Progress::Page(page)) => *lane = Lane::Page(page.gpa, Proof::Walk(page, *cursor)),
-                    Some(Progress::Fault(_)) | None => *lane = Lane::Alone,
+                    Some(Progress::Page(found)) => {
+                        self.prefetch_bytes(mapped, found.gpa.0, op.buf.len());
+                        *slot = None;
+                    }
+                    Some(Progress::Fault(_)) | None => *slot = None,
                 }
             }
         }
-    }
-
-    /// Copies the bytes and asks for the proof.
-    fn finish(&self, gpa: Gpa, proof: &Proof, buf: &mut [u8]) -> bool {
-        let Some(ptr) = self.memory.mapped(gpa, buf.len()) else {
-            return false;
-        };
-        // SAFETY: so many bytes are mapped there; `buf` is ours alone.
-        unsafe { copy::copy(ptr, buf.as_mut_ptr(), buf.len()) };
-        fault::all_is_well()
-            && match proof {
-                Proof::Known(found, leaf) => self.holds::<DEPTH>(found, *leaf),
-                Proof::Walk(_, cursor) => !self.live || self.unchanged(cursor.steps()),
-            }
     }
 }

@@ -1,5 +1,4 @@
-//! What is remembered of page walks: where the last table (or the page) of a stretch of addresses lies, and the entries
-//! that said so.
+//! What is remembered of remote memory: where pages lie, and the entries that said so.
 //!
 //! A fixed number of slots, each written under a sequence number: readers never wait, and a reader that meets a
 //! writer takes it for a miss. Nothing here expires. What may be used is decided by reading the entries again.
@@ -7,30 +6,26 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
+use vmsight_arch::Gpa;
+
 /// Entries that lead to a page at most.
 pub(super) const DEPTH: usize = 5;
-
-/// No page: the slot holds a table.
-pub(super) const NO_PAGE: u64 = u64::MAX;
 
 /// A key that no address gives.
 const NO_KEY: u64 = u64::MAX;
 
-/// Where an entry was read (an address in this process, or a guest-physical one: the space knows which) and what it
-/// held.
+/// Where an entry was read and what it held.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Evidence {
-    pub(super) place: u64,
+    pub(super) place: Gpa,
     pub(super) value: u64,
 }
 
 /// What a slot says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Found {
-    /// The guest-physical address of the first byte of the stretch, or [`NO_PAGE`].
-    pub(super) page: u64,
-    /// Where the last table of the stretch is mapped in this process; only where there is no page.
-    pub(super) table: u64,
+    /// The first byte of the page.
+    pub(super) page: Gpa,
     /// The entries it follows from. Unused ones repeat the first.
     pub(super) evidence: [Evidence; DEPTH],
 }
@@ -43,7 +38,6 @@ struct Slot {
     sequence: AtomicU64,
     key: AtomicU64,
     page: AtomicU64,
-    table: AtomicU64,
     evidence: [(AtomicU64, AtomicU64); DEPTH],
 }
 
@@ -52,33 +46,29 @@ impl Slot {
         Self {
             sequence: AtomicU64::new(0),
             key: AtomicU64::new(NO_KEY),
-            page: AtomicU64::new(NO_PAGE),
-            table: AtomicU64::new(0),
+            page: AtomicU64::new(0),
             evidence: Default::default(),
         }
     }
 
-    /// What the slot says of `key`, with the first `N` entries of its evidence.
-    #[inline(always)]
-    fn get<const N: usize>(&self, key: u64) -> Option<Found> {
+    /// What the slot says of `key`.
+    fn get(&self, key: u64) -> Option<Found> {
         let sequence = self.sequence.load(Ordering::Acquire);
         if self.key.load(Ordering::Relaxed) != key || sequence & 1 != 0 {
             return None;
         }
         let page = self.page.load(Ordering::Relaxed);
-        let table = self.table.load(Ordering::Relaxed);
         let mut evidence = [Evidence::default(); DEPTH];
-        for (to, (place, value)) in evidence.iter_mut().zip(&self.evidence).take(N) {
+        for (to, (place, value)) in evidence.iter_mut().zip(&self.evidence) {
             *to = Evidence {
-                place: place.load(Ordering::Relaxed),
+                place: Gpa(place.load(Ordering::Relaxed)),
                 value: value.load(Ordering::Relaxed),
             };
         }
         // All of it was read before the number is read again: it belongs together if the number stayed.
         fence(Ordering::Acquire);
         (self.sequence.load(Ordering::Relaxed) == sequence).then_some(Found {
-            page,
-            table,
+            page: Gpa(page),
             evidence,
         })
     }
@@ -102,10 +92,9 @@ impl Slot {
         // A reader that sees any of the stores below sees the odd number too.
         fence(Ordering::Release);
         self.key.store(key, Ordering::Relaxed);
-        self.page.store(found.page, Ordering::Relaxed);
-        self.table.store(found.table, Ordering::Relaxed);
+        self.page.store(found.page.0, Ordering::Relaxed);
         for ((place, value), from) in self.evidence.iter().zip(&found.evidence) {
-            place.store(from.place, Ordering::Relaxed);
+            place.store(from.place.0, Ordering::Relaxed);
             value.store(from.value, Ordering::Relaxed);
         }
         self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
@@ -129,16 +118,14 @@ impl Cache {
         }
     }
 
-    #[inline(always)]
     fn index(&self, key: u64) -> usize {
-        // Fibonacci hashing: neighbours spread evenly, and so do the few far-apart ranges of a kernel.
-        (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & ((1 << self.bits) - 1)
+        // Fibonacci hashing, the top bits of the product: neighbours spread evenly and do not meet.
+        (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 1 >> (63 - self.bits)) as usize
     }
 
-    /// What is remembered under `key`, with the first `N` entries of the evidence.
-    #[inline(always)]
-    pub(super) fn get<const N: usize>(&self, key: u64) -> Option<Found> {
-        self.slots.get()?.get(self.index(key))?.get::<N>(key)
+    /// What is remembered under `key`.
+    pub(super) fn get(&self, key: u64) -> Option<Found> {
+        self.slots.get()?.get(self.index(key))?.get(key)
     }
 
     /// Remembers.
@@ -159,8 +146,7 @@ impl Cache {
             slot.put(
                 NO_KEY,
                 &Found {
-                    page: NO_PAGE,
-                    table: 0,
+                    page: Gpa(0),
                     evidence: [Evidence::default(); DEPTH],
                 },
             );
@@ -174,10 +160,9 @@ mod tests {
 
     fn found(n: u64) -> Found {
         Found {
-            page: n,
-            table: !n,
+            page: Gpa(n),
             evidence: [Evidence {
-                place: n ^ 0x55,
+                place: Gpa(n ^ 0x55),
                 value: n ^ 0xaa,
             }; DEPTH],
         }
@@ -186,16 +171,16 @@ mod tests {
     #[test]
     fn what_was_put_is_found_until_forgotten() {
         let cache = Cache::new(4);
-        assert_eq!(cache.get::<DEPTH>(7), None);
+        assert_eq!(cache.get(7), None);
         cache.put(7, &found(1));
-        assert_eq!(cache.get::<DEPTH>(7), Some(found(1)));
-        assert_eq!(cache.get::<DEPTH>(8), None);
+        assert_eq!(cache.get(7), Some(found(1)));
+        assert_eq!(cache.get(8), None);
         cache.forget(8);
-        assert_eq!(cache.get::<DEPTH>(7), Some(found(1)));
+        assert_eq!(cache.get(7), Some(found(1)));
         cache.put(7, &found(2));
-        assert_eq!(cache.get::<DEPTH>(7), Some(found(2)));
+        assert_eq!(cache.get(7), Some(found(2)));
         cache.forget(7);
-        assert_eq!(cache.get::<DEPTH>(7), None);
+        assert_eq!(cache.get(7), None);
     }
 
     #[test]
@@ -215,9 +200,9 @@ mod tests {
                 scope.spawn(|| {
                     let mut hits = 0u32;
                     for i in 0..400_000u64 {
-                        if let Some(f) = cache.get::<DEPTH>(i & 1) {
-                            assert_eq!(f, found(f.page));
-                            assert_eq!(f.page & 1, i & 1, "of the key asked for");
+                        if let Some(f) = cache.get(i & 1) {
+                            assert_eq!(f, found(f.page.0));
+                            assert_eq!(f.page.0 & 1, i & 1, "of the key asked for");
                             hits += 1;
                         }
                     }

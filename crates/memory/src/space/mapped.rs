@@ -1,152 +1,284 @@
 //! Reads where all memory is mapped in this process: the fast way.
 
+use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};
 
-use vmsight_arch::paging::Resolved;
+use vmsight_arch::paging::{self, PagingMode, Resolved, TableMemory};
 use vmsight_arch::{Gpa, Gva};
 
-use super::cache::{DEPTH, Found, NO_PAGE};
-use super::{Inner, Method, ReadCause, ReadError, TRIES};
-use crate::copy;
-use crate::fault;
+use super::hot::{Hot, Seen, Shape, UPPER, USUAL};
+use super::{Backend, Inner, ReadCause, ReadError, TRIES};
+use crate::{GuestMemory, copy, fault};
 
-/// Bits 51:12 of an x86-64 entry.
-const LONG_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// What a space over mapped memory keeps at hand.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    pub(super) hot: Hot,
+    /// The two longest ranges of the memory once more, by address, for accesses that do not leave their page.
+    windows: [Window; 2],
+    /// Where the second starts.
+    split: u64,
+}
 
-/// The entry of a small page: where it is mapped and what it held.
-#[derive(Clone, Copy)]
-pub(super) struct Leaf {
-    place: *const u8,
-    value: u64,
+/// A mapped range of guest-physical memory.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    start: u64,
+    /// Whole pages in it, in bytes; 0 where it does not begin with one.
+    len: u64,
+    base: *const u8,
+}
+
+// SAFETY: `base` points into a mapping that the space's memory keeps alive, and is only used for volatile copies, which
+// any thread may make.
+unsafe impl Send for Window {}
+// SAFETY: as above.
+unsafe impl Sync for Window {}
+
+impl Mapped {
+    pub(super) fn new(memory: &GuestMemory, bits: u8) -> Self {
+        let mut all: Vec<Window> = memory
+            .slots()
+            .iter()
+            .filter(|slot| slot.region.start.0 & 0xfff == 0)
+            .filter_map(|slot| {
+                let len = slot.region.len & !0xfff;
+                let base = memory.mapped(slot.region.start, usize::try_from(len).ok()?)?;
+                Some(Window {
+                    start: slot.region.start.0,
+                    len,
+                    base,
+                })
+            })
+            .collect();
+        all.sort_by_key(|window| std::cmp::Reverse(window.len));
+        all.truncate(2);
+        all.sort_by_key(|window| window.start);
+        let mut windows = [Window {
+            start: 0,
+            len: 0,
+            base: std::ptr::null(),
+        }; 2];
+        windows.iter_mut().zip(&all).for_each(|(to, from)| *to = *from);
+        Self {
+            hot: Hot::new(bits),
+            split: all.get(1).map_or(u64::MAX, |second| second.start),
+            windows,
+        }
+    }
+
+    /// Where the byte at `gpa` is mapped, with the `len` bytes from there on, which do not leave its 4 KiB page.
+    #[inline(always)]
+    pub(super) fn window(&self, memory: &GuestMemory, gpa: u64, len: usize) -> Option<*const u8> {
+        let [low, high] = &self.windows;
+        // No branch: which of the two it is cannot be foreseen.
+        let window = std::hint::select_unpredictable(gpa >= self.split, high, low);
+        let at = gpa.wrapping_sub(window.start);
+        if at < window.len {
+            // SAFETY: inside the mapped range.
+            return Some(unsafe { window.base.add(at as usize) });
+        }
+        other_window(memory, gpa, len)
+    }
+}
+
+/// The same in the other slots.
+#[inline(never)]
+fn other_window(memory: &GuestMemory, gpa: u64, len: usize) -> Option<*const u8> {
+    memory.mapped(Gpa(gpa), len)
+}
+
+/// Whether `len` bytes are within one page of 4 KiB.
+#[inline(always)]
+fn is_within_page(gva: Gva, len: usize) -> bool {
+    len <= 0x1000 && (gva.0 & 0xfff) as usize <= 0x1000 - len
 }
 
 impl Inner {
-    /// Whether the first `N` entries of the evidence are what they were.
+    /// One access of `len` bytes in one page by what is remembered: `access` gets the mapped address. `None` where
+    /// nothing is, or the guest changed the tables.
     #[inline(always)]
-    fn upper<const N: usize>(found: &Found) -> bool {
-        // All are compared, without a branch between: the loads overlap.
-        let mut differs = 0;
-        for e in found.evidence.iter().take(N) {
-            // SAFETY: the slot was filled by `found_of` with places of 8 mapped bytes of our own memory, which
-            // stays mapped as long as `self`; `Cache::get` gives only what one call of `put` stored.
-            let now = unsafe { copy::load::<u64>(std::ptr::with_exposed_provenance(e.place as usize)) };
-            differs |= u64::from_le(now) ^ e.value;
-            // In this order, also off x86, where this costs nothing.
-            fence(Ordering::Acquire);
-        }
-        differs == 0
-    }
-
-    /// Where `gva` lies by what is remembered of its stretch, and for a small page the entry that says so.
-    #[inline(always)]
-    pub(super) fn hit_of(&self, found: &Found, gva: Gva) -> Option<(Gpa, Option<Leaf>)> {
-        if found.page != NO_PAGE {
-            return Some((Gpa(found.page | (gva.0 & ((1 << self.span_shift) - 1))), None));
-        }
-        let place = self.leaf_place(found, gva);
-        // SAFETY: the whole table is mapped: `found_of` looked.
-        let value = u64::from_le(unsafe { copy::load::<u64>(place) });
-        let page = if self.long {
-            if value & 1 == 0 {
-                return None;
-            }
-            Gpa(value & LONG_ADDRESS)
-        } else {
-            self.mode.last_level_page(value)?
-        };
-        Some((
-            Gpa(page.0 | (gva.0 & ((1 << self.page_shift) - 1))),
-            Some(Leaf { place, value }),
-        ))
-    }
-
-    /// Where the last entry for `gva` is mapped.
-    #[inline(always)]
-    pub(super) fn leaf_place(&self, found: &Found, gva: Gva) -> *const u8 {
-        let index = (gva.0 >> self.page_shift) & self.last_index_mask();
-        std::ptr::with_exposed_provenance((found.table + (index << 3)) as usize)
-    }
-
-    /// Whether every entry behind a hit still holds what it held. To be asked after the bytes were copied.
-    #[inline(always)]
-    pub(super) fn holds<const N: usize>(&self, found: &Found, leaf: Option<Leaf>) -> bool {
-        if !self.live {
-            return true;
-        }
-        // Root first, the last entry last: if none differs, all of them held at once when the root's was looked at.
-        if !Self::upper::<N>(found) {
-            return false;
-        }
-        match leaf {
-            // SAFETY: as when it was read.
-            Some(Leaf { place, value }) => u64::from_le(unsafe { copy::load::<u64>(place) }) == value,
-            None => true,
-        }
-    }
-
-    /// One access of `len` bytes in one page, if what is remembered serves: `access` gets the mapped address.
-    #[inline(always)]
-    fn quick<const N: usize, T>(
+    fn by_memory<const N: usize, T>(
         &self,
+        mapped: &Mapped,
         gva: Gva,
         len: usize,
         access: impl FnOnce(*const u8) -> T,
     ) -> Option<T> {
-        let found = self.cache.get::<N>(gva.0 >> self.span_shift)?;
-        let (gpa, leaf) = self.hit_of(&found, gva)?;
-        let ptr = self.memory.mapped(gpa, len)?;
+        let hit = mapped.hot.get(gva.0)?;
+        let ptr = mapped.window(&self.memory, hit.gpa, len)?;
         let value = access(ptr);
         // A compiler and, off x86, a processor fence is in `all_is_well`: the proof is read after the bytes.
-        (fault::all_is_well() && self.holds::<N>(&found, leaf)).then_some(value)
+        (fault::all_is_well() && hit.holds::<N>()).then_some(value)
     }
 
-    /// [`Self::quick`] with as much evidence as the mode has levels above the last, none for a dump.
+    /// The same by a walk. `None` also where the walk ends in a fault.
     #[inline(always)]
-    fn quick_any<T>(&self, gva: Gva, len: usize, access: impl FnOnce(*const u8) -> T) -> Option<T> {
-        if self.method != Method::Mapped {
+    fn by_walk<T>(
+        &self,
+        mapped: &Mapped,
+        gva: Gva,
+        len: usize,
+        access: impl Fn(*const u8) -> T,
+    ) -> Option<T> {
+        if self.mode == PagingMode::X86Level4
+            && !mapped.hot.is_second_miss(gva.0)
+            && let Some(value) = self.by_short_walk::<4, T>(mapped, gva, len, &access)
+        {
+            return Some(value);
+        }
+        self.by_trail(mapped, gva, len, access)
+    }
+
+    /// A walk of x86-64 to a small page that keeps nothing, with as few instructions as it can be (see
+    /// [`hot`](super::hot) for why). `None` for all that is out of the ordinary, a large page included: for
+    /// [`Self::by_trail`] to see.
+    #[inline(always)]
+    fn by_short_walk<const LEVELS: usize, T>(
+        &self,
+        mapped: &Mapped,
+        gva: Gva,
+        len: usize,
+        access: impl FnOnce(*const u8) -> T,
+    ) -> Option<T> {
+        const PRESENT: u64 = 1;
+        const PAGE_SIZE: u64 = 1 << 7;
+        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        let unused = 64 - 12 - 9 * LEVELS;
+        if ((gva.0 << unused) as i64 >> unused) as u64 != gva.0 {
             return None;
         }
-        match self.evidence {
-            0 => self.quick::<0, T>(gva, len, access),
-            3 => self.quick::<3, T>(gva, len, access),
-            _ => self.quick::<DEPTH, T>(gva, len, access),
+        let mut seen = [Seen::NONE; LEVELS];
+        let mut table = self.dtb.0 & ADDRESS;
+        for (i, seen) in seen.iter_mut().enumerate() {
+            let index = (gva.0 >> (9 * (LEVELS - i))) & 0xff8;
+            let place = mapped.window(&self.memory, table + index, 8)?;
+            // SAFETY: `window` found 8 mapped bytes. Should they be lost they are zeros, which is no page.
+            let value = u64::from_le(unsafe { copy::load::<u64>(place) });
+            // At the last level the bit is another (PAT).
+            let size = if i + 1 == LEVELS { 0 } else { PAGE_SIZE };
+            if value & (PRESENT | size) != PRESENT {
+                return None;
+            }
+            *seen = Seen { place, value };
+            table = value & ADDRESS;
         }
+        let ptr = mapped.window(&self.memory, table | (gva.0 & 0xfff), len)?;
+        let value = access(ptr);
+        if !fault::all_is_well() {
+            return None;
+        }
+        if self.live {
+            for seen in seen {
+                // SAFETY: it was read above.
+                if !unsafe { seen.holds() } {
+                    return None;
+                }
+                fence(Ordering::Acquire);
+            }
+        }
+        Some(value)
+    }
+
+    /// A walk of any mode, which is remembered.
+    #[inline(never)]
+    fn by_trail<T>(
+        &self,
+        mapped: &Mapped,
+        gva: Gva,
+        len: usize,
+        access: impl FnOnce(*const u8) -> T,
+    ) -> Option<T> {
+        let trail = Trail::new(&self.memory, mapped);
+        let page = paging::resolve(self.mode, &trail, self.dtb, gva)?;
+        let ptr = mapped.window(&self.memory, page.gpa.0, len)?;
+        let value = access(ptr);
+        if !fault::all_is_well() || (self.live && !trail.holds()) {
+            return None;
+        }
+        self.remember_mapped(mapped, gva, page, &trail);
+        Some(value)
     }
 
     /// An integer in one page, `None` where that takes more than a look.
     #[inline(always)]
     pub(super) fn load<T: Copy>(&self, gva: Gva) -> Option<T> {
+        let Backend::Mapped(mapped) = &self.backend else {
+            return None;
+        };
         let size = size_of::<T>();
-        if (gva.0 & 0xfff) as usize + size > 0x1000 {
+        if gva.0 as usize & (size - 1) != 0 {
+            // What is aligned does not cross a page: the usual case needs no more than this one test.
             return None;
         }
-        // SAFETY: `quick` gives an address with `size` mapped bytes; `T` is an integer.
-        self.quick_any(gva, size, |ptr| unsafe { copy::load::<T>(ptr) })
+        // SAFETY: an address with `size` mapped bytes; `T` is an integer.
+        self.by_memory::<USUAL, T>(mapped, gva, size, |ptr| unsafe { copy::load::<T>(ptr) })
     }
 
-    /// Fills `buf` if it lies in one page and what is remembered serves.
-    #[inline(always)]
-    pub(super) fn read_within(&self, gva: Gva, buf: &mut [u8]) -> bool {
-        let len = buf.len();
-        if len > 0x1000 || (gva.0 & 0xfff) as usize + len > 0x1000 {
-            return false;
+    /// [`Self::load`] where that had no answer: by a walk, or for what is not aligned.
+    #[inline(never)]
+    pub(super) fn load_cold<T: Copy>(&self, gva: Gva) -> Option<T> {
+        let (mapped, five) = self.mapped()?;
+        let size = size_of::<T>();
+        if !is_within_page(gva, size) {
+            return None;
         }
-        // SAFETY: `quick` gives an address with `len` mapped bytes; `buf` is ours alone.
-        self.quick_any(gva, len, |ptr| unsafe { copy::copy(ptr, buf.as_mut_ptr(), len) })
-            .is_some()
+        // SAFETY: an address with `size` mapped bytes; `T` is an integer.
+        let access = |ptr| unsafe { copy::load::<T>(ptr) };
+        if five || gva.0 as usize & (size - 1) != 0 {
+            // Not asked yet.
+            if let Some(value) = self.by_memory::<UPPER, T>(mapped, gva, size, access) {
+                return Some(value);
+            }
+        }
+        self.by_walk(mapped, gva, size, access)
     }
 
+    /// [`Self::load_cold`] where that had no answer either: across pages, in remote memory, or the reason why not.
     #[cold]
-    pub(super) fn read_array<const N: usize>(&self, gva: Gva) -> Result<[u8; N], ReadError> {
-        let mut bytes = [0; N];
+    pub(super) fn load_slow<const SIZE: usize>(&self, gva: Gva) -> Result<[u8; SIZE], ReadError> {
+        let mut bytes = [0; SIZE];
         self.read_slow(gva, &mut bytes)?;
         Ok(bytes)
     }
 
+    /// The mapped memory, and whether there are five levels of tables.
+    #[inline(always)]
+    fn mapped(&self) -> Option<(&Mapped, bool)> {
+        match &self.backend {
+            Backend::Mapped(mapped) => Some((mapped, false)),
+            Backend::MappedFive(mapped) => Some((mapped, true)),
+            Backend::Remote(_) => None,
+        }
+    }
+
+    /// Fills `buf` if it lies in one page and what is remembered, or a walk that finds all at rest, serves.
+    #[inline]
+    pub(super) fn read_within(&self, gva: Gva, buf: &mut [u8]) -> bool {
+        let Some((mapped, five)) = self.mapped() else {
+            return false;
+        };
+        let len = buf.len();
+        if !is_within_page(gva, len) {
+            return false;
+        }
+        let to = buf.as_mut_ptr();
+        // SAFETY: an address with `len` mapped bytes; `buf` is ours alone.
+        let access = |ptr| unsafe { copy::copy(ptr, to, len) };
+        let known = if five {
+            self.by_memory::<UPPER, ()>(mapped, gva, len, access)
+        } else {
+            self.by_memory::<USUAL, ()>(mapped, gva, len, access)
+        };
+        known.or_else(|| self.by_walk(mapped, gva, len, access)).is_some()
+    }
+
     /// Any read, page by page.
     pub(super) fn read_slow(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
-        if self.method == Method::Remote && buf.len() > self.left_in_page(gva) {
-            return self.read_remote_pages(gva, buf);
+        if let Backend::Remote(cache) = &self.backend
+            && buf.len() > self.left_in_page(gva)
+        {
+            return self.read_remote_pages(cache, gva, buf);
         }
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
@@ -158,22 +290,18 @@ impl Inner {
         Ok(())
     }
 
-    /// A read within one page, by what is remembered or else by a walk.
+    /// A read within one page.
     pub(super) fn read_in_page(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
-        match self.method {
-            Method::Mapped => {
-                if self.read_within(gva, buf) {
-                    return Ok(());
-                }
-                self.read_by_walk(gva, buf)
-            }
-            Method::Remote => self.read_remote(gva, buf),
+        match &self.backend {
+            Backend::Remote(cache) => self.read_remote(cache, gva, buf),
+            _ if self.read_within(gva, buf) => Ok(()),
+            _ => self.read_or_say_why(gva, buf),
         }
     }
 
-    /// Walks, reads, proves and remembers; again while the guest changes the tables.
-    #[inline(never)]
-    fn read_by_walk(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
+    /// Walks, reads and proves, again while the guest changes the tables; or finds the reason why it cannot be.
+    #[cold]
+    fn read_or_say_why(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
         for _ in 0..TRIES {
             let page = match self.walk(gva) {
                 Ok(page) => page,
@@ -184,14 +312,6 @@ impl Inner {
             };
             let result = self.memory.read(page.gpa, buf);
             if !self.live || self.unchanged(&page.steps) {
-                self.remember(
-                    gva,
-                    Resolved {
-                        gpa: page.gpa,
-                        page_shift: page.page_shift,
-                    },
-                    &page.steps,
-                );
                 return result.map_err(|error| ReadError {
                     gva,
                     cause: ReadCause::Memory(error),
@@ -202,5 +322,96 @@ impl Inner {
             gva,
             cause: ReadCause::Unstable,
         })
+    }
+
+    /// Keeps what a walk has seen, where the mode and the memory allow it.
+    #[inline(never)]
+    pub(super) fn remember_mapped(&self, mapped: &Mapped, gva: Gva, page: Resolved, trail: &Trail<'_>) {
+        let Some(shape) = Shape::of(self.mode, page.page_shift) else {
+            return;
+        };
+        // A root that is also the last table may have fewer entries than a shape counts on.
+        let Some((leaf, above)) = trail.seen().split_last().filter(|(_, above)| !above.is_empty()) else {
+            return;
+        };
+        let index = ((gva.0 >> 9) & shape.index) as usize;
+        let table = leaf.get().place.wrapping_sub(index);
+        if shape.index != 0 {
+            // The whole table must be mapped in one piece, not this entry alone.
+            let Some(parent) = above.last() else { return };
+            let gpa = Gpa(parent.get().value & shape.address);
+            if mapped.window(&self.memory, gpa.0, 0x1000) != Some(table) {
+                return;
+            }
+        }
+        let mut upper = [Seen::always(); UPPER];
+        if let Some(first) = above.first().filter(|_| self.live) {
+            upper = [first.get(); UPPER];
+            upper
+                .iter_mut()
+                .zip(above)
+                .for_each(|(to, from)| *to = from.get());
+        }
+        // SAFETY: the places are those the walk read through `window`, and the table was looked up whole. They are mapped
+        // as long as the memory, which `self` holds as long as its slots.
+        unsafe { mapped.hot.put(gva.0, table, &shape, &upper) };
+    }
+}
+
+/// The entries that a walk reads, where they are mapped, root first.
+pub(super) struct Trail<'m> {
+    memory: &'m GuestMemory,
+    mapped: &'m Mapped,
+    seen: [Cell<Seen>; UPPER + 1],
+    len: Cell<usize>,
+}
+
+impl<'m> Trail<'m> {
+    #[inline(always)]
+    pub(super) fn new(memory: &'m GuestMemory, mapped: &'m Mapped) -> Self {
+        let seen = [const { Cell::new(Seen::NONE) }; UPPER + 1];
+        Self {
+            memory,
+            mapped,
+            seen,
+            len: Cell::new(0),
+        }
+    }
+
+    #[inline(always)]
+    fn seen(&self) -> &[Cell<Seen>] {
+        self.seen.get(..self.len.get()).unwrap_or_default()
+    }
+
+    /// Whether all of them still hold what they held, root first (see [`Hit::holds`]).
+    ///
+    /// [`Hit::holds`]: super::hot::Hit::holds
+    #[inline(always)]
+    pub(super) fn holds(&self) -> bool {
+        self.seen().iter().all(|seen| {
+            // SAFETY: `entry_u64` has read from there, and the memory is still there.
+            let holds = unsafe { seen.get().holds() };
+            fence(Ordering::Acquire);
+            holds
+        })
+    }
+}
+
+impl TableMemory for Trail<'_> {
+    #[inline(always)]
+    fn entry_u64(&self, gpa: Gpa) -> Option<u64> {
+        // Entries are aligned and do not cross pages.
+        let place = self.mapped.window(self.memory, gpa.0, 8)?;
+        // SAFETY: `window` found 8 mapped bytes. Should they be lost they are zeros, which is no page.
+        let value = u64::from_le(unsafe { copy::load::<u64>(place) });
+        let n = self.len.get();
+        self.seen.get(n)?.set(Seen { place, value });
+        self.len.set(n + 1);
+        Some(value)
+    }
+
+    /// 32-bit guests have two levels and are rare: they go the other way.
+    fn entry_u32(&self, _gpa: Gpa) -> Option<u32> {
+        None
     }
 }

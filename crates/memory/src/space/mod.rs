@@ -1,8 +1,8 @@
 //! Virtual memory of a guest: an address space over its physical memory.
 //!
 //! A read goes through the guest's own page tables. What was learnt on the way is remembered, one slot for each
-//! stretch of 2 MiB (on x86-64): either the large page there, or where its table of small pages lies. The entry of a
-//! small page is always read anew, so that slot is all a read of any of its 512 pages needs.
+//! stretch of 2 MiB: either the large page there, or where its table of small pages lies. The last entry is always
+//! read anew, so that slot is all a read of any of its 512 pages needs.
 //!
 //! **Live memory.** The guest may rewrite its tables at any moment. A result counts only if, after the bytes were copied, every
 //! entry on the way still holds what it held before: then the tables led there while the copy was made. Otherwise the read is made
@@ -15,6 +15,7 @@
 mod batch;
 mod cache;
 mod error;
+mod hot;
 mod mapped;
 mod partial;
 mod remote;
@@ -32,6 +33,7 @@ use vmsight_arch::{Dtb, Gva};
 
 use crate::GuestMemory;
 use cache::Cache;
+use mapped::Mapped;
 
 /// How often a read is tried while the guest rewrites the tables under it.
 const TRIES: usize = 16;
@@ -39,8 +41,8 @@ const TRIES: usize = 16;
 /// Slots of the space that is read most, the kernel's: 128 KiB, 2 GiB of addresses.
 const SLOTS_BITS: u8 = 10;
 
-/// Slots of a space made by [`AddressSpace::with_dtb`]: there is one for each process, 4 KiB if it is read at all.
-const FEW_SLOTS_BITS: u8 = 5;
+/// Slots of a space made by [`AddressSpace::with_dtb`]: there is one for each process, 2 KiB.
+const FEW_SLOTS_BITS: u8 = 4;
 
 /// The virtual memory behind one page-table root. Clones share everything and cost nothing; all methods may be called
 /// from many threads at once.
@@ -55,25 +57,21 @@ struct Inner {
     dtb: Dtb,
     /// Whether tables can change.
     live: bool,
-    method: Method,
-    /// Entries that a hit in mapped memory compares: 0 for a dump, 3 (enough for up to 4 levels) or 5.
-    evidence: u8,
-    /// 4 or 5 levels of x86-64, whose last entries are understood without asking the mode.
-    long: bool,
     /// log2 of the smallest page.
     page_shift: u8,
     /// log2 of what an entry above the last table spans.
     span_shift: u8,
-    cache: Cache,
+    backend: Backend,
 }
 
-/// How the memory is reached.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Method {
-    /// All of it is mapped here.
-    Mapped,
+/// How the memory is reached, and what is remembered there.
+enum Backend {
+    /// All of it is mapped here; up to four levels of tables.
+    Mapped(Mapped),
+    /// All of it is mapped here; five levels.
+    MappedFive(Mapped),
     /// Some of it must be asked for.
-    Remote,
+    Remote(Cache),
 }
 
 impl AddressSpace {
@@ -86,20 +84,13 @@ impl AddressSpace {
     pub fn with_slots(memory: GuestMemory, mode: PagingMode, dtb: Dtb, bits: u8) -> Self {
         let inner = Inner {
             live: memory.is_live(),
-            evidence: match (memory.is_live(), mode.levels()) {
-                (false, _) => 0,
-                (true, 0..=4) => 3,
-                (true, _) => 5,
-            },
-            method: if memory.is_all_mapped() {
-                Method::Mapped
-            } else {
-                Method::Remote
-            },
-            long: matches!(mode, PagingMode::X86Level4 | PagingMode::X86Level5),
             page_shift: mode.span_shift(1),
             span_shift: mode.span_shift(2),
-            cache: Cache::new(bits),
+            backend: match (memory.is_all_mapped(), mode.levels()) {
+                (true, 0..=4) => Backend::Mapped(Mapped::new(&memory, bits)),
+                (true, _) => Backend::MappedFive(Mapped::new(&memory, bits)),
+                (false, _) => Backend::Remote(Cache::new(bits)),
+            },
             memory,
             mode,
             dtb,
@@ -169,9 +160,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u64(&self, gva: Gva) -> Result<u64, ReadError> {
-        match self.inner.load::<u64>(gva) {
+        match self.inner.load::<u64>(gva).or_else(|| self.inner.load_cold(gva)) {
             Some(value) => Ok(u64::from_le(value)),
-            None => self.inner.read_array(gva).map(u64::from_le_bytes),
+            None => self.inner.load_slow(gva).map(u64::from_le_bytes),
         }
     }
 
@@ -181,9 +172,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u32(&self, gva: Gva) -> Result<u32, ReadError> {
-        match self.inner.load::<u32>(gva) {
+        match self.inner.load::<u32>(gva).or_else(|| self.inner.load_cold(gva)) {
             Some(value) => Ok(u32::from_le(value)),
-            None => self.inner.read_array(gva).map(u32::from_le_bytes),
+            None => self.inner.load_slow(gva).map(u32::from_le_bytes),
         }
     }
 
@@ -193,9 +184,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u16(&self, gva: Gva) -> Result<u16, ReadError> {
-        match self.inner.load::<u16>(gva) {
+        match self.inner.load::<u16>(gva).or_else(|| self.inner.load_cold(gva)) {
             Some(value) => Ok(u16::from_le(value)),
-            None => self.inner.read_array(gva).map(u16::from_le_bytes),
+            None => self.inner.load_slow(gva).map(u16::from_le_bytes),
         }
     }
 
@@ -205,9 +196,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u8(&self, gva: Gva) -> Result<u8, ReadError> {
-        match self.inner.load::<u8>(gva) {
-            Some(value) => Ok(value),
-            None => self.inner.read_array(gva).map(u8::from_le_bytes),
+        match self.inner.load::<u8>(gva).or_else(|| self.inner.load_cold(gva)) {
+            Some(value) => Ok(u8::from_le(value)),
+            None => self.inner.load_slow(gva).map(u8::from_le_bytes),
         }
     }
 

@@ -5,18 +5,18 @@ use vmsight_arch::paging::{Cursor, Progress, Resolved, Translation};
 use vmsight_arch::{Gpa, Gva};
 
 use super::batch::GvaReadOp;
-use super::cache::{DEPTH, Evidence};
+use super::cache::{Cache, DEPTH, Evidence};
 use super::{Inner, ReadCause, ReadError, TRIES};
 
 impl Inner {
     /// A read within one page.
-    pub(super) fn read_remote(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
+    pub(super) fn read_remote(&self, cache: &Cache, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
         let failed = |error| ReadError {
             gva,
             cause: ReadCause::Memory(error),
         };
         for key in [self.page_key(gva), self.span_key(gva)] {
-            let Some(found) = self.cache.get::<DEPTH>(key) else {
+            let Some(found) = cache.get(key) else {
                 continue;
             };
             let span = if key & 1 == 0 {
@@ -24,13 +24,13 @@ impl Inner {
             } else {
                 self.span_shift
             };
-            let gpa = Gpa(found.page | (gva.0 & ((1 << span) - 1)));
+            let gpa = Gpa(found.page.0 | (gva.0 & ((1 << span) - 1)));
             if !self.live {
                 return self.memory.read(gpa, buf).map_err(failed);
             }
             match self.read_with_evidence(Some((gpa, &mut *buf)), &found.evidence) {
                 Some(result) => return result.map_err(failed),
-                None => self.cache.forget(key),
+                None => cache.forget(key),
             }
         }
         for _ in 0..TRIES {
@@ -50,6 +50,7 @@ impl Inner {
             };
             if let Some(result) = result {
                 self.remember(
+                    cache,
                     gva,
                     Resolved {
                         gpa: page.gpa,
@@ -67,20 +68,20 @@ impl Inner {
     }
 
     /// A read over many pages: all of them in lock-step.
-    pub(super) fn read_remote_pages(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
+    pub(super) fn read_remote_pages(&self, cache: &Cache, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
         let mut ops = [GvaReadOp::new(gva, buf)];
-        self.read_batch_remote(&mut ops);
+        self.read_batch_remote(cache, &mut ops);
         let [op] = ops;
         op.result
     }
 
     /// Many reads in memory that must be asked for: one request for each level of all walks, one for all bytes
     /// and their proofs.
-    pub(super) fn read_batch_remote(&self, ops: &mut [GvaReadOp<'_>]) {
+    pub(super) fn read_batch_remote(&self, cache: &Cache, ops: &mut [GvaReadOp<'_>]) {
         let mut pieces: Vec<Piece<'_>> = Vec::with_capacity(ops.len());
         let mut results: Vec<Result<(), ReadError>> = Vec::with_capacity(ops.len());
         for (index, op) in ops.iter_mut().enumerate() {
-            results.push(self.cut(index, op.gva, op.buf, &mut pieces));
+            results.push(self.cut(cache, index, op.gva, op.buf, &mut pieces));
         }
         self.walk_pieces(&mut pieces);
         let proven = self.fetch_pieces(&mut pieces);
@@ -88,12 +89,12 @@ impl Inner {
             let result = match (proven, &piece.state) {
                 (true, PieceState::Page(page)) => {
                     if let Some(cursor) = &piece.cursor {
-                        self.remember(piece.gva, *page, cursor.steps());
+                        self.remember(cache, piece.gva, *page, cursor.steps());
                     }
                     continue;
                 }
                 // Not there, or changed meanwhile: alone, it gives the answer or the reason.
-                _ => self.read_remote(piece.gva, piece.buf),
+                _ => self.read_remote(cache, piece.gva, piece.buf),
             };
             if let (Err(error), Some(slot)) = (result, results.get_mut(piece.op)) {
                 // The lowest address that failed speaks for its op.
@@ -112,6 +113,7 @@ impl Inner {
     /// Cuts one read into pieces of a page each.
     fn cut<'b>(
         &self,
+        cache: &Cache,
         op: usize,
         gva: Gva,
         buf: &'b mut [u8],
@@ -133,7 +135,7 @@ impl Inner {
                 cursor: None,
                 evidence: Vec::new(),
             };
-            self.look_up(&mut piece);
+            self.look_up(cache, &mut piece);
             pieces.push(piece);
             rest = tail;
             done += len;
@@ -142,15 +144,15 @@ impl Inner {
     }
 
     /// Starts a piece from what is remembered, or from the root.
-    fn look_up(&self, piece: &mut Piece<'_>) {
+    fn look_up(&self, cache: &Cache, piece: &mut Piece<'_>) {
         for key in [self.page_key(piece.gva), self.span_key(piece.gva)] {
-            if let Some(found) = self.cache.get::<DEPTH>(key) {
+            if let Some(found) = cache.get(key) {
                 let page_shift = if key & 1 == 0 {
                     self.page_shift
                 } else {
                     self.span_shift
                 };
-                let gpa = Gpa(found.page | (piece.gva.0 & ((1 << page_shift) - 1)));
+                let gpa = Gpa(found.page.0 | (piece.gva.0 & ((1 << page_shift) - 1)));
                 piece.state = PieceState::Page(Resolved { gpa, page_shift });
                 if self.live {
                     piece.evidence = found.evidence.to_vec();
@@ -228,7 +230,7 @@ impl Inner {
     /// Fills the pieces whose page is known, then reads the evidence of all; says which pieces it proves.
     fn fetch_pieces(&self, pieces: &mut [Piece<'_>]) -> Vec<bool> {
         // Root entries of all first, last entries last: see `Inner::holds`.
-        let place = |(depth, e): (usize, &Evidence)| (depth, Gpa(e.place));
+        let place = |(depth, e): (usize, &Evidence)| (depth, e.place);
         let mut wanted: Vec<Place> = pieces
             .iter()
             .flat_map(|p| p.evidence.iter().enumerate().map(place))

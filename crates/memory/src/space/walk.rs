@@ -3,8 +3,8 @@
 use vmsight_arch::paging::{self, FaultReason, PageFault, Resolved, Steps, TableMemory, Translation};
 use vmsight_arch::{Gpa, Gva};
 
-use super::cache::{DEPTH, Evidence, Found, NO_PAGE};
-use super::{Inner, Method, ReadCause, ReadError, TRIES};
+use super::cache::{Cache, DEPTH, Evidence, Found};
+use super::{Backend, Inner, ReadCause, ReadError, TRIES};
 use crate::{MemoryError, ReadOp};
 
 impl Inner {
@@ -33,15 +33,15 @@ impl Inner {
 
     /// Whether the entries of a walk still hold what it read.
     pub(super) fn unchanged(&self, steps: &Steps) -> bool {
-        match self.method {
-            Method::Mapped => steps.iter().all(|step| {
+        match self.backend {
+            Backend::Mapped(_) | Backend::MappedFive(_) => steps.iter().all(|step| {
                 let now = match self.mode.entry_size() {
                     4 => self.memory.entry_u32(step.entry_gpa).map(u64::from),
                     _ => self.memory.entry_u64(step.entry_gpa),
                 };
                 now == Some(step.value)
             }),
-            Method::Remote => {
+            Backend::Remote(_) => {
                 let mut evidence = [Evidence::default(); DEPTH];
                 let n = self.evidence_of(steps, &mut evidence);
                 self.read_with_evidence(None, evidence.get(..n).unwrap_or_default()) == Some(Ok(()))
@@ -53,7 +53,7 @@ impl Inner {
     pub(super) fn evidence_of(&self, steps: &Steps, to: &mut [Evidence; DEPTH]) -> usize {
         for (slot, step) in to.iter_mut().zip(steps.iter()) {
             *slot = Evidence {
-                place: step.entry_gpa.0,
+                place: step.entry_gpa,
                 value: step.value,
             };
         }
@@ -75,7 +75,7 @@ impl Inner {
             let has_data = data.is_some();
             ops.extend(data.map(|(gpa, buf)| ReadOp::new(gpa, buf)));
             for (buf, e) in now.iter_mut().zip(evidence) {
-                ops.push(ReadOp::new(Gpa(e.place), buf.get_mut(..size).unwrap_or_default()));
+                ops.push(ReadOp::new(e.place, buf.get_mut(..size).unwrap_or_default()));
             }
             self.memory.read_batch(&mut ops);
             if ops
@@ -97,81 +97,27 @@ impl Inner {
             .then_some(result)
     }
 
-    /// What to remember of a walk that found a page: under which key, and what. `None` where it is not worth it.
-    pub(super) fn found_of(&self, gva: Gva, page: Resolved, steps: &Steps) -> Option<(u64, Found)> {
-        if self.mode.entry_size() != 8 {
-            // 32-bit paging has two levels: a walk costs no more than looking it up.
-            return None;
-        }
+    /// Keeps a walk through remote memory.
+    pub(super) fn remember(&self, cache: &Cache, gva: Gva, page: Resolved, steps: &Steps) {
         let mut found = Found {
-            page: NO_PAGE,
-            table: 0,
+            page: page.gpa,
             evidence: [Evidence::default(); DEPTH],
         };
+        let n = self.evidence_of(steps, &mut found.evidence);
+        let first = found.evidence[0];
+        found.evidence.iter_mut().skip(n).for_each(|e| *e = first);
+        // A page larger than the span is remembered for each stretch of a span that is read.
         let large = page.page_shift > self.page_shift;
-        if large {
-            let span = (1u64 << self.span_shift) - 1;
-            found.page = page.gpa.0 & !span;
-        }
-        let key = match self.method {
-            Method::Mapped => {
-                let depth = steps.len();
-                // The last entry of a small page is read each time.
-                let upper = if large { depth } else { depth.checked_sub(1)? };
-                if !large {
-                    // A table is as big as the smallest page, but for a root, which can be smaller.
-                    let leaf = steps.last()?.entry_gpa.0;
-                    let index = (gva.0 >> self.page_shift) & self.last_index_mask();
-                    let table = Gpa(leaf.wrapping_sub(index << 3));
-                    let len = (self.last_index_mask() as usize + 1) << 3;
-                    found.table = self.memory.mapped(table, len)?.expose_provenance() as u64;
-                }
-                if self.live {
-                    for (to, step) in found.evidence.iter_mut().zip(steps.iter()).take(upper) {
-                        let place = self.memory.mapped(step.entry_gpa, 8)?.expose_provenance() as u64;
-                        *to = Evidence {
-                            place,
-                            value: step.value,
-                        };
-                    }
-                    if upper == 0 {
-                        return None;
-                    }
-                    let first = found.evidence[0];
-                    found.evidence.iter_mut().skip(upper).for_each(|e| *e = first);
-                }
-                gva.0 >> self.span_shift
-            }
-            Method::Remote => {
-                self.evidence_of(steps, &mut found.evidence);
-                let first = found.evidence[0];
-                found
-                    .evidence
-                    .iter_mut()
-                    .skip(steps.len())
-                    .for_each(|e| *e = first);
-                if large {
-                    self.span_key(gva)
-                } else {
-                    found.page = page.gpa.0 & !((1 << self.page_shift) - 1);
-                    self.page_key(gva)
-                }
-            }
-        };
-        Some((key, found))
-    }
-
-    /// Keeps a walk in the cache.
-    pub(super) fn remember(&self, gva: Gva, page: Resolved, steps: &Steps) {
-        if let Some((key, found)) = self.found_of(gva, page, steps) {
-            self.cache.put(key, &found);
-        }
-    }
-
-    /// The entries of a last table, less one.
-    #[inline(always)]
-    pub(super) fn last_index_mask(&self) -> u64 {
-        (1 << (self.span_shift - self.page_shift)) - 1
+        let shift = if large { self.span_shift } else { self.page_shift };
+        found.page.0 &= !((1 << shift) - 1);
+        cache.put(
+            if large {
+                self.span_key(gva)
+            } else {
+                self.page_key(gva)
+            },
+            &found,
+        );
     }
 
     /// The key of a large page in remote memory.

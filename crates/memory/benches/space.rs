@@ -1,0 +1,441 @@
+//! What a read of guest memory costs next to a plain read of the same mapping, in one run.
+//!
+//! `cargo bench -p vmsight-memory --bench space`: a table of nanoseconds a read, the ratio to the plain read, and the
+//! ratio that is aimed at. A shared memory file of 512 MiB stands for the guest, with page tables of four levels in
+//! it that map every frame, in random order, by pages of 4 KiB. Rounds of all reads take turns, so that a noisy
+//! machine is noisy for all; time is the thread's own; the median of the rounds is printed.
+//!
+//! "random page": addresses are known beforehand, so the processor has many reads under way at once, as many as its window
+//! of a few hundred instructions holds. A plain read is one instruction; ours are about 35 (physical), 65 (virtual, with the
+//! proof) and 120 (a walk), so fewer are under way: what is lost is not time spent on instructions. Batches get it back.
+//! "chained": each address depends on the last value, as when a list is followed; one read is under way in any case.
+//!
+//! With `--json` the table is one JSON array. Without `--bench` (as a test) the guest is small and nothing is measured to be
+//! believed.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a bench stops at the first surprise"
+)]
+#![allow(
+    clippy::cast_ptr_alignment,
+    reason = "all addresses here are multiples of 8 in a mapping"
+)]
+
+use std::fs::File;
+use std::hint::black_box;
+use std::os::fd::FromRawFd;
+
+use vmsight_arch::paging::PagingMode;
+use vmsight_arch::{Dtb, Gpa, Gva};
+use vmsight_memory::{AddressSpace, GuestMemory, GvaReadOp, Mapping};
+
+/// Where the guest maps its frames.
+const BASE: u64 = 0xffff_8880_0000_0000;
+/// A working set that the second-level cache holds.
+const HOT_PAGES: usize = 64;
+
+struct Guest {
+    map: memmap2::MmapRaw,
+    live: GuestMemory,
+    dump: GuestMemory,
+    root: u64,
+    /// The frame of each virtual page.
+    frames: Vec<u32>,
+}
+
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+}
+
+impl Guest {
+    fn new(size: u64) -> Self {
+        // SAFETY: a plain system call; the descriptor is ours alone.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+            File::from_raw_fd(fd)
+        };
+        file.set_len(size).unwrap();
+        let map = memmap2::MmapOptions::new()
+            .len(size as usize)
+            .map_raw(&file)
+            .unwrap();
+        let total = size / 0x1000;
+        // A table for 512 pages, one for 512 tables, and two above; at random places like all frames.
+        let tables = total / 512 + total / (512 * 512) + 4;
+        let mut order: Vec<u32> = (0..total as u32).collect();
+        let mut state = 0x1234_5678_9abc_def1;
+        for i in (1..order.len()).rev() {
+            order.swap(i, (random(&mut state) % (i as u64 + 1)) as usize);
+        }
+        let frames = order.split_off(tables as usize);
+        let mut free = order.into_iter().map(|frame| u64::from(frame) << 12);
+        let root = free.next().unwrap();
+        let put = |gpa: u64, value: u64| {
+            assert!(gpa + 8 <= size);
+            // SAFETY: inside the mapping, aligned, and nobody else looks yet.
+            unsafe {
+                map.as_mut_ptr()
+                    .add(gpa as usize)
+                    .cast::<u64>()
+                    .write_volatile(value)
+            }
+        };
+        for gpa in (0..size).step_by(64) {
+            put(gpa, gpa | 1 << 62);
+        }
+        let get = |gpa: u64| {
+            // SAFETY: as above.
+            unsafe { map.as_ptr().add(gpa as usize).cast::<u64>().read_volatile() }
+        };
+        let clear = |table: u64| (0..512).for_each(|i| put(table + i * 8, 0));
+        clear(root);
+        for (page, &frame) in frames.iter().enumerate() {
+            let gva = BASE + page as u64 * 0x1000;
+            let mut table = root;
+            for level in (2..=4).rev() {
+                let at = table + (gva >> (3 + 9 * level) & 511) * 8;
+                if get(at) == 0 {
+                    let new = free.next().expect("enough tables were counted");
+                    clear(new);
+                    put(at, new | 0x63);
+                }
+                table = get(at) & 0x000f_ffff_ffff_f000;
+            }
+            put(table + (gva >> 12 & 511) * 8, u64::from(frame) << 12 | 0x63);
+        }
+        let build = |mapping| {
+            GuestMemory::builder()
+                .mapped(Gpa(0), size, &mapping, 0)
+                .build()
+                .unwrap()
+        };
+        let live = build(Mapping::live(&file, 0, size, false).unwrap());
+        let dump = build(Mapping::frozen(&file, 0, size).unwrap());
+        // Every page of every mapping is touched once, so that no round pays for the host's page faults.
+        let mut sum = 0;
+        for gpa in (0..size).step_by(0x1000) {
+            sum += get(gpa) ^ live.read_u64(Gpa(gpa)).unwrap() ^ dump.read_u64(Gpa(gpa)).unwrap();
+        }
+        black_box(sum);
+        Self {
+            map,
+            live,
+            dump,
+            root,
+            frames,
+        }
+    }
+
+    fn space(&self, memory: &GuestMemory) -> AddressSpace {
+        AddressSpace::new(memory.clone(), PagingMode::X86Level4, Dtb(self.root))
+    }
+}
+
+/// Nanoseconds that this thread has run: on a machine that is shared, a long round must not cost more than a short one
+/// for being interrupted more often.
+fn cpu_time() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: writes one timespec, ours.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut now) };
+    assert_eq!(failed, 0, "clock_gettime");
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// One of the reads of a random page: the page's virtual and physical address, and an offset that moves about.
+#[derive(Clone, Copy)]
+struct Target {
+    gva: u64,
+    gpa: u64,
+}
+
+struct Row {
+    name: &'static str,
+    /// What its ratio is to.
+    base: &'static str,
+    goal: Option<f64>,
+    times: Vec<f64>,
+}
+
+struct Table {
+    rows: Vec<Row>,
+}
+
+impl Table {
+    /// Times `run`, which does `reads` reads, as one round of `name`.
+    fn round(
+        &mut self,
+        name: &'static str,
+        base: &'static str,
+        goal: Option<f64>,
+        reads: usize,
+        run: impl FnOnce(),
+    ) {
+        let start = cpu_time();
+        run();
+        let ns = (cpu_time() - start) as f64 / reads as f64;
+        match self.rows.iter_mut().find(|row| row.name == name) {
+            Some(row) => row.times.push(ns),
+            None => self.rows.push(Row {
+                name,
+                base,
+                goal,
+                times: vec![ns],
+            }),
+        }
+    }
+
+    fn median(&self, name: &str) -> f64 {
+        let row = self
+            .rows
+            .iter()
+            .find(|row| row.name == name)
+            .expect("every base is a row");
+        let mut times = row.times.clone();
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    }
+
+    fn print(&self, json: bool) {
+        let lines: Vec<_> = self
+            .rows
+            .iter()
+            .map(|row| {
+                let ns = self.median(row.name);
+                (row.name, ns, ns / self.median(row.base), row.base, row.goal)
+            })
+            .collect();
+        if json {
+            let rows: Vec<String> = lines
+                .iter()
+                .map(|(name, ns, ratio, base, goal)| {
+                    let goal = goal.map_or("null".to_owned(), |g| g.to_string());
+                    format!(
+                        r#"{{"name":"{name}","ns":{ns:.2},"ratio":{ratio:.3},"to":"{base}","goal":{goal}}}"#
+                    )
+                })
+                .collect();
+            println!("[{}]", rows.join(",\n "));
+            return;
+        }
+        println!("{:<44} {:>9} {:>7} {:>6}", "read", "ns", "ratio", "goal");
+        for (name, ns, ratio, base, goal) in lines {
+            let goal = goal.map_or(String::new(), |g| {
+                format!("{g:>6.1}  {}", if ratio <= g { "ok" } else { "MISSED" })
+            });
+            println!(
+                "{name:<44} {ns:>9.1} {:>7} {goal}",
+                if name == base {
+                    "1".into()
+                } else {
+                    format!("{ratio:.2}")
+                }
+            );
+        }
+    }
+}
+
+const RAW: &str = "u64 random page: raw mmap";
+const CHAIN: &str = "u64 chained: raw mmap";
+const COPY: &str = "4 KiB random page: memcpy";
+const HOT: &str = "4 KiB of 64 pages: memcpy";
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let has = |name: &str| arguments.iter().any(|a| a == name);
+    let real = has("--bench");
+    let (size, rounds, reads) = if real {
+        (512 << 20, 101, 40_000)
+    } else {
+        (8 << 20, 1, 2000)
+    };
+    let guest = Guest::new(size);
+    let mut state = 0xfeed_f00d_dead_beef;
+    let targets: Vec<Target> = (0..reads)
+        .map(|_| {
+            let r = random(&mut state);
+            let page = r as usize % guest.frames.len();
+            let offset = (r >> 40 & 63) * 64;
+            Target {
+                gva: BASE + page as u64 * 0x1000 + offset,
+                gpa: (u64::from(guest.frames[page]) << 12) + offset,
+            }
+        })
+        .collect();
+    let pages: Vec<Target> = targets
+        .iter()
+        .map(|t| Target {
+            gva: t.gva & !0xfff,
+            gpa: t.gpa & !0xfff,
+        })
+        .collect();
+
+    let warm = guest.space(&guest.live);
+    let dump = guest.space(&guest.dump);
+    // One slot: nearly every read misses what is remembered, walks, and remembers.
+    let cold = AddressSpace::with_slots(guest.live.clone(), PagingMode::X86Level4, Dtb(guest.root), 0);
+    let cold_dump = AddressSpace::with_slots(guest.dump.clone(), PagingMode::X86Level4, Dtb(guest.root), 0);
+    let raw = |gpa: u64| {
+        // SAFETY: the frames lie inside the mapping.
+        unsafe { guest.map.as_ptr().add(gpa as usize).cast::<u64>().read_volatile() }
+    };
+    for t in targets.iter().take(1000) {
+        assert_eq!(
+            raw(t.gpa),
+            t.gpa | 1 << 62,
+            "the bench reads what it thinks it reads"
+        );
+        for space in [&warm, &dump, &cold, &cold_dump] {
+            assert_eq!(space.read_u64(Gva(t.gva)).unwrap(), t.gpa | 1 << 62);
+        }
+    }
+
+    let mut table = Table { rows: Vec::new() };
+    let mut page = vec![0u8; 0x1000];
+    let mut many = vec![0u8; 16 * 0x1000];
+    let sum = |read: &dyn Fn() -> u64| {
+        black_box(read());
+    };
+    let u64s = |space: &AddressSpace| {
+        targets
+            .iter()
+            .fold(0, |s, t| s ^ space.read_u64(Gva(t.gva)).unwrap_or(1))
+    };
+    let chained = |space: &AddressSpace| {
+        targets
+            .iter()
+            .fold(0, |s, t| space.read_u64(Gva(t.gva ^ (s >> 63))).unwrap_or(1))
+    };
+    let batched = |space: &AddressSpace| {
+        let mut total = 0;
+        let mut words = [[0u8; 8]; 64];
+        for chunk in targets.chunks(64) {
+            let mut ops: [GvaReadOp<'_>; 64] = {
+                let mut words = words.iter_mut();
+                let mut chunk = chunk.iter().cycle();
+                std::array::from_fn(|_| {
+                    GvaReadOp::new(
+                        Gva(chunk.next().expect("not empty").gva),
+                        words.next().expect("64"),
+                    )
+                })
+            };
+            let used = chunk.len().min(64);
+            space.read_batch(&mut ops[..used]);
+            total ^= ops[..used].iter().filter(|op| op.result.is_ok()).count() as u64;
+            for word in &words[..used] {
+                total ^= u64::from_le_bytes(*word);
+            }
+        }
+        total
+    };
+    for _ in 0..rounds {
+        table.round(RAW, RAW, None, reads, || {
+            sum(&|| targets.iter().fold(0, |s, t| s ^ raw(t.gpa)))
+        });
+        table.round("u64 random page: physical", RAW, Some(1.5), reads, || {
+            sum(&|| {
+                targets
+                    .iter()
+                    .fold(0, |s, t| s ^ guest.live.read_u64(Gpa(t.gpa)).unwrap_or(1))
+            });
+        });
+        table.round("u64 random page: virtual, cold", RAW, Some(6.0), reads, || {
+            sum(&|| u64s(&cold))
+        });
+        table.round("u64 random page: virtual, warm", RAW, Some(1.5), reads, || {
+            sum(&|| u64s(&warm))
+        });
+        table.round(
+            "u64 random page: virtual, warm, batched",
+            RAW,
+            Some(1.5),
+            reads,
+            || sum(&|| batched(&warm)),
+        );
+        table.round(
+            "u64 random page: virtual, cold, batched",
+            RAW,
+            Some(6.0),
+            reads,
+            || sum(&|| batched(&cold)),
+        );
+        table.round("u64 random page: virtual, cold, dump", RAW, None, reads, || {
+            sum(&|| u64s(&cold_dump))
+        });
+        table.round("u64 random page: virtual, warm, dump", RAW, None, reads, || {
+            sum(&|| u64s(&dump))
+        });
+
+        // One after the other, as when a list is followed: each address waits for the last value.
+        table.round(CHAIN, CHAIN, None, reads, || {
+            sum(&|| targets.iter().fold(0, |s, t| raw(t.gpa ^ (s >> 63))));
+        });
+        table.round("u64 chained: physical", CHAIN, Some(1.5), reads, || {
+            sum(&|| {
+                targets
+                    .iter()
+                    .fold(0, |s, t| guest.live.read_u64(Gpa(t.gpa ^ (s >> 63))).unwrap_or(1))
+            });
+        });
+        table.round("u64 chained: virtual, cold", CHAIN, Some(6.0), reads, || {
+            sum(&|| chained(&cold))
+        });
+        table.round("u64 chained: virtual, warm", CHAIN, Some(1.5), reads, || {
+            sum(&|| chained(&warm))
+        });
+
+        let some = reads / 8;
+        let hot = |i: usize| pages[i % HOT_PAGES.min(pages.len())];
+        for (name, base, goal, which) in [
+            (COPY, COPY, None, 0u8),
+            ("4 KiB random page: physical", COPY, None, 1),
+            ("4 KiB random page: virtual", COPY, Some(1.3), 2),
+            (HOT, HOT, None, 3),
+            ("4 KiB of 64 pages: physical", HOT, None, 4),
+            ("4 KiB of 64 pages: virtual", HOT, Some(1.3), 5),
+        ] {
+            table.round(name, base, goal, some, || {
+                for (i, page_of) in pages.iter().enumerate().take(some) {
+                    let t = if which < 3 { *page_of } else { hot(i) };
+                    match which % 3 {
+                        // SAFETY: a whole frame inside the mapping; nobody writes to it now.
+                        0 => unsafe {
+                            let from = guest.map.as_ptr().add(t.gpa as usize);
+                            std::ptr::copy_nonoverlapping(from, page.as_mut_ptr(), 0x1000);
+                        },
+                        1 => guest.live.read(Gpa(t.gpa), &mut page).expect("backed"),
+                        _ => warm.read(Gva(t.gva), &mut page).expect("mapped"),
+                    }
+                    black_box(&mut page);
+                }
+            });
+        }
+        table.round(
+            "4 KiB random page: virtual, batched",
+            COPY,
+            Some(1.3),
+            some,
+            || {
+                for chunk in pages[..some].chunks(16) {
+                    let mut ops: Vec<_> = chunk
+                        .iter()
+                        .zip(many.chunks_mut(0x1000))
+                        .map(|(t, buf)| GvaReadOp::new(Gva(t.gva), buf))
+                        .collect();
+                    warm.read_batch(&mut ops);
+                    black_box(&mut ops);
+                }
+            },
+        );
+    }
+    table.print(has("--json"));
+}
