@@ -7,8 +7,8 @@ use vmsight_arch::{Dtb, Gva};
 use vmsight_memory::GuestMemory;
 
 use crate::cache::{Cache, Saving};
-use crate::kernel::{self, FindError, Found, Hints, KernelImage};
 use crate::import::{self, ImportError, WrongFile};
+use crate::kernel::{self, FindError, Found, Hints, KernelImage};
 use crate::profile::{self, Profile, ProfileError, ProfileSource, no_types};
 use crate::table::SymbolTable;
 
@@ -91,7 +91,9 @@ pub fn locate_with_file(memory: &GuestMemory, hints: &Hints, path: &Path) -> Res
                 no_types(),
                 ProfileSource::Memory,
             );
-            profile.warnings.push(format!("the guest's own symbols could not be read: {error}"));
+            profile
+                .warnings
+                .push(format!("the guest's own symbols could not be read: {error}"));
             profile
         }
         Err(error) => return Err(error.into()),

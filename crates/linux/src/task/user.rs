@@ -8,9 +8,9 @@ use vmsight_arch::{Dtb, Gva};
 use vmsight_memory::AddressSpace;
 
 use super::layouts::{MmLayout, TaskLayout};
-use crate::{Kernel, LinuxError};
 use crate::layout::Buffer;
 use crate::listing::Problem;
+use crate::{Kernel, LinuxError};
 
 /// The most that is read of one process's arguments or environment: what execve takes in all (ARG_MAX) with the usual stack limit.
 pub(crate) const MAX_STRINGS: u64 = 2 << 20;
@@ -57,12 +57,17 @@ impl Kernel {
     pub fn process_space(&self, pid: i32) -> Result<Option<AddressSpace>, LinuxError> {
         let task = self.task(pid)?;
         let layout: Arc<TaskLayout> = self.layout()?;
-        let mm = layout.mm.read(self.space(), task).map_err(LinuxError::read("task_struct.mm", task))?;
+        let mm = layout
+            .mm
+            .read(self.space(), task)
+            .map_err(LinuxError::read("task_struct.mm", task))?;
         if mm.is_null() {
             return Ok(None);
         }
         let pgd = self.offset("mm_struct", "pgd")?;
-        let pgd = self.pointer(mm.wrapping_add(pgd)).map_err(LinuxError::read("mm_struct.pgd", mm))?;
+        let pgd = self
+            .pointer(mm.wrapping_add(pgd))
+            .map_err(LinuxError::read("mm_struct.pgd", mm))?;
         let space = self.user_space(pgd).map_err(|fault| LinuxError::Implausible {
             what: format!("the page tables of process {pid}"),
             reason: fault.to_string(),
