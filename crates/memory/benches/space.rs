@@ -26,10 +26,11 @@
 use std::fs::File;
 use std::hint::black_box;
 use std::os::fd::FromRawFd;
+use std::sync::Arc;
 
 use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Gva};
-use vmsight_memory::{AddressSpace, GuestMemory, GvaReadOp, Mapping};
+use vmsight_memory::{AddressSpace, GuestMemory, GvaReadOp, Mapping, ProcessMemory};
 
 /// Where the guest maps its frames.
 const BASE: u64 = 0xffff_8880_0000_0000;
@@ -40,6 +41,7 @@ struct Guest {
     map: memmap2::MmapRaw,
     live: GuestMemory,
     dump: GuestMemory,
+    process: GuestMemory,
     root: u64,
     /// The frame of each virtual page.
     frames: Vec<u32>,
@@ -117,6 +119,12 @@ impl Guest {
         };
         let live = build(Mapping::live(&file, 0, size, false).unwrap());
         let dump = build(Mapping::frozen(&file, 0, size).unwrap());
+        let process = Arc::new(ProcessMemory::open(std::process::id()).unwrap());
+        let hva = map.as_ptr().expose_provenance() as u64;
+        let process = GuestMemory::builder()
+            .process(Gpa(0), size, &process, hva, false)
+            .build()
+            .unwrap();
         // Every page of every mapping is touched once, so that no round pays for the host's page faults.
         let mut sum = 0;
         for gpa in (0..size).step_by(0x1000) {
@@ -127,6 +135,7 @@ impl Guest {
             map,
             live,
             dump,
+            process,
             root,
             frames,
         }
@@ -245,6 +254,7 @@ impl Table {
 
 const RAW: &str = "u64 random page: raw mmap";
 const CHAIN: &str = "u64 chained: raw mmap";
+const ASKED: &str = "u64 of another process: physical";
 const COPY: &str = "4 KiB random page: memcpy";
 const HOT: &str = "4 KiB of 64 pages: memcpy";
 
@@ -283,6 +293,10 @@ fn main() {
     // One slot: nearly every read misses what is remembered, walks, and remembers.
     let cold = AddressSpace::with_slots(guest.live.clone(), PagingMode::X86Level4, Dtb(guest.root), 0);
     let cold_dump = AddressSpace::with_slots(guest.dump.clone(), PagingMode::X86Level4, Dtb(guest.root), 0);
+    let warm_process =
+        AddressSpace::with_slots(guest.process.clone(), PagingMode::X86Level4, Dtb(guest.root), 18);
+    let cold_process =
+        AddressSpace::with_slots(guest.process.clone(), PagingMode::X86Level4, Dtb(guest.root), 0);
     let raw = |gpa: u64| {
         // SAFETY: the frames lie inside the mapping.
         unsafe { guest.map.as_ptr().add(gpa as usize).cast::<u64>().read_volatile() }
@@ -314,7 +328,7 @@ fn main() {
             .iter()
             .fold(0, |s, t| space.read_u64(Gva(t.gva ^ (s >> 63))).unwrap_or(1))
     };
-    let batched = |space: &AddressSpace| {
+    let batched = |space: &AddressSpace, targets: &[Target]| {
         let mut total = 0;
         let mut words = [[0u8; 8]; 64];
         for chunk in targets.chunks(64) {
@@ -359,14 +373,14 @@ fn main() {
             RAW,
             Some(1.5),
             reads,
-            || sum(&|| batched(&warm)),
+            || sum(&|| batched(&warm, &targets)),
         );
         table.round(
             "u64 random page: virtual, cold, batched",
             RAW,
             Some(6.0),
             reads,
-            || sum(&|| batched(&cold)),
+            || sum(&|| batched(&cold, &targets)),
         );
         table.round("u64 random page: virtual, cold, dump", RAW, None, reads, || {
             sum(&|| u64s(&cold_dump))
@@ -379,19 +393,45 @@ fn main() {
         table.round(CHAIN, CHAIN, None, reads, || {
             sum(&|| targets.iter().fold(0, |s, t| raw(t.gpa ^ (s >> 63))));
         });
-        table.round("u64 chained: physical", CHAIN, Some(1.5), reads, || {
+        table.round("u64 chained: physical", CHAIN, None, reads, || {
             sum(&|| {
                 targets
                     .iter()
                     .fold(0, |s, t| guest.live.read_u64(Gpa(t.gpa ^ (s >> 63))).unwrap_or(1))
             });
         });
-        table.round("u64 chained: virtual, cold", CHAIN, Some(6.0), reads, || {
+        table.round("u64 chained: virtual, cold", CHAIN, None, reads, || {
             sum(&|| chained(&cold))
         });
-        table.round("u64 chained: virtual, warm", CHAIN, Some(1.5), reads, || {
+        table.round("u64 chained: virtual, warm", CHAIN, None, reads, || {
             sum(&|| chained(&warm))
         });
+
+        // A guest whose memory is not shared: a system call a read, or a batch.
+        let few = &targets[..reads / 40];
+        table.round(ASKED, ASKED, None, few.len(), || {
+            sum(&|| {
+                few.iter()
+                    .fold(0, |s, t| s ^ guest.process.read_u64(Gpa(t.gpa)).unwrap_or(1))
+            });
+        });
+        for (name, space) in [
+            ("u64 of another process: virtual, cold", &cold_process),
+            ("u64 of another process: virtual, warm", &warm_process),
+        ] {
+            table.round(name, ASKED, None, few.len(), || {
+                sum(&|| {
+                    few.iter()
+                        .fold(0, |s, t| s ^ space.read_u64(Gva(t.gva)).unwrap_or(1))
+                });
+            });
+        }
+        for (name, space) in [
+            ("u64 of another process: cold, batched", &cold_process),
+            ("u64 of another process: warm, batched", &warm_process),
+        ] {
+            table.round(name, ASKED, None, few.len(), || sum(&|| batched(space, few)));
+        }
 
         let some = reads / 8;
         let hot = |i: usize| pages[i % HOT_PAGES.min(pages.len())];

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};
 
 use vmsight_arch::paging::{self, PagingMode, Resolved, TableMemory};
-use vmsight_arch::{Gpa, Gva};
+use vmsight_arch::{Dtb, Gpa, Gva};
 
 use super::hot::{Hot, Seen, Shape, UPPER, USUAL};
 use super::{Backend, Inner, ReadCause, ReadError, TRIES};
@@ -18,7 +18,14 @@ pub(super) struct Mapped {
     windows: [Window; 2],
     /// Where the second starts.
     split: u64,
+    /// Where the root is mapped, 4 KiB; null unless the mode is x86-64's.
+    root: *const u8,
 }
+
+// SAFETY: as for `Window`.
+unsafe impl Send for Mapped {}
+// SAFETY: as for `Window`.
+unsafe impl Sync for Mapped {}
 
 /// A mapped range of guest-physical memory.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +43,13 @@ unsafe impl Send for Window {}
 unsafe impl Sync for Window {}
 
 impl Mapped {
-    pub(super) fn new(memory: &GuestMemory, bits: u8) -> Self {
+    pub(super) fn new(memory: &GuestMemory, mode: PagingMode, dtb: Dtb, bits: u8) -> Self {
+        let long = matches!(mode, PagingMode::X86Level4 | PagingMode::X86Level5);
+        let root = Gpa(dtb.0 & 0x000f_ffff_ffff_f000);
+        let root = memory
+            .mapped(root, 0x1000)
+            .filter(|_| long)
+            .unwrap_or(std::ptr::null());
         let mut all: Vec<Window> = memory
             .slots()
             .iter()
@@ -61,6 +74,7 @@ impl Mapped {
         }; 2];
         windows.iter_mut().zip(&all).for_each(|(to, from)| *to = *from);
         Self {
+            root,
             hot: Hot::new(bits),
             split: all.get(1).map_or(u64::MAX, |second| second.start),
             windows,
@@ -116,23 +130,26 @@ impl Inner {
     #[inline(always)]
     fn by_walk<T>(
         &self,
-        mapped: &Mapped,
+        (mapped, five): (&Mapped, bool),
         gva: Gva,
         len: usize,
         access: impl Fn(*const u8) -> T,
     ) -> Option<T> {
-        if self.mode == PagingMode::X86Level4
-            && !mapped.hot.is_second_miss(gva.0)
-            && let Some(value) = self.by_short_walk::<4, T>(mapped, gva, len, &access)
-        {
-            return Some(value);
+        if !mapped.root.is_null() && !mapped.hot.is_second_miss(gva.0) {
+            let value = if five {
+                self.by_short_walk::<5, T>(mapped, gva, len, &access)
+            } else {
+                self.by_short_walk::<4, T>(mapped, gva, len, &access)
+            };
+            if value.is_some() {
+                return value;
+            }
         }
         self.by_trail(mapped, gva, len, access)
     }
 
-    /// A walk of x86-64 to a small page that keeps nothing, with as few instructions as it can be (see
-    /// [`hot`](super::hot) for why). `None` for all that is out of the ordinary, a large page included: for
-    /// [`Self::by_trail`] to see.
+    /// A walk of x86-64 that keeps nothing, with as few instructions as it can be (see [`hot`](super::hot) for why).
+    /// `None` for all that is out of the ordinary, for [`Self::by_trail`] to see.
     #[inline(always)]
     fn by_short_walk<const LEVELS: usize, T>(
         &self,
@@ -148,22 +165,35 @@ impl Inner {
         if ((gva.0 << unused) as i64 >> unused) as u64 != gva.0 {
             return None;
         }
-        let mut seen = [Seen::NONE; LEVELS];
-        let mut table = self.dtb.0 & ADDRESS;
+        let mut seen = [Seen::always(); LEVELS];
+        let (mut table, mut offset) = (0, 0xfff);
         for (i, seen) in seen.iter_mut().enumerate() {
-            let index = (gva.0 >> (9 * (LEVELS - i))) & 0xff8;
-            let place = mapped.window(&self.memory, table + index, 8)?;
-            // SAFETY: `window` found 8 mapped bytes. Should they be lost they are zeros, which is no page.
+            let below = LEVELS - 1 - i;
+            let index = (gva.0 >> (9 + 9 * below)) & 0xff8;
+            let place = if i == 0 {
+                mapped.root.wrapping_add(index as usize)
+            } else {
+                mapped.window(&self.memory, table + index, 8)?
+            };
+            // SAFETY: `window` found 8 mapped bytes, and the root is mapped whole: `by_walk` asked. Should they be lost
+            // they are zeros, which is no page.
             let value = u64::from_le(unsafe { copy::load::<u64>(place) });
-            // At the last level the bit is another (PAT).
-            let size = if i + 1 == LEVELS { 0 } else { PAGE_SIZE };
-            if value & (PRESENT | size) != PRESENT {
+            if value & PRESENT == 0 {
                 return None;
             }
             *seen = Seen { place, value };
             table = value & ADDRESS;
+            if below > 0 && value & PAGE_SIZE != 0 {
+                // 2 MiB or 1 GiB; bit 12 is PAT, the bits up to the page's size are reserved.
+                offset = (1u64 << (12 + 9 * below)) - 1;
+                if below > 2 || value & offset & !0x1fff != 0 {
+                    return None;
+                }
+                table &= !offset;
+                break;
+            }
         }
-        let ptr = mapped.window(&self.memory, table | (gva.0 & 0xfff), len)?;
+        let ptr = mapped.window(&self.memory, table | (gva.0 & offset), len)?;
         let value = access(ptr);
         if !fault::all_is_well() {
             return None;
@@ -220,18 +250,19 @@ impl Inner {
     pub(super) fn load_cold<T: Copy>(&self, gva: Gva) -> Option<T> {
         let (mapped, five) = self.mapped()?;
         let size = size_of::<T>();
-        if !is_within_page(gva, size) {
+        let aligned = gva.0 as usize & (size - 1) == 0;
+        if !aligned && !is_within_page(gva, size) {
             return None;
         }
         // SAFETY: an address with `size` mapped bytes; `T` is an integer.
         let access = |ptr| unsafe { copy::load::<T>(ptr) };
-        if five || gva.0 as usize & (size - 1) != 0 {
+        if five || !aligned {
             // Not asked yet.
             if let Some(value) = self.by_memory::<UPPER, T>(mapped, gva, size, access) {
                 return Some(value);
             }
         }
-        self.by_walk(mapped, gva, size, access)
+        self.by_walk((mapped, five), gva, size, access)
     }
 
     /// [`Self::load_cold`] where that had no answer either: across pages, in remote memory, or the reason why not.
@@ -270,7 +301,9 @@ impl Inner {
         } else {
             self.by_memory::<USUAL, ()>(mapped, gva, len, access)
         };
-        known.or_else(|| self.by_walk(mapped, gva, len, access)).is_some()
+        known
+            .or_else(|| self.by_walk((mapped, five), gva, len, access))
+            .is_some()
     }
 
     /// Any read, page by page.

@@ -87,8 +87,8 @@ impl AddressSpace {
             page_shift: mode.span_shift(1),
             span_shift: mode.span_shift(2),
             backend: match (memory.is_all_mapped(), mode.levels()) {
-                (true, 0..=4) => Backend::Mapped(Mapped::new(&memory, bits)),
-                (true, _) => Backend::MappedFive(Mapped::new(&memory, bits)),
+                (true, 0..=4) => Backend::Mapped(Mapped::new(&memory, mode, dtb, bits)),
+                (true, _) => Backend::MappedFive(Mapped::new(&memory, mode, dtb, bits)),
                 (false, _) => Backend::Remote(Cache::new(bits)),
             },
             memory,
