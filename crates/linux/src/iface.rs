@@ -9,8 +9,9 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::file::holder;
 use crate::layout::{Buffer, Field, Place, Spans, layout};
-use crate::listing::{Listing, Problem, address};
+use crate::listing::{Listing, Problem, address, settled};
 use crate::socket::namespace::{self, Namespace};
 use crate::structures::{hlist, list};
 use crate::text::guest_array_text;
@@ -198,13 +199,23 @@ impl Kernel {
     /// # Errors
     /// If the network namespaces cannot be listed or the kernel's types lack a member.
     pub fn interfaces(&self) -> Result<Listing<Interface>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &Interface| row.problems.len(),
+            || self.list_interfaces(),
+        )
+    }
+
+    fn list_interfaces(&self) -> Result<Listing<Interface>, LinuxError> {
         let net: Arc<NetDevicesLayout> = self.layout()?;
         let reader = DeviceReader::new(self)?;
-        let namespaces = namespace::all(self)?;
+        let (holders, warnings) = holder::all(self)?;
+        let namespaces = namespace::all(self, &holders)?;
         let mut listing = Listing {
             rows: Vec::new(),
-            warnings: namespaces.warnings,
+            warnings,
         };
+        listing.warnings.extend(namespaces.warnings);
         for namespace in &namespaces.rows {
             let found = list::walk(self.space(), net.devices.at(namespace.address), MAX_INTERFACES);
             for node in found.walk.items {

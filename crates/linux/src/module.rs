@@ -11,7 +11,7 @@ use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
 use crate::layout::{Buffer, Field, Place, Spans, layout};
-use crate::listing::{Listing, Problem, address};
+use crate::listing::{Listing, Problem, address, settled};
 use crate::structures::list;
 use crate::text::guest_array_text;
 use crate::{Kernel, LinuxError};
@@ -161,6 +161,14 @@ impl Kernel {
     /// # Errors
     /// If the list cannot be found or the kernel's types lack a member.
     pub fn modules(&self, fields: ModuleFields) -> Result<Listing<Module>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &Module| row.problems.len(),
+            || self.list_modules(fields),
+        )
+    }
+
+    fn list_modules(&self, fields: ModuleFields) -> Result<Listing<Module>, LinuxError> {
         let reader = ModuleReader::new(self)?;
         let mut listing = Listing::default();
         let found = addresses(self, &reader.layout)?;

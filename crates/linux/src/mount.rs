@@ -12,7 +12,7 @@ use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
 use crate::layout::{Buffer, Field, Place, Spans, layout};
-use crate::listing::{Listing, Problem, address};
+use crate::listing::{Listing, Problem, address, settled};
 use crate::path::{Location, PathResolver};
 use crate::{Kernel, LinuxError};
 
@@ -112,6 +112,14 @@ impl Kernel {
     /// # Errors
     /// If the processes cannot be listed or the kernel's types lack a member.
     pub fn mounts(&self) -> Result<Listing<Mount>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &Mount| row.problems.len(),
+            || self.list_mounts(),
+        )
+    }
+
+    fn list_mounts(&self) -> Result<Listing<Mount>, LinuxError> {
         let reader = MountReader::new(self)?;
         let (namespaces, warnings) = namespace::all(self)?;
         let mut listing = Listing {

@@ -12,7 +12,7 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 
 use crate::layout::{Field, Place, layout};
-use crate::listing::{Listing, Problem, address};
+use crate::listing::{Listing, Problem, address, settled};
 use crate::maps::MapReader;
 use crate::{Kernel, LinuxError};
 
@@ -163,6 +163,14 @@ impl Kernel {
     /// # Errors
     /// If the processes cannot be listed, the kernel's types lack a member, or the process asked for does not exist.
     pub fn open_files(&self, filter: FileFilter) -> Result<Listing<OpenFile>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &OpenFile| row.problems.len(),
+            || self.list_files(filter),
+        )
+    }
+
+    fn list_files(&self, filter: FileFilter) -> Result<Listing<OpenFile>, LinuxError> {
         let (holders, warnings) = holder::all(self)?;
         let mut listing = Listing {
             rows: Vec::new(),
@@ -189,7 +197,7 @@ impl Kernel {
             }
         }
         if filter.peers {
-            peer::fill(self, &mut lister, &mut listing)?;
+            peer::fill(self, &holders, &mut lister, &mut listing)?;
         }
         Ok(listing)
     }

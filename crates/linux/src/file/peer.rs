@@ -1,13 +1,10 @@
 //! The other ends: who holds what a pipe or a UNIX socket leads to, and what a socket is connected to.
 
-use std::sync::Arc;
-
 use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
 
 use super::facts::Facts;
-use super::fd::FdReader;
-use super::holder::{self, Owner};
+use super::holder::{Holder, Owner};
 use super::{Lister, OpenFile};
 use crate::listing::{Listing, Problem};
 use crate::socket::{SockReader, SocketOwners, UnixReader, namespace};
@@ -26,14 +23,15 @@ struct Ends {
 /// Fills in `peers` and `endpoint` of the rows.
 pub(super) fn fill(
     kernel: &Kernel,
+    holders: &[Holder],
     facts: &mut Lister,
     listing: &mut Listing<OpenFile>,
 ) -> Result<(), LinuxError> {
-    let owners = SocketOwners::read(kernel)?;
-    let pipes = pipes(kernel, facts, listing)?;
+    let owners = SocketOwners::read(kernel, holders, &mut facts.fds)?;
+    let pipes = pipes(holders, facts, listing);
     let sockets = SockReader::new(kernel)?;
     let unix = UnixReader::new(kernel).ok();
-    let namespaces = namespace::all(kernel)?;
+    let namespaces = namespace::all(kernel, holders)?;
     for row in &mut listing.rows {
         let Some(address) = row.address else { continue };
         let known = facts.facts(address);
@@ -74,28 +72,20 @@ fn show(row: &mut OpenFile, mut peers: Vec<Owner>) {
     row.peers = peers;
 }
 
-/// The ends of all pipes and FIFOs, by their `pipe_inode_info`.
-fn pipes(
-    kernel: &Kernel,
-    facts: &mut Lister,
-    listing: &mut Listing<OpenFile>,
-) -> Result<FxHashMap<Gva, Ends>, LinuxError> {
-    let mut fds = FdReader::new(kernel)?;
-    let (holders, _) = holder::all(kernel)?;
+/// The ends of the pipes and FIFOs among the rows, by their `pipe_inode_info`.
+fn pipes(holders: &[Holder], facts: &mut Lister, listing: &Listing<OpenFile>) -> FxHashMap<Gva, Ends> {
     let mut pipes: FxHashMap<Gva, Ends> = FxHashMap::default();
-    // Without a pipe among the rows there is nothing to look for.
-    let wanted: Vec<Arc<Facts>> = listing
-        .rows
-        .iter()
-        .filter_map(|r| r.address)
-        .map(|a| facts.facts(a))
-        .collect();
-    pipes.extend(wanted.iter().filter_map(|f| f.pipe).map(|p| (p, Ends::default())));
+    let files = listing.rows.iter().filter_map(|row| row.address);
+    pipes.extend(
+        files
+            .filter_map(|file| facts.facts(file).pipe)
+            .map(|pipe| (pipe, Ends::default())),
+    );
     if pipes.is_empty() {
-        return Ok(pipes);
+        return pipes;
     }
     for holder in holders.iter().filter(|h| !h.files.is_null()) {
-        let Ok(open) = fds.open_fds(holder.files) else {
+        let Ok(open) = facts.fds.open_fds(holder.files) else {
             continue;
         };
         for entry in &open.fds {
@@ -117,7 +107,7 @@ fn pipes(
             }
         }
     }
-    Ok(pipes)
+    pipes
 }
 
 fn socket(

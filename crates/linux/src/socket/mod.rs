@@ -18,8 +18,9 @@ use rustc_hash::FxHashSet;
 use serde::Serialize;
 use vmsight_arch::Gva;
 
-use crate::file::holder::Owner;
-use crate::listing::{Listing, Problem, address as serial};
+use crate::file::fd::FdReader;
+use crate::file::holder::{self, Owner};
+use crate::listing::{Listing, Problem, address as serial, settled};
 use crate::{Kernel, LinuxError};
 
 pub(crate) use decode::SockReader;
@@ -156,11 +157,24 @@ impl Kernel {
     /// # Errors
     /// If the network namespaces or the processes cannot be listed.
     pub fn sockets(&self, filter: SocketFilter) -> Result<Listing<Socket>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &Socket| row.problems.len(),
+            || self.list_sockets(filter),
+        )
+    }
+
+    fn list_sockets(&self, filter: SocketFilter) -> Result<Listing<Socket>, LinuxError> {
         let mut listing = Listing::default();
         let reader = SockReader::new(self)?;
-        let owners = SocketOwners::read(self)?;
-        let namespaces = namespace::all(self)?;
-        for warning in owners.warnings.iter().chain(&namespaces.warnings) {
+        let (holders, warnings) = holder::all(self)?;
+        let owners = SocketOwners::read(self, &holders, &mut FdReader::new(self)?)?;
+        let namespaces = namespace::all(self, &holders)?;
+        for warning in warnings
+            .iter()
+            .chain(&owners.warnings)
+            .chain(&namespaces.warnings)
+        {
             listing.warn(warning.clone());
         }
         let mut found = table::Found::default();

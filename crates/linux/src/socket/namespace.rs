@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
 
-use crate::file::holder;
+use crate::file::holder::Holder;
 use crate::layout::{Field, Place, layout};
 use crate::structures::list;
 use crate::{Kernel, LinuxError};
@@ -52,8 +52,8 @@ impl Namespaces {
     }
 }
 
-/// All network namespaces, the initial one first.
-pub(crate) fn all(kernel: &Kernel) -> Result<Namespaces, LinuxError> {
+/// All network namespaces: those in the kernel's list, the initial one first, and those of `holders`.
+pub(crate) fn all(kernel: &Kernel, holders: &[Holder]) -> Result<Namespaces, LinuxError> {
     let layout: Arc<NetListLayout> = kernel.layout()?;
     let nsproxy: Arc<NetOfLayout> = kernel.layout()?;
     let space = kernel.space();
@@ -66,8 +66,6 @@ pub(crate) fn all(kernel: &Kernel) -> Result<Namespaces, LinuxError> {
             .extend(found.walk.end.warning("list of network namespaces"));
     }
     nets.extend(kernel.find_symbol(&["init_net"]));
-    let (holders, warnings) = holder::all(kernel)?;
-    out.warnings.extend(warnings);
     let mut first: FxHashMap<Gva, i32> = FxHashMap::default();
     let mut proxies: FxHashMap<Gva, Option<Gva>> = FxHashMap::default();
     for holder in holders.iter().filter(|h| !h.nsproxy.is_null()) {

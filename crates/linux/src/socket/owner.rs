@@ -7,7 +7,7 @@ use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
 use crate::file::fd::FdReader;
-use crate::file::holder::{self, Owner};
+use crate::file::holder::{Holder, Owner};
 use crate::layout::{Field, Place, layout};
 use crate::{Kernel, LinuxError};
 
@@ -57,8 +57,8 @@ pub(crate) struct SocketOwners {
 }
 
 impl SocketOwners {
-    /// Looks through the descriptors of all processes.
-    pub(crate) fn read(kernel: &Kernel) -> Result<Self, LinuxError> {
+    /// Looks through the descriptors of `holders`.
+    pub(crate) fn read(kernel: &Kernel, holders: &[Holder], fds: &mut FdReader) -> Result<Self, LinuxError> {
         let finder = Finder {
             kernel: kernel.clone(),
             file: kernel.layout()?,
@@ -67,12 +67,7 @@ impl SocketOwners {
             fstype: kernel.layout()?,
             alloc: kernel.layout()?,
         };
-        let mut fds = FdReader::new(kernel)?;
-        let (holders, warnings) = holder::all(kernel)?;
-        let mut out = Self {
-            owners: FxHashMap::default(),
-            warnings,
-        };
+        let mut out = Self::default();
         let mut files: FxHashMap<Gva, Result<Option<Gva>, ()>> = FxHashMap::default();
         let mut sockfs: FxHashMap<Gva, bool> = FxHashMap::default();
         for holder in holders.iter().filter(|h| !h.files.is_null()) {

@@ -12,9 +12,10 @@ use super::address::{self, AF_UNIX, TCP_ESTABLISHED, TCP_LISTEN};
 use super::namespace::{self, Namespaces};
 use super::owner::SocketOwners;
 use super::table::{self, Found, Table};
-use crate::file::holder::Owner;
+use crate::file::fd::FdReader;
+use crate::file::holder::{self, Owner};
 use crate::layout::{Field, Place, layout};
-use crate::listing::{Listing, Problem, address as serial};
+use crate::listing::{Listing, Problem, address as serial, settled};
 use crate::text::guest_text;
 use crate::{Kernel, LinuxError};
 
@@ -99,11 +100,24 @@ impl Kernel {
     /// # Errors
     /// If the network namespaces or the processes cannot be listed, or the kernel's types lack a member.
     pub fn unix_sockets(&self) -> Result<Listing<UnixSocket>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &UnixSocket| row.problems.len(),
+            || self.list_unix(),
+        )
+    }
+
+    fn list_unix(&self) -> Result<Listing<UnixSocket>, LinuxError> {
         let mut listing = Listing::default();
         let reader = UnixReader::new(self)?;
-        let owners = SocketOwners::read(self)?;
-        let namespaces = namespace::all(self)?;
-        for warning in owners.warnings.iter().chain(&namespaces.warnings) {
+        let (holders, warnings) = holder::all(self)?;
+        let owners = SocketOwners::read(self, &holders, &mut FdReader::new(self)?)?;
+        let namespaces = namespace::all(self, &holders)?;
+        for warning in warnings
+            .iter()
+            .chain(&owners.warnings)
+            .chain(&namespaces.warnings)
+        {
             listing.warn(warning.clone());
         }
         let found = reader.tables(&namespaces)?;

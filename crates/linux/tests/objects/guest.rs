@@ -360,9 +360,23 @@ impl Guest {
         table
     }
 
-    /// The kernel as vmsight sees it.
+    /// The kernel as vmsight sees it, in a dump.
     pub(crate) fn kernel(&self) -> Kernel {
-        let memory = GuestMemory::from_bytes(vec![(Gpa(0), self.bytes.clone())]).unwrap();
+        self.over(GuestMemory::from_bytes(vec![(Gpa(0), self.bytes.clone())]).unwrap())
+    }
+
+    /// The kernel as vmsight sees it while it runs; its memory may be written through the second.
+    pub(crate) fn live(&self) -> (Kernel, GuestMemory) {
+        let memory = GuestMemory::live_from_bytes(vec![(Gpa(0), self.bytes.clone())]).unwrap();
+        (self.over(memory.clone()), memory)
+    }
+
+    /// Where an address of the direct map lies in memory.
+    pub(crate) fn physical(at: u64) -> Gpa {
+        Gpa(at - DIRECT_MAP)
+    }
+
+    fn over(&self, memory: GuestMemory) -> Kernel {
         let banner = "Linux version 6.12.0-synthetic (nobody@nowhere) #1".to_owned();
         let symbols: SymbolTable = self.symbols.iter().map(|&(name, at)| (name, at, b'D')).collect();
         let profile = Profile::new(

@@ -1,5 +1,8 @@
 //! Loaded modules.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
 use vmsight_linux::Listing;
 use vmsight_linux::module::{Module, ModuleFields};
 
@@ -164,4 +167,39 @@ fn broken_pointers_cost_their_own_field() {
             let _ = timed(|| kernel.module_symbols());
         }
     }
+}
+
+#[test]
+fn a_list_that_is_rewritten_while_it_is_read_is_whole_or_marked() {
+    let (guest, [first, second]) = two();
+    let (kernel, memory) = guest.live();
+    let link = offset("module", "list");
+    let (head, cycle) = (guest.get(second + link), first + link);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for value in [cycle, head] {
+                    memory
+                        .write(Guest::physical(second + link), &value.to_le_bytes())
+                        .unwrap();
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let start = Instant::now();
+        let mut whole = 0;
+        while start.elapsed() < Duration::from_millis(500) {
+            let listing = kernel.modules(ModuleFields::default()).unwrap();
+            assert_eq!(listing.rows.len(), 2);
+            whole += usize::from(listing.warnings.is_empty());
+            assert!(
+                listing.warnings.iter().all(|w| w.contains("module list")),
+                "{:?}",
+                listing.warnings
+            );
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(whole > 0, "never once a settled list");
+    });
 }
