@@ -101,9 +101,10 @@ impl Process {
         }
     }
 
-    /// Whether it may come, go or be renamed while the guest is idle: the kernel's worker threads.
+    /// Whether it may come, go or be renamed while the guest is idle: the kernel's worker threads, and the one that finishes making a
+    /// new ext4 file system.
     pub fn is_transient(&self) -> bool {
-        self.kthread && self.comm.starts_with("kworker/")
+        self.kthread && (self.comm.starts_with("kworker/") || self.comm == "ext4lazyinit")
     }
 
     /// Pid in its own namespace.
