@@ -33,7 +33,11 @@ pub fn open_files(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences>
     for process in truth.processes.iter().filter(|p| !p.is_transient()) {
         let Some(rows) = by_pid.get(&i32::try_from(process.pid)?) else {
             if process.state != 'Z' && process.cwd.is_some() {
-                out.differs(format!("no files of process {} ({})", process.pid, process.task_comm()));
+                out.differs(format!(
+                    "no files of process {} ({})",
+                    process.pid,
+                    process.task_comm()
+                ));
             }
             continue;
         };
