@@ -19,6 +19,7 @@ const MAX_NAMESPACES: usize = 1 << 16;
 layout! {
     struct MntNamespaceLayout = "mnt_namespace" {
         inum: Field<u32> = "ns.inum",
+        ns: Place = "ns",
         root: Field<Gva> = "root",
         list: Option<Place> = "list",                             // up to 6.7
         mounts: Option<Place> = "mounts",                         // a counter up to 6.7, a tree since
@@ -105,28 +106,83 @@ pub(super) fn all(kernel: &Kernel) -> Result<(Vec<Namespace>, Vec<String>), Linu
             }
         }
     }
-    // From 6.11 on the kernel keeps all namespaces in a tree: there are those too that only a file or a bind mount holds.
-    if let (Some(node), Some(tree)) = (&layout.tree_node, kernel.find_symbol(&["mnt_ns_tree"])) {
-        let found = rbtree::walk(space, tree, MAX_NAMESPACES);
-        for at in found.items {
-            let address = node.container(at);
-            if known.contains_key(&address) {
-                continue;
-            }
-            if let Ok(inum) = layout.inum.read(space, address) {
-                known.insert(address, namespaces.len());
-                namespaces.push(Namespace {
-                    address,
-                    inum,
-                    root: None,
-                    pid: None,
-                    processes: 0,
-                });
-            }
+    // Those that only a file or a bind mount holds: from 6.11 on the kernel keeps all in a tree; before, what holds one is an inode.
+    let (unheld, end) = match (&layout.tree_node, kernel.find_symbol(&["mnt_ns_tree"])) {
+        (Some(node), Some(tree)) => {
+            let found = rbtree::walk(space, tree, MAX_NAMESPACES);
+            (
+                found.items.into_iter().map(|at| node.container(at)).collect(),
+                found.end,
+            )
         }
-        warnings.extend(found.end.warning("tree of mount namespaces"));
+        _ => by_inode(kernel, &layout)?,
+    };
+    for address in unheld {
+        if known.contains_key(&address) {
+            continue;
+        }
+        if let Ok(inum) = layout.inum.read(space, address) {
+            known.insert(address, namespaces.len());
+            namespaces.push(Namespace {
+                address,
+                inum,
+                root: None,
+                pid: None,
+                processes: 0,
+            });
+        }
     }
+    warnings.extend(end.warning("mount namespaces without processes"));
     Ok((namespaces, warnings))
+}
+
+layout! {
+    struct NsMountLayout = "vfsmount" {
+        sb: Field<Gva> = "mnt_sb",
+    }
+}
+
+layout! {
+    struct NsSuperLayout = "super_block" {
+        inodes: Place = "s_inodes",
+    }
+}
+
+layout! {
+    struct NsInodeLayout = "inode" {
+        sb_list: Place = "i_sb_list",
+        private: Field<Gva> = "i_private",
+    }
+}
+
+layout! {
+    struct NsOpsOfLayout = "ns_common" {
+        ops: Field<Gva> = "ops",
+    }
+}
+
+/// The mount namespaces that an inode of nsfs stands for (fs/nsfs.c): every open or bind-mounted `/proc/PID/ns/mnt` is one.
+fn by_inode(kernel: &Kernel, layout: &MntNamespaceLayout) -> Result<(Vec<Gva>, End), LinuxError> {
+    let (Some(nsfs), Some(operations)) = (
+        kernel.find_symbol(&["nsfs_mnt"]),
+        kernel.find_symbol(&["mntns_operations"]),
+    ) else {
+        return Ok((Vec::new(), End::Complete));
+    };
+    let mount: Arc<NsMountLayout> = kernel.layout()?;
+    let sb: Arc<NsSuperLayout> = kernel.layout()?;
+    let inode: Arc<NsInodeLayout> = kernel.layout()?;
+    let ns: Arc<NsOpsOfLayout> = kernel.layout()?;
+    let space = kernel.space();
+    let Ok(super_block) = kernel.pointer(nsfs).and_then(|mnt| mount.sb.read(space, mnt)) else {
+        return Ok((Vec::new(), End::Complete));
+    };
+    let found = list::walk(space, sb.inodes.at(super_block), MAX_NAMESPACES).walk;
+    let namespace = |node: &Gva| -> Option<Gva> {
+        let common = inode.private.read(space, inode.sb_list.container(*node)).ok()?;
+        (ns.ops.read(space, common).ok()? == operations).then(|| layout.ns.container(common))
+    };
+    Ok((found.items.iter().filter_map(namespace).collect(), found.end))
 }
 
 /// The `struct mount`s of a namespace in the kernel's order; `mnt_list` and `mnt_node` are the members that link them.

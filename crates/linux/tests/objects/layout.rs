@@ -122,6 +122,7 @@ pub(crate) const STRUCTS: &[Structure] = &[
         ("i_nlink", 72, 4),
         ("i_rdev", 76, 4),
         ("i_size", 80, 8),
+        ("i_sb_list", 272, 16),
         ("i_pipe", 576, 8),
         ("i_private", 616, 8),
     ]),
@@ -165,6 +166,7 @@ pub(crate) const STRUCTS: &[Structure] = &[
         ("exe_file", 1168, 8),
     ]),
     ("mnt_namespace", 136, &[
+        ("ns", 0, 24),
         ("ns.inum", 16, 4),
         ("root", 24, 8),
         ("mounts", 32, 8),
@@ -429,6 +431,7 @@ pub(crate) const STRUCTS: &[Structure] = &[
         ("s_flags", 80, 8),
         ("s_fs_info", 912, 8),
         ("s_subtype", 1088, 8),
+        ("s_inodes", 1352, 16),
     ]),
     ("super_operations", 208, &[
         ("show_options", 128, 8),
@@ -501,5 +504,8 @@ pub(crate) const STRUCTS: &[Structure] = &[
     ("upid", 16, &[
         ("nr", 0, 4),
         ("ns", 8, 8),
+    ]),
+    ("vfsmount", 32, &[
+        ("mnt_sb", 8, 8),
     ]),
 ];

@@ -154,3 +154,67 @@ fn what_lies_above_the_root_of_its_processes_is_unreachable() {
         .collect();
     assert_eq!(seen, [(1, true, Some("/")), (2, false, Some("/"))]);
 }
+
+#[test]
+fn a_namespace_that_only_a_file_holds_is_found_by_its_inode() {
+    let (mut guest, [top, _], nodes) = two();
+    let operations = guest.space(8);
+    guest.symbol("mntns_operations", operations);
+    // The same mounts again, in a namespace of no process; beside it an inode of a namespace of another kind.
+    let hidden = guest.make(
+        "mnt_namespace",
+        &[("ns.inum", 4_026_532_999), ("mounts", nodes[0])],
+    );
+    guest.set(
+        hidden + offset("mnt_namespace", "ns"),
+        "ns_common",
+        "ops",
+        operations,
+    );
+    let other = guest.alloc("net");
+    let nsfs = guest.filesystem("nsfs");
+    let inodes = [
+        guest.inode(nsfs, 4_026_532_999, 0o100_444),
+        guest.inode(nsfs, 1, 0o100_444),
+    ];
+    guest.set(
+        inodes[0],
+        "inode",
+        "i_private",
+        hidden + offset("mnt_namespace", "ns"),
+    );
+    guest.set(inodes[1], "inode", "i_private", other);
+    let links = inodes.map(|inode| inode + offset("inode", "i_sb_list"));
+    let head = nsfs + offset("super_block", "s_inodes");
+    guest.list(head, &links);
+    let mount = guest.make("vfsmount", &[("mnt_sb", nsfs)]);
+    let pointer = guest.space(8);
+    guest.put(pointer, mount);
+    guest.symbol("nsfs_mnt", pointer);
+    let listing = mounts(&guest);
+    assert!(listing.warnings.is_empty(), "{:?}", listing.warnings);
+    let seen: Vec<_> = listing
+        .rows
+        .iter()
+        .map(|r| (r.namespace, r.mount_id, r.pid, r.processes))
+        .collect();
+    let (own, hidden) = (4_026_531_841, 4_026_532_999);
+    assert_eq!(
+        seen,
+        [
+            (own, 1, Some(1), 1),
+            (own, 2, Some(1), 1),
+            (hidden, 1, None, 0),
+            (hidden, 2, None, 0)
+        ]
+    );
+    assert!(listing.rows.iter().any(|r| r.address.0 == top));
+    guest.put(links[1], links[0]);
+    let listing = mounts(&guest);
+    assert_eq!(listing.rows.len(), 4);
+    assert!(
+        listing.warnings.iter().any(|w| w.contains("cycle")),
+        "{:?}",
+        listing.warnings
+    );
+}
