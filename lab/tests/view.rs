@@ -74,6 +74,46 @@ fn kernel_6_12() {
     check(Kernel::V6_12);
 }
 
+/// A comparison that cannot fail is none: one wrong value in each part of the guest's account is noticed, by its own comparison.
+#[test]
+fn each_comparison_notices_one_wrong_value() {
+    let guest = Guest::boot(&Spec::new(Kernel::V6_1)).unwrap_or_else(|e| panic!("{e:?}"));
+    let file = guest.folder().join("memory.elf");
+    guest.dump(Format::Elf, &file).unwrap_or_else(|e| panic!("{e:?}"));
+    let memory = dump::open(&file, None).unwrap().memory;
+    let kernel = vmsight_linux::Kernel::attach(memory, AttachOptions::default()).unwrap();
+    let mut truth = guest.truth().clone();
+    assert_eq!(compare::all(&kernel, &truth), Vec::<String>::new());
+    let holder = truth
+        .processes
+        .iter_mut()
+        .find(|p| p.comm == "file-holder")
+        .unwrap();
+    holder.fds.last_mut().unwrap().pos += 1;
+    truth.mounts[0].mounts[0].options.push('x');
+    truth.modules[0].size += 1;
+    truth.kmsg[0].level ^= 1;
+    truth.net[0].inet[0].uid += 1;
+    truth.net[0].unix[0].refs += 1;
+    truth.net[0].interfaces[0].mtu += 1;
+    let differences = compare::all(&kernel, &truth);
+    for what in [
+        "open files",
+        "mounts",
+        "modules",
+        "kernel log",
+        "sockets",
+        "UNIX sockets",
+        "interfaces",
+    ] {
+        let own = differences
+            .iter()
+            .filter(|d| d.split(':').next() == Some(what))
+            .count();
+        assert_eq!(own, 1, "{what}: {differences:#?}");
+    }
+}
+
 #[test]
 fn kernel_sid() {
     check(Kernel::Sid);
