@@ -1,7 +1,7 @@
 //! Paths of dentries as the guest's own `/proc` shows them: up through the dentries, across the mounts, to the root.
 //!
 //! The walk is that of the kernel's `prepend_path` and `d_path` (fs/d_path.c). Objects of pseudo filesystems (pipes, sockets, memfds)
-//! have no path; their names are made by a function of the filesystem, see [`pseudo`].
+//! have no path; their names are made by a function of the filesystem.
 
 mod pseudo;
 
