@@ -38,14 +38,6 @@ def flat(rows):
         yield from flat(row.get("__children") or [])
 
 
-SOCKET_STATES = {"ESTABLISHED", "LISTEN", "CLOSE", "CLOSE_WAIT", "FIN_WAIT1", "FIN_WAIT2", "SYN_SENT", "TIME_WAIT"}
-
-
-def endpoint(address, port):
-    address = str(address or "").removeprefix("::ffff:")
-    return f"{address or '-'}:{port if port not in (None, '') else '-'}"
-
-
 # For each comparison: volatility3's plugin, vmsight's command, and what of a row of each must agree.
 CASES = [
     (
@@ -58,16 +50,16 @@ CASES = [
     (
         "lsof",
         "linux.lsof.Lsof",
-        ["lsof"],
-        lambda r: (r["PID"], r["FD"], r["Inode"]),
+        ["lsof", "--descriptors"],
+        lambda r: (r["PID"], str(r["FD"]), r["Inode"]),
         lambda r: (r["pid"], r["fd"], r["inode"]),
     ),
     (
         "sockstat",
         "linux.sockstat.Sockstat",
-        ["lsof", "--sockets"],
-        lambda r: (r["PID"], r["FD"], r["Family"]),
-        lambda r: (r["pid"], r["fd"], r["family"]),
+        ["lsof", "--descriptors", "--sockets"],
+        lambda r: (r["PID"], str(r["FD"]), number(r["Sock Offset"])),
+        lambda r: (r["pid"], r["fd"], number(r["socket"])),
     ),
     (
         "lsmod",

@@ -1,0 +1,179 @@
+//! The command line: what every command shares, and the list of commands.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::commands::{
+    disas, info, kmsg, list, listing, raw, regs, shell, strings, symbols, translate, types,
+};
+use crate::output::{Color, Format, Style};
+
+/// Virtual machine monitoring for security: see into a guest from outside, with nothing configured.
+#[derive(Parser, Debug)]
+#[command(
+    name = "vmsight",
+    version,
+    about,
+    propagate_version = true,
+    max_term_width = 110
+)]
+#[command(after_help = "\
+TARGET is what to look into:
+  NAME                 a running VM by its name (see `vmsight list`)
+  pid:N                a running VM by the process id of its VMM
+  qmp:PATH             a QEMU by its QMP socket
+  gdb:HOST:PORT|PATH   anything that speaks QEMU's gdb protocol
+  FILE                 a memory dump; raw, LiME and ELF core are told apart by content,
+                       raw:FILE, lime:FILE, elf:FILE force it
+
+Exit codes: 0 fine; 1 nothing found where something was asked for; 2 error.")]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command understands.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Global {
+    /// How to print results
+    #[arg(
+        short,
+        long,
+        value_name = "FORMAT",
+        default_value = "table",
+        global = true,
+        help_heading = "Output"
+    )]
+    pub(crate) output: Format,
+    /// Columns to show, by name and in this order; `all` for every one
+    #[arg(
+        long,
+        value_name = "NAME,…",
+        value_delimiter = ',',
+        global = true,
+        help_heading = "Output"
+    )]
+    pub(crate) columns: Option<Vec<String>>,
+    /// Leave the header line out of tables and CSV
+    #[arg(long, global = true, help_heading = "Output")]
+    pub(crate) no_headers: bool,
+    /// Never shorten cells to the width of the terminal
+    #[arg(short = 'w', long, global = true, help_heading = "Output")]
+    pub(crate) wide: bool,
+    /// When to use colours; NO_COLOR is honoured
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "auto",
+        global = true,
+        help_heading = "Output"
+    )]
+    pub(crate) color: Color,
+    /// Repeat every N seconds until interrupted (live targets)
+    #[arg(long, value_name = "N", global = true, help_heading = "Output")]
+    pub(crate) watch: Option<f64>,
+
+    /// Take symbols and types from FILE (ISF .json/.xz, vmlinux, BTF, System.map), not from the guest's memory
+    #[arg(long, value_name = "FILE", global = true, help_heading = "Target")]
+    pub(crate) symbols: Option<PathBuf>,
+    /// Neither use nor write cached profiles
+    #[arg(long, global = true, help_heading = "Target")]
+    pub(crate) no_cache: bool,
+    /// Where profiles are cached [default: $XDG_CACHE_HOME/vmsight/profiles]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "VMSIGHT_PROFILES",
+        global = true,
+        help_heading = "Target"
+    )]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// Pause the VM while it is read: a consistent view, at the price of stopping the guest
+    #[arg(long, global = true, help_heading = "Target")]
+    pub(crate) pause: bool,
+    /// How long to wait for a QMP socket or gdb stub, in seconds
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 2.0,
+        global = true,
+        help_heading = "Target"
+    )]
+    pub(crate) timeout: f64,
+    /// Say more (-v: how the kernel was found; -vv, -vvv: debugging)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// Print errors only
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+}
+
+impl Global {
+    pub(crate) fn style(&self) -> Style {
+        Style {
+            format: self.output,
+            color: self.color,
+            columns: self.columns.clone(),
+            no_headers: self.no_headers,
+            wide: self.wide,
+        }
+    }
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// The virtual machines of this host
+    List(list::Cmd),
+    /// What the guest is: kernel, paging, times, name
+    Info(info::Cmd),
+    /// Processes
+    Ps(listing::Ps),
+    /// Processes as a tree
+    Pstree(listing::Pstree),
+    /// Threads of all processes or of one
+    Threads(listing::Threads),
+    /// Memory maps of processes
+    Maps(listing::Maps),
+    /// Open files
+    Lsof(listing::Lsof),
+    /// Loaded kernel modules
+    Lsmod(listing::Lsmod),
+    /// Sockets of every family, in every network namespace
+    Net(listing::Net),
+    /// UNIX sockets with their peers
+    Unix(listing::Unix),
+    /// Mounts of every mount namespace
+    Mounts(listing::Mounts),
+    /// The kernel's log
+    Kmsg(kmsg::Cmd),
+    /// Environment of processes
+    Env(listing::Env),
+    /// Control groups and who is in them
+    Cgroups(listing::Cgroups),
+    /// Network interfaces and their addresses
+    Ifaces(listing::Ifaces),
+    /// Registers of the vCPUs
+    Regs(regs::Cmd),
+    /// Read memory: bytes, numbers, strings or typed objects
+    Read(raw::Read),
+    /// Write memory of a live VM
+    Write(raw::Write),
+    /// Virtual to physical, with every table entry on the way
+    Translate(translate::Cmd),
+    /// Disassemble, with symbols
+    Disas(disas::Cmd),
+    /// Printable strings in physical, kernel or process memory
+    Strings(strings::Cmd),
+    /// Kernel symbols: list, search, address to name, export
+    Symbols(symbols::Cmd),
+    /// Kernel types with their members' offsets
+    Types(types::Cmd),
+    /// Print a completion script for a shell
+    Completions(shell::Completions),
+    /// Write the manual pages
+    Man(shell::Man),
+}

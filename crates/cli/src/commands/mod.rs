@@ -1,0 +1,14 @@
+//! One module per command or family of commands.
+
+pub(crate) mod disas;
+pub(crate) mod info;
+pub(crate) mod kmsg;
+pub(crate) mod list;
+pub(crate) mod listing;
+pub(crate) mod raw;
+pub(crate) mod regs;
+pub(crate) mod shell;
+pub(crate) mod strings;
+pub(crate) mod symbols;
+pub(crate) mod translate;
+pub(crate) mod types;

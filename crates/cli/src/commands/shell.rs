@@ -1,0 +1,44 @@
+//! What the shell and `man` need, made from the same definitions as the command line itself.
+
+use std::io;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+use crate::{Outcome, args::Cli};
+
+/// Print a completion script.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Example: vmsight completions bash > ~/.local/share/bash-completion/completions/vmsight"
+)]
+pub(crate) struct Completions {
+    /// Which shell
+    shell: Shell,
+}
+
+impl Completions {
+    pub(crate) fn run(&self) -> Result<Outcome> {
+        clap_complete::generate(self.shell, &mut Cli::command(), "vmsight", &mut io::stdout());
+        Ok(Outcome::Fine)
+    }
+}
+
+/// Write the manual pages, one per command.
+#[derive(Args, Debug)]
+pub(crate) struct Man {
+    /// The folder they are written to
+    #[arg(default_value = "man")]
+    dir: PathBuf,
+}
+
+impl Man {
+    pub(crate) fn run(&self) -> Result<Outcome> {
+        std::fs::create_dir_all(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
+        clap_mangen::generate_to(Cli::command(), &self.dir)
+            .with_context(|| format!("writing manual pages to {}", self.dir.display()))?;
+        Ok(Outcome::Fine)
+    }
+}

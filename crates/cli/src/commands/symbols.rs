@@ -1,0 +1,213 @@
+//! `vmsight symbols`: the names a kernel knows its own addresses by.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use serde_json::{Map, Value};
+
+use crate::{Outcome, args::Global, output::Sheet, place::Place, session::Session};
+
+/// Kernel symbols, read out of the guest's own memory.
+#[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(after_help = "\
+Examples:
+  vmsight symbols T                        every symbol, modules' included
+  vmsight symbols T tcp_v4 '*_ops'         those that contain tcp_v4 or end in _ops
+  vmsight symbols T --at 0xffffffff8a2b3c4d
+  vmsight symbols export T --isf kernel.json.xz
+Addresses are where this boot has them (KASLR applied); `linked` is where vmlinux has them.
+Exit code 1 if nothing matches.")]
+pub(crate) struct Cmd {
+    #[command(subcommand)]
+    action: Option<Action>,
+    /// What to look into
+    #[arg(required = true)]
+    target: Option<String>,
+    /// Names to look for: part of a name, or a pattern with * and ?
+    #[arg(value_name = "PATTERN")]
+    patterns: Vec<String>,
+    /// What lies at this address: symbol and offset
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "patterns")]
+    at: Vec<Place>,
+    /// Leave the modules' symbols out
+    #[arg(long)]
+    no_modules: bool,
+}
+
+#[derive(Subcommand, Debug)]
+enum Action {
+    /// Write symbols and types as a file for other tools
+    Export(Export),
+}
+
+/// Write symbols and types as a file for other tools.
+#[derive(Args, Debug)]
+struct Export {
+    /// What to look into
+    target: String,
+    /// A Volatility 3 symbol table; compressed where the name ends in .xz
+    #[arg(long, value_name = "FILE")]
+    isf: PathBuf,
+}
+
+impl Cmd {
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        if let Some(Action::Export(export)) = &self.action {
+            return export.run(global);
+        }
+        let session = Session::open(global, self.target.as_deref().unwrap_or_default())?;
+        let kernel = session.kernel()?;
+        if !self.at.is_empty() {
+            return self.addresses(global, &session);
+        }
+        let wanted = |name: &str| self.patterns.is_empty() || self.patterns.iter().any(|p| matches(p, name));
+        let mut sheet = Sheet {
+            columns: &["address", "kind", "name", "module"],
+            ..Sheet::default()
+        };
+        let mut push = |address: u64, linked: Option<u64>, kind: u8, name: &str, module: Option<&str>| {
+            let mut row = Map::new();
+            row.insert("address".into(), format!("{address:#018x}").into());
+            row.insert("kind".into(), char::from(kind).to_string().into());
+            row.insert("name".into(), name.into());
+            row.insert("module".into(), module.map_or(Value::Null, Value::from));
+            row.insert(
+                "linked".into(),
+                linked.map_or(Value::Null, |a| format!("{a:#018x}").into()),
+            );
+            sheet.rows.push(row);
+        };
+        for symbol in kernel.profile().symbols.iter().filter(|s| wanted(s.name)) {
+            let runtime = kernel.image().runtime(symbol.address);
+            push(runtime.0, Some(symbol.address), symbol.kind, symbol.name, None);
+        }
+        if !self.no_modules {
+            for symbol in session.modules()?.iter().filter(|s| wanted(&s.name)) {
+                push(
+                    symbol.address.0,
+                    None,
+                    symbol.kind as u8,
+                    &symbol.name,
+                    Some(&symbol.module),
+                );
+            }
+        }
+        global.style().print(&sheet)?;
+        Ok(if sheet.rows.is_empty() {
+            Outcome::Nothing
+        } else {
+            Outcome::Fine
+        })
+    }
+
+    fn addresses(&self, global: &Global, session: &Session) -> Result<Outcome> {
+        let mut sheet = Sheet {
+            columns: &["address", "symbol"],
+            ..Sheet::default()
+        };
+        let mut unknown = false;
+        for place in &self.at {
+            let at = session.gva(place)?;
+            let name = session.name_of(at);
+            unknown |= name.is_none();
+            let mut row = Map::new();
+            row.insert("address".into(), format!("{at:#018x}").into());
+            row.insert("symbol".into(), name.map_or(Value::Null, Value::from));
+            sheet.rows.push(row);
+        }
+        global.style().print(&sheet)?;
+        Ok(if unknown { Outcome::Nothing } else { Outcome::Fine })
+    }
+}
+
+impl Export {
+    fn run(&self, global: &Global) -> Result<Outcome> {
+        let session = Session::open(global, &self.target)?;
+        let kernel = session.kernel()?;
+        // Written beside its final name and then moved: nobody finds half a symbol table.
+        let part = with_suffix(&self.isf, ".part");
+        let file = File::create(&part).with_context(|| format!("creating {}", part.display()))?;
+        let xz = self.isf.extension().is_some_and(|e| e == "xz");
+        let mut out = BufWriter::new(file);
+        let written = vmsight_symbols::export::isf(kernel.profile(), &mut out, xz.then_some(XZ_LEVEL))
+            .context("writing the symbol table")
+            .and_then(|_| Ok(out.into_inner()?.sync_all()?));
+        if let Err(error) = written {
+            let _ = std::fs::remove_file(&part);
+            return Err(error);
+        }
+        std::fs::rename(&part, &self.isf)
+            .with_context(|| format!("moving {} to {}", part.display(), self.isf.display()))?;
+        let mut row = Map::new();
+        row.insert("file".into(), self.isf.display().to_string().into());
+        row.insert("release".into(), kernel.profile().release.as_str().into());
+        row.insert("symbols".into(), kernel.profile().symbols.len().into());
+        row.insert("types".into(), kernel.profile().types.len().into());
+        global.style().print(&Sheet {
+            rows: vec![row],
+            columns: &["file", "release", "symbols", "types"],
+            warnings: Vec::new(),
+        })?;
+        Ok(Outcome::Fine)
+    }
+}
+
+/// Level of compression: higher ones take seconds to save some percent.
+const XZ_LEVEL: u32 = 1;
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Part of a name, or with `*` and `?` the whole name.
+pub(super) fn matches(pattern: &str, name: &str) -> bool {
+    if !pattern.contains(['*', '?']) {
+        return name.contains(pattern);
+    }
+    let (p, n) = (pattern.as_bytes(), name.as_bytes());
+    // The last star seen, and how much of the name it has eaten: no recursion, at most p*n steps.
+    let (mut i, mut j, mut star) = (0, 0, None);
+    while j < n.len() {
+        match p.get(i) {
+            Some(b'*') => {
+                star = Some((i, j));
+                i += 1;
+            }
+            Some(c) if *c == b'?' || *c == n[j] => {
+                i += 1;
+                j += 1;
+            }
+            _ => match star {
+                Some((at, eaten)) => {
+                    star = Some((at, eaten + 1));
+                    i = at + 1;
+                    j = eaten + 1;
+                }
+                None => return false,
+            },
+        }
+    }
+    p[i..].iter().all(|c| *c == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns() {
+        assert!(matches("tcp_v4", "__tcp_v4_rcv"));
+        assert!(matches("*_ops", "tcp4_seq_ops"));
+        assert!(!matches("*_ops", "ops_init"));
+        assert!(matches("sys_*at", "sys_openat"));
+        assert!(matches("?ys*", "sys_"));
+        assert!(!matches("?ys", "ys"));
+        assert!(!matches(&("*a".repeat(50) + "b"), &"a".repeat(400)));
+    }
+}

@@ -1,0 +1,431 @@
+//! One run's view of one target: attached, and the kernel found where the command needs it.
+
+pub(crate) mod typed;
+
+use std::cell::RefCell;
+use std::str::FromStr;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use vmsight_arch::paging::PagingMode;
+use vmsight_arch::{Gpa, Gva, Registers};
+use vmsight_linux::{AttachOptions as KernelOptions, Kernel, module::ModuleSymbol};
+use vmsight_memory::{AddressSpace, GuestMemory};
+use vmsight_symbols::cache::Cache;
+use vmsight_symbols::kernel::Hints;
+use vmsight_target::{AttachOptions, PauseGuard, Target, TargetSpec};
+
+use crate::{
+    args::Global,
+    output::warn,
+    place::{Base, Place},
+};
+
+/// A target, and the kernel in it.
+pub(crate) struct Session {
+    kernel: Option<Kernel>,
+    modules: OnceLock<Vec<ModuleSymbol>>,
+    // Fields drop in order: the VM resumes before its connection goes.
+    _pause: Option<PauseGuard>,
+    target: Target,
+    quiet: bool,
+}
+
+impl Session {
+    /// Attaches and finds the kernel.
+    pub(crate) fn open(global: &Global, target: &str) -> Result<Session> {
+        Self::attach(global, target, false, true)
+    }
+
+    /// Attaches only: for what needs no kernel.
+    pub(crate) fn without_kernel(global: &Global, target: &str) -> Result<Session> {
+        Self::attach(global, target, false, false)
+    }
+
+    /// Attaches to a live target with leave to change it.
+    pub(crate) fn for_writing(global: &Global, target: &str, kernel: bool) -> Result<Session> {
+        Self::attach(global, target, true, kernel)
+    }
+
+    fn attach(global: &Global, text: &str, write: bool, want_kernel: bool) -> Result<Session> {
+        let spec = TargetSpec::from_str(text).map_err(|e| anyhow!(e))?;
+        anyhow::ensure!(
+            global.timeout.is_finite() && (0.0..=3600.0).contains(&global.timeout),
+            "--timeout takes 0 to 3600 seconds"
+        );
+        // A memory layout that had to be proven has had its kernel found already: it is not looked for twice.
+        let proven = RefCell::new(None);
+        let prove = |memory: &GuestMemory| {
+            let (kernel, how) = prove(global, memory)?;
+            proven.replace(Some(kernel));
+            Ok(how)
+        };
+        let options = AttachOptions {
+            write,
+            timeout: Duration::from_secs_f64(global.timeout),
+            prove: Some(&prove),
+        };
+        let target =
+            vmsight_target::attach(&spec, &options).with_context(|| format!("attaching to {text}"))?;
+        let quiet = global.quiet;
+        for note in &target.notes {
+            tracing::info!("{note}");
+        }
+        if !quiet {
+            target.memory.notes().iter().for_each(|n| warn(n));
+        }
+        let pause = match global.pause {
+            true if target.memory.is_live() => Some(target.pause().context("pausing the VM")?),
+            _ => None,
+        };
+        let kernel = match want_kernel {
+            false => None,
+            true => Some(match proven.into_inner() {
+                Some(kernel) => kernel,
+                None => find_kernel(global, &target.memory, hints(&target))
+                    .with_context(|| format!("looking for the kernel in {text}"))?,
+            }),
+        };
+        Ok(Session {
+            kernel,
+            modules: OnceLock::new(),
+            _pause: pause,
+            target,
+            quiet,
+        })
+    }
+
+    /// What the target is called.
+    pub(crate) fn name(&self) -> &str {
+        &self.target.name
+    }
+
+    /// The kernel, where this session was opened with one.
+    pub(crate) fn kernel(&self) -> Result<&Kernel> {
+        self.kernel.as_ref().ok_or_else(|| {
+            anyhow!("this command attached without looking for a kernel; this is a bug in vmsight")
+        })
+    }
+
+    /// Guest-physical memory.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.target.memory
+    }
+
+    /// The vCPUs' registers, all or one's.
+    pub(crate) fn registers(&self, vcpu: Option<u32>) -> Result<Vec<Registers>> {
+        Ok(self.target.registers(vcpu)?)
+    }
+
+    /// The virtual address an expression names.
+    pub(crate) fn gva(&self, place: &Place) -> Result<Gva> {
+        if place.physical {
+            bail!("{place} is a physical address; this needs a virtual one");
+        }
+        let base = match &place.base {
+            Base::Number(n) => Gva(*n),
+            Base::Symbol(name) => self.symbol(name)?,
+        };
+        Ok(base.wrapping_add(place.offset))
+    }
+
+    /// The physical address an expression names.
+    pub(crate) fn gpa(&self, place: &Place) -> Result<Gpa> {
+        match &place.base {
+            Base::Number(n) => Ok(Gpa(*n).wrapping_add(place.offset)),
+            Base::Symbol(_) => bail!("a symbol has a virtual address; leave phys: out"),
+        }
+    }
+
+    /// A symbol of the kernel, or of a module as `module:symbol`.
+    fn symbol(&self, name: &str) -> Result<Gva> {
+        let kernel = self.kernel()?;
+        if let Some((module, name)) = name.split_once(':') {
+            return self
+                .modules()?
+                .iter()
+                .find(|s| &*s.module == module && s.name == name)
+                .map(|s| s.address)
+                .with_context(|| format!("module {module:?} has no symbol {name:?}, or is not loaded"));
+        }
+        if let Ok(at) = kernel.symbol(name) {
+            return Ok(at);
+        }
+        if let Some(found) = self.modules()?.iter().find(|s| s.name == name) {
+            return Ok(found.address);
+        }
+        let hint = closest(name, kernel.profile().symbols.iter().map(|s| s.name));
+        bail!("this kernel has no symbol {name:?}{hint}")
+    }
+
+    /// The modules' symbols, read once.
+    pub(crate) fn modules(&self) -> Result<&[ModuleSymbol]> {
+        if let Some(known) = self.modules.get() {
+            return Ok(known);
+        }
+        let listing = self
+            .kernel()?
+            .module_symbols()
+            .context("reading the modules' symbols")?;
+        if !self.quiet {
+            listing.warnings.iter().for_each(|w| warn(w));
+        }
+        let mut symbols = listing.rows;
+        symbols.sort_by_key(|s| s.address);
+        Ok(self.modules.get_or_init(|| symbols))
+    }
+
+    /// `symbol+0x10` or `module:symbol+0x10`.
+    pub(crate) fn name_of(&self, at: Gva) -> Option<String> {
+        let kernel = self.kernel.as_ref()?;
+        let (name, offset) = if kernel.image().contains(at) {
+            let (symbol, offset) = kernel.profile().symbols.nearest(kernel.image().link_time(at))?;
+            (symbol.name.to_owned(), offset)
+        } else {
+            let modules = self.modules().ok()?;
+            let before = modules.partition_point(|s| s.address <= at).checked_sub(1)?;
+            let symbol = modules.get(before)?;
+            let offset = at.0.wrapping_sub(symbol.address.0);
+            // Past the end of the module there is no telling what it is.
+            if offset > symbol.size.max(1 << 16) {
+                return None;
+            }
+            (format!("{}:{}", symbol.module, symbol.name), offset)
+        };
+        Some(if offset == 0 {
+            name
+        } else {
+            format!("{name}+{offset:#x}")
+        })
+    }
+
+    /// Where the symbol after this address begins.
+    pub(crate) fn next_symbol(&self, at: Gva) -> Option<Gva> {
+        let kernel = self.kernel.as_ref()?;
+        if !kernel.image().contains(at) {
+            let modules = self.modules().ok()?;
+            return modules
+                .get(modules.partition_point(|s| s.address <= at))
+                .map(|s| s.address);
+        }
+        let linked = kernel.image().link_time(at);
+        let next = kernel
+            .profile()
+            .symbols
+            .range(linked.checked_add(1)?..u64::MAX)
+            .next()?;
+        Some(kernel.image().runtime(next.address))
+    }
+
+    /// The address space of a process.
+    pub(crate) fn process_space(&self, pid: u32) -> Result<AddressSpace> {
+        let pid = i32::try_from(pid).context("no pid is that large")?;
+        let kernel = self.kernel()?;
+        let space = kernel
+            .process_space(pid)
+            .with_context(|| format!("finding process {pid}"))?;
+        space.with_context(|| format!("process {pid} has no user memory: it is a kernel thread or has ended"))
+    }
+
+    /// Reads as much from the beginning of a range as can be read; how much that is.
+    pub(crate) fn read_up_to(&self, space: &AddressSpace, at: Gva, buf: &mut [u8]) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            let here = at.wrapping_add(done as u64);
+            let piece = (0x1000 - here.page_offset()).min(buf.len() - done);
+            match space.read(here, &mut buf[done..done + piece]) {
+                Ok(()) => done += piece,
+                Err(error) if done == 0 => return Err(error.into()),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    }
+
+    /// All of physical memory in pieces, in order.
+    pub(crate) fn each_physical_chunk(&self, visit: &mut dyn FnMut(Gpa, &[u8]) -> Result<()>) -> Result<()> {
+        let memory = self.memory();
+        let mut buffer = vec![0; 1 << 20];
+        for region in memory.regions() {
+            let mut at = region.start;
+            while at < region.end() {
+                let length = (region.end().0 - at.0).min(buffer.len() as u64) as usize;
+                match memory.frozen(at, length) {
+                    Some(bytes) => visit(at, bytes)?,
+                    None => {
+                        memory
+                            .read(at, &mut buffer[..length])
+                            .with_context(|| format!("reading memory at {at}"))?;
+                        visit(at, &buffer[..length])?;
+                    }
+                }
+                at = at.wrapping_add(length as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a process has mapped, page by page where it can be read.
+    pub(crate) fn each_process_chunk(
+        &self,
+        pid: u32,
+        visit: &mut dyn FnMut(Gva, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let kernel = self.kernel()?;
+        let space = self.process_space(pid)?;
+        let listing = kernel
+            .maps(i32::try_from(pid)?)
+            .with_context(|| format!("reading the maps of process {pid}"))?;
+        let mut page = [0; 0x1000];
+        let mut unreadable = 0u64;
+        for map in &listing.rows {
+            let mut at = map.start.page_start();
+            while at < map.end {
+                match space.read(at, &mut page) {
+                    Ok(()) => visit(at, &page)?,
+                    Err(_) => unreadable += 1,
+                }
+                at = at.wrapping_add(0x1000);
+            }
+        }
+        if unreadable > 0 && !self.quiet {
+            warn(&format!(
+                "{unreadable} mapped pages are not in memory (never touched, or in swap)"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Proves a memory layout that was only deduced: a kernel's own page tables hold in it, and the kernel believes that
+/// memory ends where this layout ends.
+fn prove(global: &Global, memory: &GuestMemory) -> Result<(Kernel, String), String> {
+    let kernel = find_kernel(global, memory, Hints::default()).map_err(|e| format!("{e:#}"))?;
+    let at = kernel.symbol("max_pfn").map_err(|e| e.to_string())?;
+    let pages = kernel.space().read_u64(at).map_err(|e| e.to_string())?;
+    let end = memory.end().0 >> 12;
+    // Firmware keeps tables for itself at the end of memory; it never keeps this much.
+    const FIRMWARE: u64 = 0x1000;
+    if pages > end || end - pages > FIRMWARE {
+        return Err(format!(
+            "the kernel found says that memory ends at page {pages:#x}, this layout at {end:#x}"
+        ));
+    }
+    let how = format!(
+        "Linux {} found, whose memory ends where this layout ends",
+        kernel.release()
+    );
+    Ok((kernel, how))
+}
+
+/// Registers, for when nothing cheaper shows the kernel: asked for only then.
+fn hints(target: &Target) -> Hints {
+    // The registers of a dump are at hand; those of a live VM cost a word with its monitor.
+    match target.registers(None) {
+        Ok(registers) if !target.memory.is_live() => Hints::with_registers(registers),
+        _ => Hints::default(),
+    }
+}
+
+/// Finds the kernel in memory and its profile: from a file, the cache, or the guest itself.
+fn find_kernel(global: &Global, memory: &GuestMemory, hints: Hints) -> Result<Kernel> {
+    let options = KernelOptions {
+        hints,
+        cache: cache(global),
+        symbols: global.symbols.clone(),
+    };
+    let kernel = Kernel::attach(memory.clone(), options)?;
+    if !global.quiet {
+        kernel.profile().warnings.iter().for_each(|w| warn(w));
+    }
+    for line in &kernel.image().evidence {
+        tracing::info!("{line}");
+    }
+    Ok(kernel)
+}
+
+/// The profile cache; without one everything works, only slower, so that is said and no more.
+fn cache(global: &Global) -> Cache {
+    if global.no_cache {
+        return Cache::disabled();
+    }
+    let opened = match &global.cache_dir {
+        Some(dir) => Cache::open(dir),
+        None => Cache::open_default(),
+    };
+    opened.unwrap_or_else(|error| {
+        tracing::info!("{error}");
+        Cache::disabled()
+    })
+}
+
+/// `; did you mean …?` with the names most like one that is not there, or nothing.
+pub(crate) fn closest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> String {
+    let lower = name.to_lowercase();
+    let mut scored: Vec<(usize, &str)> = names
+        .filter_map(|candidate| {
+            if candidate.len().abs_diff(name.len()) > 3 {
+                return None;
+            }
+            let distance = edit_distance(&lower, &candidate.to_lowercase(), 3)?;
+            Some((distance, candidate))
+        })
+        .collect();
+    scored.sort_unstable();
+    scored.dedup_by(|a, b| a.1 == b.1);
+    let best: Vec<_> = scored.iter().take(3).map(|(_, n)| *n).collect();
+    if best.is_empty() {
+        String::new()
+    } else {
+        format!("; did you mean {}?", best.join(", "))
+    }
+}
+
+/// Levenshtein distance, `None` above `limit`.
+fn edit_distance(a: &str, b: &str, limit: usize) -> Option<usize> {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        let mut least = row[0];
+        for (j, y) in b.iter().enumerate() {
+            let substitute = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
+            least = least.min(row[j + 1]);
+        }
+        if least > limit {
+            return None;
+        }
+    }
+    row.last().copied().filter(|d| *d <= limit)
+}
+
+/// How virtual addresses are translated, in words.
+pub(crate) fn paging_name(mode: PagingMode) -> &'static str {
+    match mode {
+        PagingMode::X86_32 { .. } => "x86 32-bit",
+        PagingMode::X86Pae => "x86 PAE",
+        PagingMode::X86Level4 => "x86-64, 4 levels",
+        PagingMode::X86Level5 => "x86-64, 5 levels",
+        PagingMode::Arm64 { .. } => "arm64",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_for_typing_errors() {
+        assert_eq!(
+            closest("task_strct", ["task_struct", "cred", "mm_struct"].into_iter()),
+            "; did you mean task_struct?"
+        );
+        assert_eq!(closest("zzz", ["task_struct"].into_iter()), "");
+        assert_eq!(edit_distance("kitten", "sitting", 3), Some(3));
+        assert_eq!(edit_distance("kitten", "sitting", 2), None);
+    }
+}
