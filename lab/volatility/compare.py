@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""compare.py schema ISF          is the table what volatility3's own schema asks for?
+compare.py rows FOLDER TRUTH   do the plugins' rows in FOLDER say what the guest said of itself?
+"""
+
+import json
+import lzma
+import sys
+
+
+def load(path):
+    opener = lzma.open if path.endswith(".xz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return json.load(file)
+
+
+def schema(path):
+    from volatility3 import schemas
+
+    if not schemas.validate(load(path), use_cache=False):
+        sys.exit(f"{path} is not what volatility3's schema asks for")
+    print(f"{path}: valid")
+
+
+def differences(what, ours, theirs):
+    """Prints how two collections differ; True if they do."""
+    missing, extra = sorted(theirs - ours), sorted(ours - theirs)
+    for name, items in ("missing from", missing), ("not the guest's, but in", extra):
+        for item in items[:20]:
+            print(f"{name} {what}: {item}")
+    print(f"{what}: {len(ours)} rows, {len(missing)} missing, {len(extra)} too many")
+    return bool(missing or extra)
+
+
+def comm(process):
+    """The name as the task holds it: /proc tells of kernel threads what it knows besides."""
+    name = process["comm"]
+    if name.startswith("kworker/"):
+        name = name.split("-")[0].split("+")[0]
+    return name[:15]
+
+
+def rows(folder, truth):
+    truth = load(truth)
+    read = lambda plugin: load(f"{folder}/{plugin}.json")
+    bad = False
+
+    processes = truth["processes"]
+    # A process whose leader has exited is a zombie, and pslist leaves those out.
+    bad |= differences(
+        "pslist",
+        {(r["PID"], r["PPID"], r["COMM"], r["UID"], r["EGID"]) for r in read("linux.pslist.PsList")},
+        {
+            (p["pid"], p["ppid"], comm(p), p["creds"]["uids"][0], p["creds"]["gids"][1])
+            for p in processes
+            if p["state"] != "Z"
+        },
+    )
+
+    bad |= differences(
+        "lsmod",
+        {r["Module Name"] for r in read("linux.lsmod.Lsmod")},
+        {m["name"] for m in truth["modules"]},
+    )
+
+    # Every descriptor; and the paths of files that still have one, for processes that see the whole tree.
+    rows = read("linux.lsof.Lsof")
+    theirs = [(p, f) for p in processes for f in p["fds"]]
+    bad |= differences("lsof (numbers)", {(r["PID"], r["FD"]) for r in rows}, {(p["pid"], f["fd"]) for p, f in theirs})
+    plain = {
+        (p["pid"], f["fd"]): f["link"]
+        for p, f in theirs
+        if f["link"].startswith("/") and f["links"] and p["root"] == "/"
+    }
+    bad |= differences(
+        "lsof (paths)",
+        {(r["PID"], r["FD"], r["Path"]) for r in rows if (r["PID"], r["FD"]) in plain},
+        {(pid, fd, path) for (pid, fd), path in plain.items()},
+    )
+
+    # TCP sockets that a process holds. One that is bound and no more is in no table of the guest's /proc.
+    held = {f["inode"] for _, f in theirs if f["link"].startswith("socket:")}
+    number = lambda text: int(text) if str(text).isdigit() else 0
+    bad |= differences(
+        "sockstat (TCP)",
+        {
+            (r["Source Addr"], number(r["Source Port"]), r["Destination Addr"], number(r["Destination Port"]))
+            for r in read("linux.sockstat.Sockstat")
+            if r["Proto"] == "TCP" and r["State"] != "CLOSE"
+        },
+        {
+            (s["local"], s["local_port"], s["remote"], s["remote_port"])
+            for n in truth["net"]
+            for s in n["inet"]
+            if s["inode"] in held and s["table"] in ("tcp", "tcp6")
+        },
+    )
+
+    # What was typed is not in /proc; that a shell's history is found is what there is to see.
+    shells = [p for p in processes if p["comm"] == "bash"]
+    commands = len(read("linux.bash.Bash"))
+    print(f"bash: {commands} commands of {len(shells)} shells")
+    bad |= bool(shells) != bool(commands)
+    return bad
+
+
+if len(sys.argv) == 3 and sys.argv[1] == "schema":
+    schema(sys.argv[2])
+elif len(sys.argv) == 4 and sys.argv[1] == "rows":
+    sys.exit(1 if rows(sys.argv[2], sys.argv[3]) else 0)
+else:
+    sys.exit(__doc__)
