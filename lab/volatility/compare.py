@@ -15,9 +15,15 @@ def load(path):
 
 
 def schema(path):
+    import os
+
+    from volatility3.framework import constants
+
+    # Where volatility3 remembers what it has validated.
+    os.makedirs(constants.CACHE_PATH, exist_ok=True)
     from volatility3 import schemas
 
-    if not schemas.validate(load(path), use_cache=False):
+    if not schemas.validate(load(path)):
         sys.exit(f"{path} is not what volatility3's schema asks for")
     print(f"{path}: valid")
 
@@ -35,7 +41,8 @@ def differences(what, ours, theirs):
 def comm(process):
     """The name as the task holds it: /proc tells of kernel threads what it knows besides."""
     name = process["comm"]
-    if name.startswith("kworker/"):
+    # "kworker/0:1-events" is a name and what it works at; "kworker/R-events" (since Linux 6.9) is a name.
+    if name.startswith("kworker/") and not name.startswith("kworker/R-"):
         name = name.split("-")[0].split("+")[0]
     return name[:15]
 

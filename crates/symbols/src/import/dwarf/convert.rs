@@ -1,10 +1,11 @@
 //! From debugging entries to BTF.
 
+use std::hash::BuildHasher;
 use std::rc::Rc;
 
 use gimli::constants::{self, self as dw};
-use gimli::{DebugInfoOffset, DwTag, Dwarf, UnitHeader, UnitOffset, UnitSectionOffset};
-use rustc_hash::FxHashMap;
+use gimli::{AttributeValue, DebugInfoOffset, DwTag, Dwarf, UnitHeader, UnitOffset, UnitSectionOffset};
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::read::{Entry, flag, has_address, member_offset, number, reference, text};
 use super::{Made, Slice, Unit};
@@ -12,6 +13,8 @@ use crate::types::{Builder, Def, MemberDef, TypeId, TypesError};
 
 /// How many pointers, qualifiers and typedefs in a row are followed.
 const MAX_DEPTH: usize = 64;
+/// How many entries of one unit are taken for types, and how many types of all. A kernel has less than a tenth.
+const MAX_TYPES: usize = 1 << 23;
 /// How many units are kept open for references from others.
 const MAX_OPEN: usize = 64;
 
@@ -48,10 +51,13 @@ pub(super) struct Convert<'d, 'a> {
     by_name: FxHashMap<(DwTag, u32), (TypeId, bool)>,
     derived: FxHashMap<Derived, TypeId>,
     variables: FxHashMap<(u32, TypeId), ()>,
+    /// By a hash of line and values.
+    anonymous_enums: FxHashMap<u64, TypeId>,
     pending: Vec<Pending>,
     broken_units: usize,
     foreign: usize,
     first_error: Option<gimli::Error>,
+    too_many: bool,
 }
 
 impl<'d, 'a> Convert<'d, 'a> {
@@ -66,10 +72,12 @@ impl<'d, 'a> Convert<'d, 'a> {
             by_name: FxHashMap::default(),
             derived: FxHashMap::default(),
             variables: FxHashMap::default(),
+            anonymous_enums: FxHashMap::default(),
             pending: Vec::new(),
             broken_units: 0,
             foreign: 0,
             first_error: None,
+            too_many: false,
         };
         let mut units = dwarf.units();
         loop {
@@ -134,7 +142,9 @@ impl<'d, 'a> Convert<'d, 'a> {
         while let Some(entry) = entries.current() {
             match entry.tag() {
                 dw::DW_TAG_structure_type | dw::DW_TAG_union_type | dw::DW_TAG_class_type
-                    if flag(entry, constants::DW_AT_declaration) => {}
+                    if flag(entry, constants::DW_AT_declaration)
+                        // Anonymous ones come with what they are part of, which is there once.
+                        || entry.attr(constants::DW_AT_name)?.is_none() => {}
                 dw::DW_TAG_structure_type
                 | dw::DW_TAG_union_type
                 | dw::DW_TAG_class_type
@@ -209,6 +219,10 @@ impl<'d, 'a> Convert<'d, 'a> {
         };
         if let Some(&id) = self.ids.get(&offset) {
             return id;
+        }
+        if self.ids.len().max(self.builder.len()) >= MAX_TYPES {
+            self.too_many = true;
+            return TypeId::VOID;
         }
         let id = match entry.tag() {
             dw::DW_TAG_base_type => self.base(unit, entry),
@@ -362,40 +376,49 @@ impl<'d, 'a> Convert<'d, 'a> {
         let base = reference(unit, entry, constants::DW_AT_type)
             .and_then(|at| DebugInfoOffset(at).to_unit_offset(&unit.header))
             .and_then(|at| unit.entry(at).ok());
-        // Without a base type (before DWARF 3) only a negative value tells.
-        let mut signed =
-            base.is_some_and(|b| matches!(number_encoding(&b), dw::DW_ATE_signed | dw::DW_ATE_signed_char));
-        let based = reference(unit, entry, constants::DW_AT_type).is_some();
+        let mut signed = base
+            .as_ref()
+            .is_some_and(|b| matches!(number_encoding(b), dw::DW_ATE_signed | dw::DW_ATE_signed_char));
         let mut values = Vec::new();
         let _ = children(unit, entry.offset(), |child| {
-            if child.tag() != dw::DW_TAG_enumerator {
-                return;
-            }
-            let Ok(Some(value)) = child.attr(constants::DW_AT_const_value) else {
-                return;
-            };
-            let known = if signed || !based {
-                value.sdata_value()
-            } else {
-                None
-            };
-            let value = known
-                .or_else(|| value.udata_value().map(|v| v as i64))
-                .or_else(|| value.sdata_value());
-            if let Some(value) = value {
-                values.push((text(self.dwarf, unit, child, constants::DW_AT_name), value));
+            let value = child.attr(constants::DW_AT_const_value).ok().flatten();
+            if let Some(value) = value.filter(|_| child.tag() == dw::DW_TAG_enumerator) {
+                // Forms of a fixed size hold what is not negative, in as few bytes as will do.
+                let value = match value.raw_value() {
+                    AttributeValue::Sdata(value) => Some(value),
+                    other => other
+                        .udata_value()
+                        .map(|value| value as i64)
+                        .or_else(|| value.sdata_value()),
+                };
+                let name = text(self.dwarf, unit, child, constants::DW_AT_name);
+                values.extend(value.map(|value| (name, value)));
             }
         });
-        signed |= !based && values.iter().any(|&(_, v)| v < 0);
+        // Without a base type (before DWARF 3) only a negative value tells.
+        signed |= base.is_none() && values.iter().any(|&(_, v)| v < 0);
+        if signed && size == 4 {
+            values
+                .iter_mut()
+                .for_each(|(_, value)| *value = i64::from(*value as i32));
+        }
+        // An anonymous one is known by its values.
+        let anonymous = name
+            .is_empty()
+            .then(|| FxBuildHasher.hash_one((key.3, size, &values)));
+        if let Some(&id) = anonymous.and_then(|hash| self.anonymous_enums.get(&hash)) {
+            return id;
+        }
         let id = self.builder.add(&Def::Enum {
             name,
             size,
             signed,
             values: &values,
         });
-        if !name.is_empty() {
-            self.named.insert(key, id);
-        }
+        match anonymous {
+            Some(hash) => self.anonymous_enums.insert(hash, id),
+            None => self.named.insert(key, id),
+        };
         id
     }
 
@@ -551,6 +574,11 @@ impl<'d, 'a> Convert<'d, 'a> {
             notes.push(format!(
                 "DWARF: {} units are damaged; the first: {error}",
                 self.broken_units
+            ));
+        }
+        if self.too_many {
+            notes.push(format!(
+                "DWARF: there are more than {MAX_TYPES} types; the rest was left out"
             ));
         }
         if self.foreign > 0 {

@@ -11,7 +11,9 @@ typedef __builtin_va_list list_t;
 typedef unsigned long size_t;
 #define offset_of(type, member) __builtin_offsetof(struct type, member)
 typedef struct { int counter; } atomic_t;
-enum state { GONE = -1, HERE = 7 };
+enum state { GONE = -1, HERE = 7, FAR = 200, FARTHER = 40000 };
+enum { LOOSE = 1234 };
+static int loose __attribute__((used)) = LOOSE;
 enum big { HUGE_ONE = 0x10000000000ull };
 enum flags { TOP = 0xffffffffu };
 struct hidden;
@@ -172,6 +174,11 @@ fn dwarf_tells_what_the_compiler_did() {
             (types.enumerator("GONE"), types.enumerator("HERE")),
             (Some(-1), Some(7))
         );
+        assert_eq!(
+            (types.enumerator("FAR"), types.enumerator("FARTHER")),
+            (Some(200), Some(40_000))
+        );
+        assert_eq!(types.enumerator("LOOSE"), Some(1234));
         assert_eq!(types.enumerator("HUGE_ONE"), Some(1 << 40));
         assert_eq!(types.enumerator("TOP"), Some(0xffff_ffff), "{options:?}");
         // Declared first, defined later: one type.

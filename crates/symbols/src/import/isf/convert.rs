@@ -11,6 +11,8 @@ use crate::types::{Builder, Def, MemberDef, TypeId};
 
 /// How deep pointers to pointers and arrays of arrays are followed.
 const MAX_DEPTH: usize = 64;
+/// Most named types of one file. Kernels have some 15,000; one with all of Windows' would have a tenth of this.
+const MAX_TYPES: usize = 1 << 21;
 /// Longest banner that is believed. The kernel's own has some 300 bytes.
 const MAX_BANNER: usize = 4096;
 
@@ -206,19 +208,12 @@ impl Convert {
         let mention = symbol.mention.as_ref();
         let function = mention.is_some_and(|m| m.kind == "function");
         // ISF has no letters; these tell at least code from data.
-        if self
-            .symbols
-            .push(&name, address, if function { b'T' } else { b'D' })
-        {
-            self.symbol_count += 1;
-        } else {
-            self.odd(|| {
-                format!(
-                    "symbol {} is one too many, or its name is too long",
-                    name.escape_default()
-                )
-            });
+        let letter = if function { b'T' } else { b'D' };
+        if !self.symbols.push(&name, address, letter) {
+            let name = name.escape_default();
+            return self.odd(|| format!("symbol {name} is one too many, or its name is too long"));
         }
+        self.symbol_count += 1;
         if let Some(mention) = mention.filter(|m| !function && !is_void(m)) {
             let target = self.mention(mention, MAX_DEPTH);
             self.builder.add(&Def::Var {
@@ -305,6 +300,10 @@ impl Convert {
     fn by_name(&mut self, space: Space, name: &str, union: bool) -> TypeId {
         if let Some(&(id, _)) = self.named.get(&(space, name.into())) {
             return id;
+        }
+        if self.named.len() >= MAX_TYPES {
+            self.odd(|| format!("{} is one type too many", name.escape_default()));
+            return TypeId::VOID;
         }
         let id = self.builder.reserve();
         self.named
@@ -413,7 +412,7 @@ impl Convert {
         imported.build_id = self
             .metadata
             .linux
-            .and_then(|l| l.symbols.iter().find_map(|s| build_id(&s.name)));
+            .and_then(|l| l.symbols.0.iter().find_map(|s| build_id(&s.name)));
         imported.banner = self.banner;
         imported.symbols = (self.symbol_count > 0).then(|| self.symbols.finish());
         let types = self.builder.finish();

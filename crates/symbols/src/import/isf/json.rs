@@ -4,7 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use serde::Deserialize;
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::convert::Convert;
 
@@ -102,7 +102,35 @@ pub(super) struct Producer {
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Sources {
     #[serde(default)]
-    pub(super) symbols: Vec<SourceItem>,
+    pub(super) symbols: Items,
+}
+
+/// The first few items of a list.
+#[derive(Debug, Default)]
+pub(super) struct Items(pub(super) Vec<SourceItem>);
+
+impl<'de> Deserialize<'de> for Items {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct First;
+        impl<'de> Visitor<'de> for First {
+            type Value = Items;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of sources")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Items, A::Error> {
+                let mut items = Vec::new();
+                while items.len() < 16 {
+                    match list.next_element()? {
+                        Some(item) => items.push(item),
+                        None => return Ok(Items(items)),
+                    }
+                }
+                while list.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Items(items))
+            }
+        }
+        deserializer.deserialize_seq(First)
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -138,6 +166,9 @@ impl<'de> Deserialize<'de> for Number {
     }
 }
 
+/// Most members or values of one type. The largest enumerations and structs of kernels have some 2,000.
+const MAX_PAIRS: usize = 1 << 17;
+
 /// An object whose keys are names, in the order of the file.
 #[derive(Debug)]
 pub(super) struct Pairs<T>(pub(super) Vec<(String, T)>);
@@ -151,7 +182,19 @@ impl<T> Default for Pairs<T> {
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Pairs<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let mut pairs = Vec::new();
-        deserializer.deserialize_map(Each(PhantomData, |name, value| pairs.push((name, value))))?;
+        let mut left = 0usize;
+        deserializer.deserialize_map(Each(PhantomData, |name, value| {
+            if pairs.len() < MAX_PAIRS {
+                pairs.push((name, value));
+            } else {
+                left += 1;
+            }
+        }))?;
+        if left > 0 {
+            return Err(de::Error::custom(format_args!(
+                "a type has {left} members or values more than {MAX_PAIRS}"
+            )));
+        }
         Ok(Self(pairs))
     }
 }
