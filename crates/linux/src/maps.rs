@@ -10,6 +10,7 @@ use crate::layout::{Buffer, Extent, Field, Place, Spans, layout};
 use crate::listing::{Listing, Problem, address};
 use crate::structures::{maple, rbtree};
 use crate::task::layouts::{MmLayout, TaskLayout};
+use crate::task::places::{PlaceCache, PlaceReader};
 use crate::{Kernel, LinuxError};
 
 layout! {
@@ -27,6 +28,7 @@ layout! {
         rb: Option<Place> = "vm_rb",
         // Since 5.17, with CONFIG_ANON_VMA_NAME.
         anon_name: Option<Field<Gva>> = "anon_name",
+        shared: Option<Place> = "shared",
     }
 }
 
@@ -41,14 +43,6 @@ layout! {
     /// `struct vm_special_mapping`: vdso and the like.
     struct SpecialMappingLayout = "vm_special_mapping" {
         name: Field<Gva> = "name",
-    }
-}
-
-layout! {
-    /// `struct file`, as far as a mapping needs it.
-    struct MappedFileLayout = "file" {
-        inode: Field<Gva> = "f_inode",
-        path: Place = "f_path",
     }
 }
 
@@ -136,7 +130,9 @@ pub(crate) struct MapReader {
     anon_name: Option<Arc<AnonNameLayout>>,
     special: Option<Arc<SpecialMappingLayout>>,
     special_ops: Vec<Gva>,
-    file: Arc<MappedFileLayout>,
+    places: PlaceReader,
+    // Up to 6.1 the name shares its place with the links of file mappings, so that a file mapping has none.
+    named_files: bool,
     inode: Arc<MappedInodeLayout>,
     super_block: Arc<MappedSuperLayout>,
 }
@@ -157,6 +153,9 @@ impl MapReader {
         extents.extend([&vma.file, &vma.ops, &vma.private, &vma.mm].map(|f| f.extent()));
         extents.extend(vma.anon_name.map(|f| f.extent()));
         let spans = Spans::covering("vm_area_struct", kernel.release(), extents)?;
+        let named_files = vma
+            .anon_name
+            .is_some_and(|name| vma.shared.is_none_or(|s| s.offset() != name.extent().offset));
         Ok(Self {
             spans,
             vma,
@@ -167,7 +166,8 @@ impl MapReader {
                 .iter()
                 .filter_map(|name| kernel.symbol(name).ok())
                 .collect(),
-            file: kernel.layout()?,
+            places: PlaceReader::new(kernel)?,
+            named_files,
             inode: kernel.layout()?,
             super_block: kernel.layout()?,
             kernel: kernel.clone(),
@@ -232,8 +232,10 @@ impl MapReader {
             warnings: warning.into_iter().collect(),
         };
         let mut buffer = self.spans.buffer();
+        let mut cache = PlaceCache::default();
         for area in areas {
-            out.rows.push(self.row(pid, area, &bounds, &mut buffer));
+            out.rows
+                .push(self.row(pid, area, &bounds, &mut buffer, &mut cache));
         }
         if out
             .rows
@@ -246,7 +248,14 @@ impl MapReader {
         Ok(out)
     }
 
-    fn row(&self, pid: i32, area: Gva, bounds: &Bounds, buffer: &mut Buffer) -> Mapping {
+    fn row(
+        &self,
+        pid: i32,
+        area: Gva,
+        bounds: &Bounds,
+        buffer: &mut Buffer,
+        cache: &mut PlaceCache,
+    ) -> Mapping {
         let mut row = Mapping {
             pid,
             start: Gva(0),
@@ -279,7 +288,13 @@ impl MapReader {
         let file = layout.file.of(vma);
         if !file.is_null() {
             row.offset = layout.pgoff.of(vma).wrapping_mul(4096);
-            self.file(&mut row, file);
+            self.file(&mut row, file, cache);
+            // Shared anonymous memory is a file of tmpfs underneath.
+            if self.named_files
+                && let Ok(Some(name)) = self.given_name(vma)
+            {
+                row.path = Some(format!("[anon_shmem:{name}]"));
+            }
         } else {
             match self.name(vma, start, end, bounds) {
                 Ok(name) => row.path = name,
@@ -289,9 +304,9 @@ impl MapReader {
         row
     }
 
-    fn file(&self, row: &mut Mapping, file: Gva) {
+    fn file(&self, row: &mut Mapping, file: Gva, cache: &mut PlaceCache) {
         let space = self.kernel.space();
-        let inode = self.file.inode.read(space, file).and_then(|inode| {
+        let inode = self.places.shown_inode(file).and_then(|inode| {
             row.inode = self.inode.number.read(space, inode)?;
             let device = self
                 .super_block
@@ -304,6 +319,28 @@ impl MapReader {
         if let Err(error) = inode {
             row.problems.push(Problem::read("inode", &error));
         }
+        match self.places.file(file, cache) {
+            Ok(path) => {
+                row.path = Some(path.to_string());
+                row.deleted = path.deleted;
+                row.problems
+                    .extend(path.problem.map(|reason| Problem::new("path", reason)));
+            }
+            Err(error) => row.problems.push(Problem::read("path", &error)),
+        }
+    }
+
+    /// The name that prctl(PR_SET_VMA) gave to the mapping in `vma`.
+    fn given_name(&self, vma: &Buffer) -> Result<Option<String>, ReadError> {
+        let (Some(member), Some(named)) = (self.vma.anon_name, &self.anon_name) else {
+            return Ok(None);
+        };
+        let at = member.of(vma);
+        if at.is_null() {
+            return Ok(None);
+        }
+        // ANON_VMA_NAME_MAX_LEN is 80.
+        self.kernel.text(named.name.at(at), 80).map(Some)
     }
 
     /// What /proc shows in brackets for a mapping without a file (`get_vma_name` in fs/proc/task_mmu.c).
@@ -323,15 +360,8 @@ impl MapReader {
         if start <= bounds.start_stack && end >= bounds.start_stack {
             return Ok(Some("[stack]".to_owned()));
         }
-        if let (Some(member), Some(named)) = (layout.anon_name, &self.anon_name) {
-            let at = member.of(vma);
-            if !at.is_null() {
-                // ANON_VMA_NAME_MAX_LEN is 80.
-                return self
-                    .kernel
-                    .text(named.name.at(at), 80)
-                    .map(|name| Some(format!("[anon:{name}]")));
-            }
+        if let Some(name) = self.given_name(vma)? {
+            return Ok(Some(format!("[anon:{name}]")));
         }
         Ok(None)
     }
@@ -356,7 +386,7 @@ impl MapReader {
             brk: 0,
             start_stack: 0,
         };
-        let mut row = self.row(pid, gate, &bounds, buffer);
+        let mut row = self.row(pid, gate, &bounds, buffer, &mut PlaceCache::default());
         row.path = Some("[vsyscall]".to_owned());
         Some(row)
     }

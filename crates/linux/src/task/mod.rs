@@ -6,6 +6,7 @@ mod cred;
 mod ids;
 pub(crate) mod layouts;
 mod namespaces;
+pub(crate) mod places;
 mod process;
 pub(crate) mod read;
 mod sizes;

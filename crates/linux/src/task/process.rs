@@ -3,8 +3,10 @@
 use bitflags::bitflags;
 use serde::Serialize;
 use vmsight_arch::Gva;
+use vmsight_memory::ReadError;
 
 use crate::listing::{Problem, address};
+use crate::path::GuestPath;
 
 bitflags! {
     /// What to read of each process. The task's address, pid, tgid, ppid, name, state, flags and threads are always read; the rest costs
@@ -263,6 +265,22 @@ impl Process {
             task,
             mm: None,
             problems: Vec::new(),
+        }
+    }
+
+    /// A path for one of the fields, its problems noted.
+    pub(crate) fn path(&mut self, field: &'static str, path: Result<GuestPath, ReadError>) -> Option<String> {
+        match path {
+            Ok(path) => {
+                let text = path.to_string();
+                self.problems
+                    .extend(path.problem.map(|reason| Problem::new(field, reason)));
+                Some(text)
+            }
+            Err(error) => {
+                self.problem(Problem::read(field, &error));
+                None
+            }
         }
     }
 

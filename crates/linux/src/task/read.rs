@@ -11,6 +11,7 @@ use super::cred::CredReader;
 use super::ids::PidReader;
 use super::layouts::{MmLayout, SignalLayout, TaskLayout};
 use super::namespaces::{NamespaceCache, NamespaceReader};
+use super::places::{PlaceCache, PlaceReader};
 use super::process::{Process, ProcessFields};
 use super::sizes::RssReader;
 use super::state;
@@ -80,6 +81,7 @@ pub(crate) struct ProcessReader {
     pids: Option<PidReader>,
     namespaces: Option<NamespaceReader>,
     cgroups: Option<CgroupReader>,
+    places: Option<PlaceReader>,
     clock: Option<Clock>,
     budget: Budget,
     warnings: Vec<String>,
@@ -109,6 +111,7 @@ pub(crate) struct Scratch {
     mm: Buffer,
     ttys: FxHashMap<u64, String>,
     namespaces: NamespaceCache,
+    places: PlaceCache,
     memberships: FxHashMap<u64, Arc<Membership>>,
     // Session and group leaders' `struct pid`s: shared by whole families.
     pid_numbers: FxHashMap<u64, i32>,
@@ -173,6 +176,13 @@ impl ProcessReader {
             } else {
                 None
             },
+            places: if has(ProcessFields::EXE | ProcessFields::CWD) {
+                let made = PlaceReader::new(kernel);
+                made.map_err(|error| warnings.push(format!("no paths: {error}")))
+                    .ok()
+            } else {
+                None
+            },
             clock,
             budget: Budget::default(),
             warnings,
@@ -187,6 +197,7 @@ impl ProcessReader {
             mm: self.mm.as_ref().map(|m| m.spans.buffer()).unwrap_or_default(),
             ttys: FxHashMap::default(),
             namespaces: NamespaceCache::default(),
+            places: PlaceCache::default(),
             memberships: FxHashMap::default(),
             pid_numbers: FxHashMap::default(),
         }
@@ -234,6 +245,7 @@ impl ProcessReader {
         self.credentials(&mut row, scratch);
         self.namespaces(&mut row, scratch);
         self.cgroup(&mut row, scratch);
+        self.directories(&mut row, scratch);
         // Kernel threads have no memory of their own (what they borrow for a while is somebody else's).
         if !mm.is_null() && !row.kernel_thread {
             self.memory(&mut row, mm, scratch);
@@ -430,6 +442,28 @@ impl ProcessReader {
         }
     }
 
+    fn directories(&self, row: &mut Process, scratch: &mut Scratch) {
+        let (Some(places), true) = (&self.places, self.has(ProcessFields::CWD)) else {
+            return;
+        };
+        let fs = self.task.fs.of(&scratch.task);
+        // A zombie has given it back.
+        if !fs.is_null() {
+            row.cwd = row.path("cwd", places.cwd(fs, &mut scratch.places));
+            row.root = row.path("root", places.root(fs, &mut scratch.places));
+        }
+    }
+
+    fn executable(&self, row: &mut Process, scratch: &mut Scratch) {
+        let (Some(places), Some(mm), true) = (&self.places, &self.mm, self.has(ProcessFields::EXE)) else {
+            return;
+        };
+        let file = mm.layout.exe_file.map_or(Gva(0), |member| member.of(&scratch.mm));
+        if !file.is_null() {
+            row.exe = row.path("exe", places.file(file, &mut scratch.places));
+        }
+    }
+
     fn memory(&self, row: &mut Process, address: Gva, scratch: &mut Scratch) {
         let Some(reader) = &self.mm else { return };
         let space = self.kernel.space();
@@ -452,6 +486,7 @@ impl ProcessReader {
                 Err(error) => row.problem(Problem::read("vm_rss_kb", &error)),
             }
         }
+        self.executable(row, scratch);
         if self.has(ProcessFields::CMDLINE | ProcessFields::ENVIRON) {
             self.strings(row, scratch);
         }
