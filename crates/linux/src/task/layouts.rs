@@ -41,6 +41,15 @@ layout! {
         cpu: Option<Field<u32>> = "thread_info.cpu" | "cpu",
         on_cpu: Option<Field<u32>> = "on_cpu",
         stack: Field<Gva> = "stack",
+        // Since 5.17: what kinds of tasks of the kernel's own keep about themselves.
+        worker_private: Option<Field<Gva>> = "worker_private",
+    }
+}
+
+layout! {
+    /// `struct kthread`: what a kernel thread keeps about itself.
+    pub(crate) struct KthreadLayout = "kthread" {
+        full_name: Option<Field<Gva>> = "full_name",
     }
 }
 

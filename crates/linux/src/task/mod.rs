@@ -5,6 +5,7 @@ mod container;
 mod cred;
 mod ids;
 pub(crate) mod layouts;
+mod names;
 mod namespaces;
 pub(crate) mod places;
 mod process;

@@ -63,7 +63,7 @@ pub struct Process {
     pub ns_pid: Option<i32>,
     /// Pids from the root namespace down to its own: the NSpid line of /proc/PID/status.
     pub ns_pids: Option<Vec<i32>>,
-    /// `comm`, at most 15 bytes.
+    /// `comm`, at most 15 bytes; of kernel threads the whole name, which may be longer (5.17 on).
     pub name: String,
     /// The letter that ps shows: R running, S sleeping, D uninterruptible, T stopped, t traced, X dead, Z zombie, P parked, I idle.
     pub state: char,

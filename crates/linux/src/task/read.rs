@@ -10,6 +10,7 @@ use super::cgroup::{CgroupReader, Membership};
 use super::cred::CredReader;
 use super::ids::PidReader;
 use super::layouts::{MmLayout, SignalLayout, TaskLayout};
+use super::names::KthreadNames;
 use super::namespaces::{NamespaceCache, NamespaceReader};
 use super::places::{PlaceCache, PlaceReader};
 use super::process::{Process, ProcessFields};
@@ -74,6 +75,7 @@ pub(crate) struct ProcessReader {
     fields: ProcessFields,
     task: Arc<TaskLayout>,
     task_spans: Spans,
+    names: KthreadNames,
     signal: Option<SignalReader>,
     cred: Option<CredReader>,
     mm: Option<MmReader>,
@@ -121,7 +123,10 @@ impl ProcessReader {
     pub(crate) fn new(kernel: &Kernel, fields: ProcessFields) -> Result<Self, LinuxError> {
         let has = |wanted: ProcessFields| fields.intersects(wanted);
         let task: Arc<TaskLayout> = kernel.layout()?;
-        let task_spans = Spans::covering("task_struct", kernel.release(), task_extents(&task, fields))?;
+        let names = KthreadNames::new(kernel, &task);
+        let mut extents = task_extents(&task, fields);
+        extents.extend(names.extent());
+        let task_spans = Spans::covering("task_struct", kernel.release(), extents)?;
         let needs_signal = has(ProcessFields::SIGNAL | ProcessFields::TIMES);
         let needs_mm =
             has(ProcessFields::MEMORY | ProcessFields::CMDLINE | ProcessFields::ENVIRON | ProcessFields::EXE);
@@ -147,6 +152,7 @@ impl ProcessReader {
             fields,
             task,
             task_spans,
+            names,
             signal: if needs_signal {
                 Some(SignalReader::new(kernel)?)
             } else {
@@ -230,6 +236,9 @@ impl ProcessReader {
         row.name = crate::text::guest_array_text(layout.comm.of(task));
         let flags = layout.flags.of(task);
         row.kernel_thread = flags & state::PF_KTHREAD != 0;
+        if let Some(name) = self.names.full_name(&self.kernel, flags, task) {
+            row.name = name;
+        }
         row.state = state::letter(layout.state.of(task), layout.exit_state.of(task));
         let mm = layout.mm.of(task);
         row.mm = (!mm.is_null()).then_some(mm);

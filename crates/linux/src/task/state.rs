@@ -1,5 +1,7 @@
 //! What the numbers in a task say: state, scheduling policy, flags.
 
+/// PF_WQ_WORKER: a kernel thread that serves work queues. The value is the same from 2.6.36 on.
+pub(crate) const PF_WQ_WORKER: u32 = 0x20;
 /// PF_KTHREAD: a thread of the kernel's own. The value is the same from 2.6.27 on (include/linux/sched.h).
 pub(crate) const PF_KTHREAD: u32 = 0x20_0000;
 /// Bit 0 of `task_struct.atomic_flags`: PFA_NO_NEW_PRIVS.

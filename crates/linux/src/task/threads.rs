@@ -6,6 +6,7 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 
 use super::layouts::{SignalLayout, TaskLayout};
+use super::names::KthreadNames;
 use super::read::TICK;
 use super::state;
 use super::times::{self, MAX_THREADS, Times};
@@ -23,7 +24,7 @@ pub struct Thread {
     pub tid: i32,
     /// The process it belongs to.
     pub pid: i32,
-    /// `comm` of this very thread.
+    /// `comm` of this very thread; of kernel threads the whole name (5.17 on).
     pub name: String,
     /// The letter that ps shows.
     pub state: char,
@@ -63,6 +64,7 @@ struct ThreadReader {
     task: Arc<TaskLayout>,
     signal: Arc<SignalLayout>,
     spans: Spans,
+    names: KthreadNames,
     clock: Option<Clock>,
 }
 
@@ -110,12 +112,15 @@ impl ThreadReader {
             task.runtime.extent(),
             task.stack.extent(),
         ];
+        let names = KthreadNames::new(kernel, &task);
+        extents.extend(names.extent());
         extents.extend([task.cpu, task.on_cpu].into_iter().flatten().map(|f| f.extent()));
         Ok(Self {
             kernel: kernel.clone(),
             spans: Spans::covering("task_struct", kernel.release(), extents)?,
             signal: kernel.layout()?,
             clock: Clock::read(kernel).ok(),
+            names,
             task,
         })
     }
@@ -180,6 +185,9 @@ impl ThreadReader {
         row.name = crate::text::guest_array_text(layout.comm.of(task));
         row.state = state::letter(layout.state.of(task), layout.exit_state.of(task));
         row.kernel_thread = layout.flags.of(task) & state::PF_KTHREAD != 0;
+        if let Some(name) = self.names.full_name(&self.kernel, layout.flags.of(task), task) {
+            row.name = name;
+        }
         row.cpu = layout.cpu.map(|cpu| cpu.of(task));
         row.running = layout.on_cpu.map(|on| on.of(task) != 0);
         row.nice = layout.static_prio.of(task).wrapping_sub(120);
