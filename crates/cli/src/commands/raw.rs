@@ -87,7 +87,7 @@ pub(crate) struct Read {
     /// Read an object of this kernel type
     #[arg(long = "type", value_name = "TYPE")]
     type_name: Option<String>,
-    /// Only these members of the type (a.b.c, a[3])
+    /// Only these members of the type (a.b.c, `a[3]`)
     #[arg(long, value_name = "MEMBER,…", value_delimiter = ',', requires = "type_name")]
     fields: Vec<String>,
 }
