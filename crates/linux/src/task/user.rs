@@ -44,7 +44,13 @@ impl Kernel {
     /// With page-table isolation the kernel's half of the pair is meant, which maps user memory too.
     pub(crate) fn user_space(&self, pgd: Gva) -> Result<AddressSpace, PageFault> {
         let gpa = self.space().translate(pgd)?.gpa;
-        Ok(self.space().with_dtb(Dtb(gpa.0 & !0xfff)))
+        // One slot: what is read lies in a page or two, and making more would cost more than the walks that they save.
+        Ok(AddressSpace::with_slots(
+            self.memory().clone(),
+            self.space().mode(),
+            Dtb(gpa.0 & !0xfff),
+            0,
+        ))
     }
 }
 
