@@ -6,6 +6,7 @@ pub mod log;
 pub mod modules;
 pub mod mounts;
 pub mod net;
+pub mod processes;
 
 use std::fmt::{self, Debug, Display};
 
@@ -66,6 +67,11 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("sockets", 380, net::sockets),
     ("UNIX sockets", 100, net::unix),
     ("interfaces", 80, net::interfaces),
+    ("processes", 2000, processes::processes),
+    ("threads", 300, processes::threads),
+    ("mappings", 4000, processes::maps),
+    ("control groups", 1, processes::cgroups),
+    ("info", 10, processes::info),
 ];
 
 /// Makes all comparisons and gives the differences, each with what it is about; none for a vmsight that sees all as it is.
