@@ -351,7 +351,7 @@ fn a_kernel_without_data_symbols_has_those_that_it_exports() {
         }
         assert_eq!(symbols.address("_text"), Some(LINK));
         assert!(
-            l.profile.warnings[0].contains("203 that it exports"),
+            l.profile.warnings[0].contains("205 that it exports"),
             "{:?}",
             l.profile.warnings
         );

@@ -108,14 +108,16 @@ impl Table<'_> {
             return None;
         }
         let name_at = usize::try_from(relative(at + 4)?).ok()?;
-        // Strings follow one another, so one that begins a name has a NUL before it.
-        if self.section.bytes.get(name_at.checked_sub(1)?)? != &0 {
-            return None;
-        }
         let rest = self.section.bytes.get(name_at..)?;
         let rest = rest.get(..rest.len().min(MAX_NAME + 1))?;
         let name = rest.get(..memchr::memchr(0, rest)?)?;
-        let plain = !name.is_empty() && name.iter().all(u8::is_ascii_graphic);
+        // The linker lets a name that another ends with share its bytes, so what stands before it says nothing.
+        let plain = name
+            .first()
+            .is_some_and(|b| b.is_ascii_alphabetic() || *b == b'_')
+            && name
+                .iter()
+                .all(|b| b.is_ascii_alphanumeric() || b"_.$".contains(b));
         let name = plain.then(|| String::from_utf8_lossy(name).into_owned())?;
         Some(Export { name, address })
     }

@@ -1,9 +1,10 @@
 //! Which kernel it is: the banner and the build-id in its read-only data.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
 use memchr::memmem;
-use rayon::prelude::*;
 use vmsight_arch::Gpa;
-use vmsight_memory::GuestMemory;
+use vmsight_memory::{GuestMemory, ScanOptions};
 
 use super::bytes::ImageBytes;
 
@@ -131,28 +132,20 @@ pub(crate) fn find_build_id(bytes: &[u8]) -> Option<(usize, Vec<u8>)> {
 
 /// A few banners from wherever in memory they are, to tell what may be there when nothing can be proven.
 pub(super) fn banners_anywhere(memory: &GuestMemory) -> Vec<(Gpa, String)> {
-    const PIECE: u64 = 1 << 20;
     const MOST: usize = 3;
-    let pieces: Vec<(u64, u64)> = memory
-        .regions()
-        .iter()
-        .flat_map(|r| {
-            let end = r.start.0.saturating_add(r.len);
-            (r.start.0..end)
-                .step_by(PIECE as usize)
-                .map(move |s| (s, PIECE.min(end - s)))
-        })
-        .collect();
-    let mut found: Vec<(Gpa, String)> = pieces
-        .into_par_iter()
-        .filter_map(|(start, len)| {
-            let mut bytes = vec![0; len as usize];
-            memory.read(Gpa(start), &mut bytes).ok()?;
-            let (at, banner) = find_banner(&bytes)?;
-            Some((Gpa(start + at as u64), banner))
-        })
-        .take_any(MOST)
-        .collect();
-    found.sort();
+    let options = ScanOptions {
+        overlap: BANNER_MAX as usize,
+        ..ScanOptions::default()
+    };
+    let (stop, count) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let scan = memory.scan(&options, &stop, |chunk, bytes| {
+        let found = find_banner(bytes).map(|(at, banner)| (chunk.gpa.wrapping_add(at as u64), banner));
+        if found.is_some() && count.fetch_add(1, Ordering::Relaxed) + 1 >= MOST {
+            stop.store(true, Ordering::Relaxed);
+        }
+        found.into_iter().collect()
+    });
+    let mut found = scan.found;
+    found.truncate(MOST);
     found
 }

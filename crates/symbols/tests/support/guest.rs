@@ -185,6 +185,8 @@ pub fn exported(k: &Kernel) -> Vec<(String, u64)> {
         .collect();
     all.push(("init_task".to_owned(), k.text + DATA + 0x2_0000));
     all.push(("phys_base".to_owned(), k.text + DATA + 0x2_1000));
+    all.push(("task".to_owned(), k.text + DATA + 0x2_2000));
+    all.push(("d_100".to_owned(), k.text + DATA + 0x2_3000));
     all.push(("this_cpu_off".to_owned(), 0x30000));
     all.sort();
     all
@@ -262,17 +264,31 @@ impl Ram {
     fn install_exports(&mut self, k: &Kernel, stride: u64) {
         let strings = KSYMTAB + 0x8000;
         let mut end = strings;
+        let mut placed: Vec<(String, u64)> = Vec::new();
+        let mut all = exported(k);
+        // Names that another ends with have no string of their own.
+        all.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
+        for (name, _) in all {
+            let shared = placed.iter().find(|(other, _)| other.ends_with(&name));
+            match shared.map(|(other, at)| at + (other.len() - name.len()) as u64) {
+                Some(at) => placed.push((name, at)),
+                None => {
+                    self.put(k.phys + end, &[name.as_bytes(), b"\0"].concat());
+                    placed.push((name.clone(), end));
+                    end += name.len() as u64 + 1;
+                }
+            }
+        }
         for (i, (name, address)) in exported(k).into_iter().enumerate() {
             let at = KSYMTAB + i as u64 * stride;
             // Each field counts from its own place.
             let relative = |to: u64, field: u64| (to.wrapping_sub(k.text + at + field) as u32).to_le_bytes();
             self.put(k.phys + at, &relative(address, 0));
-            self.put(k.phys + at + 4, &relative(k.text + end, 4));
+            let string = placed.iter().find(|(n, _)| *n == name).unwrap().1;
+            self.put(k.phys + at + 4, &relative(k.text + string, 4));
             if stride == 12 {
                 self.put(k.phys + at + 8, &relative(k.text + strings - 1, 8));
             }
-            self.put(k.phys + end, &[name.as_bytes(), b"\0"].concat());
-            end += name.len() as u64 + 1;
         }
     }
 

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Registers};
-use vmsight_memory::GuestMemory;
+use vmsight_memory::{Chunk, GuestMemory, ReadOp, ScanOptions};
 
 use super::entry::{Entry, last_entries, read_table};
 use super::is_level3;
@@ -61,35 +61,58 @@ pub(in crate::kernel) fn by_registers(memory: &GuestMemory, registers: &[Registe
     found
 }
 
-/// By what it looks like, in all of memory: the last 64 bytes of each page are read. In parallel.
+/// By what it looks like, in all of memory that was ever written: the last 64 bytes of each page are read. In parallel.
 pub(in crate::kernel) fn by_scan(memory: &GuestMemory) -> Vec<Gpa> {
-    // Pieces small enough to share out among threads, large enough that sharing costs nothing.
-    let pieces: Vec<(u64, u64)> = memory
-        .regions()
-        .iter()
-        .flat_map(|r| {
-            let start = r.start.0.next_multiple_of(PAGE);
-            let end = r.start.0.saturating_add(r.len);
-            (start..end)
-                .step_by(4 * MIB as usize)
-                .map(move |s| (s, end.min(s.saturating_add(4 * MIB))))
-        })
-        .collect();
-    pieces
-        .into_par_iter()
-        .flat_map_iter(|(start, end)| {
-            (start..end).step_by(PAGE as usize).map(Gpa).filter(|&page| {
-                let mut tail = [0; 64];
-                let at = Gpa(page.0.wrapping_add(PAGE - 64));
-                memory.read(at, &mut tail).is_ok() && tail_fits(&tail, page)
-            })
+    let chunks = memory.chunks(&ScanOptions::default()).par_bridge();
+    let mut found: Vec<Gpa> = chunks
+        .flat_map_iter(|chunk| {
+            let found = likely(memory, &chunk);
+            memory.release(&chunk);
+            found
         })
         .filter(|&page| read_table(memory, page).is_some_and(|t| is_level3(&t)))
-        .collect()
+        .collect();
+    found.sort_unstable();
+    found
 }
 
+/// The pages of a chunk whose end looks right.
+fn likely(memory: &GuestMemory, chunk: &Chunk) -> Vec<Gpa> {
+    let end = chunk.gpa.0.saturating_add(chunk.len as u64);
+    let first = chunk.gpa.0.next_multiple_of(PAGE);
+    let pages: Vec<Gpa> = (first..end)
+        .step_by(PAGE as usize)
+        .take_while(|p| p + PAGE <= end)
+        .map(Gpa)
+        .collect();
+    if let Some(bytes) = memory.frozen(chunk.gpa, chunk.len) {
+        let tail = |page: Gpa| {
+            let at = (page.0 - chunk.gpa.0 + PAGE - TAIL as u64) as usize;
+            bytes.get(at..at + TAIL)?.try_into().ok()
+        };
+        return pages
+            .into_iter()
+            .filter(|&p| tail(p).is_some_and(|t| tail_fits(&t, p)))
+            .collect();
+    }
+    let mut tails = vec![[0; TAIL]; pages.len()];
+    let mut ops: Vec<ReadOp<'_>> = pages
+        .iter()
+        .zip(&mut tails)
+        .map(|(p, t)| ReadOp::new(p.wrapping_add(PAGE - TAIL as u64), t))
+        .collect();
+    memory.read_batch(&mut ops);
+    let read: Vec<bool> = ops.iter().map(|op| op.result.is_ok()).collect();
+    let fits =
+        |((page, tail), read): ((Gpa, [u8; TAIL]), bool)| (read && tail_fits(&tail, page)).then_some(page);
+    pages.into_iter().zip(tails).zip(read).filter_map(fits).collect()
+}
+
+/// One cache line.
+const TAIL: usize = 64;
+
 /// Entries 504 to 511 of `level3_kernel_pgt`: nothing, and then two tables of the same image.
-fn tail_fits(tail: &[u8; 64], page: Gpa) -> bool {
+fn tail_fits(tail: &[u8; TAIL], page: Gpa) -> bool {
     let entry = |i: usize| {
         let bytes = tail.get(8 * i..8 * i + 8).and_then(|b| b.try_into().ok());
         Entry(bytes.map_or(0, u64::from_le_bytes))
