@@ -506,7 +506,7 @@ impl ProcessReader {
             return;
         };
         let mm = &scratch.mm;
-        let space = match self.kernel.user_space(layout.pgd.of(mm)) {
+        let space = match self.kernel.user_memory(layout.pgd.of(mm)) {
             Ok(space) => space,
             Err(error) => {
                 row.problem(Problem::new(

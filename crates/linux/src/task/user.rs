@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vmsight_arch::paging::PageFault;
+use vmsight_arch::paging::{self, PageFault, PagingMode};
 use vmsight_arch::{Dtb, Gva};
-use vmsight_memory::AddressSpace;
+use vmsight_memory::{AddressSpace, GuestMemory, ReadCause, ReadError};
 
 use super::layouts::{MmLayout, TaskLayout};
 use crate::layout::Buffer;
@@ -16,7 +16,7 @@ use crate::{Kernel, LinuxError};
 pub(crate) const MAX_STRINGS: u64 = 2 << 20;
 
 /// How many bytes of arguments and environment one listing may hold: a hostile guest can have 4 Mi processes with 2 MiB each.
-const LISTING_BUDGET: usize = 256 << 20;
+const LISTING_BUDGET: usize = 64 << 20;
 
 /// What is left of a listing's allowance for strings, shared by the threads that make its rows.
 #[derive(Debug)]
@@ -38,19 +38,51 @@ impl Budget {
     }
 }
 
+/// One look into a process's memory. Unlike an [`AddressSpace`] it owns nothing and remembers no walk: what a listing reads of each
+/// process lies in a page or two, and making a cache for it would cost more than the walks that it saves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct UserMemory<'k> {
+    memory: &'k GuestMemory,
+    mode: PagingMode,
+    dtb: Dtb,
+}
+
+impl UserMemory<'_> {
+    /// Reads `buf.len()` bytes at `gva`.
+    pub(crate) fn read(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
+        let mut at = gva;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let fail = |cause| ReadError { gva: at, cause };
+            let step = (4096 - at.page_offset()).min(rest.len());
+            let (piece, after) = rest.split_at_mut(step);
+            let found = paging::walk(self.mode, self.memory, self.dtb, at)
+                .map_err(|fault| fail(ReadCause::Fault(Box::new(fault))))?;
+            self.memory
+                .read(found.gpa, piece)
+                .map_err(|error| fail(ReadCause::Memory(error)))?;
+            at = at.wrapping_add(step as u64);
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
 impl Kernel {
-    /// The address space whose top-level page table the kernel maps at `pgd` (`mm_struct.pgd`).
+    /// The root of the page tables that the kernel maps at `pgd` (`mm_struct.pgd`).
     ///
     /// With page-table isolation the kernel's half of the pair is meant, which maps user memory too.
-    pub(crate) fn user_space(&self, pgd: Gva) -> Result<AddressSpace, PageFault> {
-        let gpa = self.space().translate(pgd)?.gpa;
-        // One slot: what is read lies in a page or two, and making more would cost more than the walks that they save.
-        Ok(AddressSpace::with_slots(
-            self.memory().clone(),
-            self.space().mode(),
-            Dtb(gpa.0 & !0xfff),
-            0,
-        ))
+    fn user_root(&self, pgd: Gva) -> Result<Dtb, PageFault> {
+        Ok(Dtb(self.space().translate(pgd)?.gpa.0 & !0xfff))
+    }
+
+    /// A look into the memory below `pgd`.
+    pub(crate) fn user_memory(&self, pgd: Gva) -> Result<UserMemory<'_>, PageFault> {
+        Ok(UserMemory {
+            memory: self.memory(),
+            mode: self.space().mode(),
+            dtb: self.user_root(pgd)?,
+        })
     }
 }
 
@@ -74,11 +106,11 @@ impl Kernel {
         let pgd = self
             .pointer(mm.wrapping_add(pgd))
             .map_err(LinuxError::read("mm_struct.pgd", mm))?;
-        let space = self.user_space(pgd).map_err(|fault| LinuxError::Implausible {
+        let root = self.user_root(pgd).map_err(|fault| LinuxError::Implausible {
             what: format!("the page tables of process {pid}"),
             reason: fault.to_string(),
         })?;
-        Ok(Some(space))
+        Ok(Some(self.space().with_dtb(root)))
     }
 }
 
@@ -100,7 +132,7 @@ impl Strings {
 
 /// Reads `start..end`. What follows an unreadable page is left out and said.
 pub(crate) fn strings(
-    space: &AddressSpace,
+    space: &UserMemory<'_>,
     start: u64,
     end: u64,
     field: &'static str,
@@ -165,7 +197,12 @@ pub(crate) fn strings(
 ///
 /// A process may write a title of its own over its arguments, and on over its environment (setproctitle). The kernel takes it for one
 /// when the byte before `arg_end` is not NUL, and then shows the text up to the first NUL (`get_mm_cmdline` in fs/proc/base.c).
-pub(crate) fn command_line(space: &AddressSpace, mm: &MmLayout, buffer: &Buffer, budget: &Budget) -> Strings {
+pub(crate) fn command_line(
+    space: &UserMemory<'_>,
+    mm: &MmLayout,
+    buffer: &Buffer,
+    budget: &Budget,
+) -> Strings {
     let (start, end) = (mm.arg_start.of(buffer), mm.arg_end.of(buffer));
     let (env_start, env_end) = (mm.env_start.of(buffer), mm.env_end.of(buffer));
     let mut read = strings(space, start, end, "cmdline", budget);
