@@ -161,9 +161,49 @@ pub const STRUCTS: &[(&str, u64, Members)] = &[
         ],
     ),
     ("tty_struct", 696, &[("name", 360, 64)]),
-    ("file", 232, &[("f_path", 16, 16), ("f_inode", 32, 8)]),
-    ("inode", 600, &[("i_sb", 40, 8), ("i_ino", 64, 8)]),
-    ("super_block", 1408, &[("s_dev", 16, 4)]),
+    (
+        "file",
+        232,
+        &[("f_path", 16, 16), ("f_inode", 32, 8), ("f_mode", 44, 4)],
+    ),
+    (
+        "inode",
+        600,
+        &[("i_sb", 40, 8), ("i_ino", 64, 8), ("i_private", 584, 8)],
+    ),
+    ("super_block", 1408, &[("s_dev", 16, 4), ("s_type", 40, 8)]),
+    ("file_system_type", 72, &[("name", 0, 8)]),
+    ("path", 16, &[("mnt", 0, 8), ("dentry", 8, 8)]),
+    ("fs_struct", 56, &[("root", 24, 16), ("pwd", 40, 16)]),
+    (
+        "dentry",
+        192,
+        &[
+            ("d_hash.pprev", 16, 8),
+            ("d_parent", 24, 8),
+            ("d_name.len", 36, 4),
+            ("d_name.name", 40, 8),
+            ("d_inode", 48, 8),
+            ("d_iname", 56, 32),
+            ("d_op", 96, 8),
+            ("d_sb", 104, 8),
+            ("d_fsdata", 120, 8),
+        ],
+    ),
+    ("dentry_operations", 128, &[("d_dname", 64, 8)]),
+    (
+        "mount",
+        328,
+        &[
+            ("mnt_parent", 16, 8),
+            ("mnt_mountpoint", 24, 8),
+            ("mnt.mnt_root", 32, 8),
+            ("mnt.mnt_sb", 40, 8),
+            ("mnt_ns", 224, 8),
+        ],
+    ),
+    ("ns_common", 24, &[("ops", 8, 8)]),
+    ("proc_ns_operations", 56, &[("name", 0, 8)]),
 ];
 
 /// Offset of a member in [`STRUCTS`].
