@@ -14,6 +14,7 @@ use vmsight_workload::{Truth, frame};
 
 use crate::cache::Lock;
 use crate::flat;
+use crate::folder::Folder;
 use crate::initramfs;
 use crate::qmp::Qmp;
 use crate::spec::{Memory, Spec};
@@ -59,15 +60,15 @@ impl Guest {
         }
         let kernel = spec.kernel.fetch()?;
         let initramfs = initramfs::build(&kernel)?;
-        let folder = Folder::make(keep)?;
+        let folder = Folder::make(spec.memory_mib, keep)?;
         let _place = Lock::wait_for_place("boot", BOOTING)?;
         let started = Instant::now();
-        let mut process = Process::start(spec, &kernel.vmlinuz(), &initramfs, &folder.path, keep)?;
-        let truth = wait(&mut process, &folder.path).with_context(|| {
+        let mut process = Process::start(spec, &kernel.vmlinuz(), &initramfs, folder.path(), keep)?;
+        let truth = wait(&mut process, folder.path()).with_context(|| {
             format!(
                 "guest {spec} ({}) did not come up; its console says:\n{}",
                 kernel.package,
-                tail(&folder.path)
+                tail(folder.path())
             )
         })?;
         Ok(Guest {
@@ -101,17 +102,17 @@ impl Guest {
 
     /// A folder for things that shall go away with the guest.
     pub fn folder(&self) -> &Path {
-        &self.folder.path
+        self.folder.path()
     }
 
     /// Its QMP socket, if it has one. QEMU serves one client at a time.
     pub fn qmp_path(&self) -> Option<PathBuf> {
-        self.spec.qmp.then(|| self.folder.path.join("qmp"))
+        self.spec.qmp.then(|| self.folder.path().join("qmp"))
     }
 
     /// The file that holds its memory, if it is in one.
     pub fn memory_path(&self) -> Option<PathBuf> {
-        (self.spec.memory == Memory::File).then(|| self.folder.path.join("memory"))
+        (self.spec.memory == Memory::File).then(|| self.folder.path().join("memory"))
     }
 
     /// The kernel image it runs.
@@ -121,7 +122,7 @@ impl Guest {
 
     /// What it wrote on its console so far.
     pub fn console(&self) -> String {
-        console(&self.folder.path)
+        console(self.folder.path())
     }
 
     /// Connects to its QMP socket.
@@ -173,41 +174,6 @@ impl Guest {
     /// Ends it and waits until it is gone.
     pub fn stop(mut self) -> Result<()> {
         self.process.end()
-    }
-}
-
-/// The guest's own folder: sockets, logs, memory.
-#[derive(Debug)]
-struct Folder {
-    path: PathBuf,
-    /// Removes it; none for guests that outlive us.
-    _guard: Option<tempfile::TempDir>,
-}
-
-impl Folder {
-    fn make(keep: bool) -> Result<Folder> {
-        // Memory-backed where there is such a place: the guest's memory is in it. Its path is short, as socket paths
-        // must be.
-        let top = Path::new("/dev/shm");
-        let top = if top.is_dir() {
-            top.to_path_buf()
-        } else {
-            std::env::temp_dir()
-        };
-        let guard = tempfile::Builder::new()
-            .prefix("vmsight-lab-")
-            .tempdir_in(&top)
-            .with_context(|| format!("make a folder in {}", top.display()))?;
-        if keep {
-            return Ok(Folder {
-                path: guard.keep(),
-                _guard: None,
-            });
-        }
-        Ok(Folder {
-            path: guard.path().to_path_buf(),
-            _guard: Some(guard),
-        })
     }
 }
 

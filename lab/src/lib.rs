@@ -16,6 +16,7 @@ pub mod cache;
 pub mod compare;
 pub mod cpio;
 mod flat;
+mod folder;
 pub mod guest;
 pub mod initramfs;
 pub mod kernel;
