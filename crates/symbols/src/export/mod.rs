@@ -3,6 +3,11 @@
 //! The form is ISF 6.2.0 (`volatility3/schemas/schema-6.2.0.json`), with the conventions of dwarf2json that plugins
 //! rely on: typedefs are resolved, anonymous structs and unions are named and marked, symbols of unknown type are
 //! `void`, and `linux_banner` carries its text so that the table can be matched to a dump.
+//!
+//! With volatility3 2.28 all Linux plugins run on such tables but these: `hidden_modules`, which takes tables of no producer but
+//! dwarf2json; `kallsyms` and `pscallstack` before Linux 6.15 or so, whose kallsyms does not list its own tables. Kernels
+//! newer than volatility3 knows are exported all the same; what it makes of them is its own affair (Linux 7.2: all of
+//! pslist, lsof, sockstat and bash, but not lsmod, which looks for `taint_flag.module`).
 
 mod describe;
 mod globals;

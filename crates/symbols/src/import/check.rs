@@ -44,8 +44,8 @@ pub enum Checked {
 /// A file of another kernel.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
-    "{path} belongs to another kernel, by its {by}:\n  the file:   {file}\n  the target: {target}\n\
-     give the file of the kernel that runs, or none to read symbols out of the target's memory"
+    "{path} belongs to another kernel, by its {by}: the file has {file}, the target {target}; give the file of the \
+     kernel that runs, or none, to have symbols read out of the target's memory"
 )]
 pub struct WrongFile {
     /// The file.

@@ -183,7 +183,7 @@ fn what_is_exported_is_imported() {
         assert_eq!(imported.kind, FileKind::Isf);
         assert_eq!(imported.banner.as_deref(), Some(BANNER));
         assert_eq!(imported.build_id, profile.build_id);
-        assert_eq!(imported.notes, ["1 types are mentioned, but not described"]);
+        assert!(imported.notes.is_empty(), "{:?}", imported.notes);
         assert_eq!(imported.check(&(&profile).into()), Ok(Checked::BuildId));
         let symbols = imported.symbols.unwrap();
         for name in ["_text", "schedule", "linux_banner", "init_task", "modules"] {

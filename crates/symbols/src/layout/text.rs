@@ -109,6 +109,11 @@ impl Display for Amount {
             (1, 0) => f.write_str("1 byte"),
             (bytes, 0) => write!(f, "{bytes} bytes"),
             (0, 1) => f.write_str("1 bit"),
+            (bytes @ 2.., bits) => write!(
+                f,
+                "{bytes} bytes and {bits} {}",
+                if bits == 1 { "bit" } else { "bits" }
+            ),
             _ => write!(f, "{} bits", self.0),
         }
     }

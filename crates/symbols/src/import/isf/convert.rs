@@ -392,11 +392,11 @@ impl Convert {
             );
         }
         let mut imported = Imported::nothing(path, KIND);
-        if incomplete > 0 {
-            imported
-                .notes
-                .push(format!("{incomplete} types are mentioned, but not described"));
-        }
+        // Nothing odd: C code mentions structs that only one source file, or a module, knows the inside of.
+        tracing::debug!(
+            "{}: {incomplete} types are mentioned, but not described",
+            path.display()
+        );
         if let Some(first) = self.first_odd {
             imported.notes.push(format!(
                 "{} entries make no sense and were left out; the first: {first}",
