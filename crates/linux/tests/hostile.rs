@@ -454,3 +454,85 @@ fn a_missing_member_is_named_with_the_release() {
         "{error}"
     );
 }
+
+/// A guest whose `btf_idr` has the root `head`, made by `build`; the types of module "probe" in it.
+fn module_types_of(
+    build: impl FnOnce(&mut Guest, u64) -> u64,
+) -> Result<vmsight_symbols::Types, vmsight_linux::LinuxError> {
+    let (mut guest, _) = three();
+    let base = guest.kernel().types().clone();
+    let mut types = vmsight_symbols::types::Builder::over(&base).unwrap();
+    types.add(&vmsight_symbols::types::Def::Struct {
+        name: "probe_state",
+        size: 24,
+        members: &[],
+    });
+    let blob = types.into_bytes().unwrap();
+    let data = guest.space(blob.len() as u64, 8);
+    guest.put_bytes(data, &blob);
+    let btf = guest.alloc("btf");
+    guest.set(btf, "btf", "data", data);
+    guest.set(btf, "btf", "data_size", blob.len() as u64);
+    guest.set(btf, "btf", "kernel_btf", 1);
+    guest.put_bytes(btf + offset("btf", "name"), b"probe\0");
+    let idr = guest.alloc("idr");
+    guest.symbol("btf_idr", idr);
+    let head = build(&mut guest, btf);
+    guest.put(idr + offset("idr", "idr_rt.xa_head"), head);
+    let start = Instant::now();
+    let found = guest.kernel().module_types("probe");
+    assert!(start.elapsed() < Duration::from_secs(20));
+    found
+}
+
+fn xa_node(guest: &mut Guest, shift: u64, slots: &[(u64, u64)]) -> u64 {
+    let node = guest.alloc("xa_node");
+    guest.set(node, "xa_node", "shift", shift);
+    for (slot, value) in slots {
+        guest.put(node + offset("xa_node", "slots") + slot * 8, *value);
+    }
+    node | 2
+}
+
+#[test]
+fn the_types_of_a_module_are_found_in_a_tree_of_any_depth() {
+    let flat = module_types_of(|_, btf| btf).unwrap();
+    let types = flat.find_struct("probe_state").unwrap();
+    assert_eq!(flat.size_of(types), Some(24));
+    assert!(
+        flat.find_struct("task_struct").is_some(),
+        "the kernel's own types are below"
+    );
+    let deep = module_types_of(|guest, btf| {
+        // A value entry, a sibling entry and another module's slot in between stand for nothing.
+        let leaf = xa_node(guest, 0, &[(0, 3), (5, 6), (63, btf)]);
+        let inner = xa_node(guest, 6, &[(1, leaf)]);
+        xa_node(guest, 12, &[(2, inner)])
+    });
+    assert!(deep.unwrap().find_struct("probe_state").is_some());
+}
+
+#[test]
+fn xarrays_that_lie_are_cut() {
+    let own_child = module_types_of(|guest, _| {
+        let node = xa_node(guest, 6, &[]);
+        guest.put((node - 2) + offset("xa_node", "slots"), node);
+        node
+    });
+    assert!(own_child.unwrap_err().to_string().contains("cut"));
+    for head in [
+        u64::MAX - 1,
+        0xdead_0000_0000_0102,
+        DIRECT_MAP + (1 << 29) + 2,
+        6,
+        1,
+        0,
+    ] {
+        assert!(module_types_of(|_, _| head).is_err(), "{head:#x}");
+    }
+    let endless = module_types_of(|guest, btf| {
+        guest.set(btf, "btf", "data_size", 0xffff_ffff);
+        btf
+    });
+    assert!(endless.unwrap_err().to_string().contains("4294967295 bytes"));
+}

@@ -80,3 +80,53 @@ fn step(out: &mut Walk, seen: &mut Seen, at: Gva, limit: usize) -> bool {
     out.items.push(at);
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::structures::testing::space;
+
+    const HEAD: Gva = Gva(0x3000);
+
+    #[test]
+    fn chains_end_in_null_or_in_an_odd_word() {
+        let memory = space(&[(0x3000, 0x4000), (0x4000, 0x5000), (0x5000, 0)]);
+        let out = walk(&memory, HEAD);
+        assert_eq!(out.items, [Gva(0x4000), Gva(0x5000)]);
+        assert!(out.end.is_complete());
+        let memory = space(&[(0x3000, 0x4000), (0x4000, 0x5000), (0x5000, 77)]);
+        let out = walk_nulls(&memory, HEAD);
+        assert_eq!(out.items, [Gva(0x4000), Gva(0x5000)]);
+        assert!(out.end.is_complete());
+        let out = walk_nulls(&space(&[(0x3000, 1)]), HEAD);
+        assert!(out.items.is_empty() && out.end.is_complete());
+        let out = walk_next(&space(&[(0x4008, 0x5000)]), Gva(0x4000), 8, 10);
+        assert_eq!(out.items, [Gva(0x4000), Gva(0x5000)]);
+    }
+
+    #[test]
+    fn circles_are_cut_and_each_node_comes_once() {
+        // 40 nodes, more than are searched one by one, the last of which leads back into the middle.
+        let nodes: Vec<u64> = (0..40).map(|n| 0x4000 + n * 64).collect();
+        let mut words: Vec<(u64, u64)> = nodes.windows(2).map(|pair| (pair[0], pair[1])).collect();
+        words.push((0x3000, nodes[0]));
+        words.push((nodes[39], nodes[20]));
+        let memory = space(&words);
+        for out in [walk(&memory, HEAD), walk_nulls(&memory, HEAD)] {
+            assert_eq!(out.items.len(), 40);
+            assert!(matches!(out.end, End::Cycle { at } if at.0 == nodes[20]));
+        }
+        let out = walk(&space(&[(0x3000, 0x4000), (0x4000, 0x4000)]), HEAD);
+        assert_eq!(out.items, [Gva(0x4000)]);
+        assert!(matches!(out.end, End::Cycle { .. }));
+    }
+
+    #[test]
+    fn an_unreadable_node_ends_the_chain_and_is_not_in_it() {
+        let out = walk(&space(&[(0x3000, 0x4000), (0x4000, 0xffff_8000_0000_0000)]), HEAD);
+        assert_eq!(out.items, [Gva(0x4000)]);
+        assert!(matches!(out.end, End::Unreadable { .. }));
+        let out = walk_next(&space(&[(0x4008, 0x5000), (0x5008, 0x6000)]), Gva(0x4000), 8, 2);
+        assert!(matches!(out.end, End::Bound { limit: 2 }));
+    }
+}

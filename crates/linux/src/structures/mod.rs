@@ -111,3 +111,23 @@ impl Seen {
         self.many.insert(at.0)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! An address space over a few kilobytes, mapped one to one: what the walks are tried on.
+
+    use vmsight_arch::paging::PagingMode;
+    use vmsight_arch::{Dtb, Gpa};
+    use vmsight_memory::{AddressSpace, GuestMemory};
+
+    /// Memory from address 0 on that holds these words, 64 KiB in all; the first two pages are the page tables.
+    pub(crate) fn space(words: &[(u64, u64)]) -> AddressSpace {
+        let mut bytes = vec![0u8; 64 << 10];
+        let tables = [(0, 0x1000 | 3), (0x1000, 0x83)];
+        for &(at, value) in tables.iter().chain(words) {
+            bytes[at as usize..at as usize + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        let memory = GuestMemory::from_bytes(vec![(Gpa(0), bytes)]).expect("one part");
+        AddressSpace::new(memory, PagingMode::X86Level4, Dtb(0))
+    }
+}

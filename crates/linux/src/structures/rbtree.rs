@@ -63,3 +63,55 @@ pub(crate) fn walk_from(space: &AddressSpace, top: Gva, limit: usize) -> Walk {
         at = right;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::structures::testing::space;
+
+    const ROOT: Gva = Gva(0x3000);
+
+    /// A node's words: right child, left child.
+    fn node(at: u64, left: u64, right: u64) -> [(u64, u64); 2] {
+        [(at + 8, right), (at + 16, left)]
+    }
+
+    #[test]
+    fn nodes_come_in_order() {
+        let mut words = vec![(0x3000, 0x4000)];
+        words.extend(node(0x4000, 0x5000, 0x6000));
+        words.extend(node(0x5000, 0, 0x7000));
+        words.extend(node(0x6000, 0x8000, 0));
+        let out = walk(&space(&words), ROOT, 100);
+        assert_eq!(out.items, [0x5000, 0x7000, 0x4000, 0x8000, 0x6000].map(Gva));
+        assert!(out.end.is_complete());
+        assert!(walk(&space(&[]), ROOT, 100).items.is_empty());
+    }
+
+    #[test]
+    fn trees_that_lie_are_cut() {
+        // A child that is its own grandparent, on either side.
+        for words in [node(0x4000, 0x4000, 0), node(0x4000, 0, 0x4000)] {
+            let mut words = words.to_vec();
+            words.push((0x3000, 0x4000));
+            assert!(matches!(
+                walk(&space(&words), ROOT, 100).end,
+                End::Cycle { at: Gva(0x4000) }
+            ));
+        }
+        // Deeper than a balanced tree of any size.
+        let mut words = vec![(0x3000, 0x4000)];
+        for step in 0..300 {
+            words.extend(node(0x4000 + step * 32, 0x4000 + (step + 1) * 32, 0));
+        }
+        assert!(matches!(walk(&space(&words), ROOT, 1000).end, End::Broken { .. }));
+        // A long chain to the right is no deeper for the walk, but bounded.
+        let mut words = vec![(0x3000, 0x4000)];
+        for step in 0..300 {
+            words.extend(node(0x4000 + step * 32, 0, 0x4000 + (step + 1) * 32));
+        }
+        let out = walk(&space(&words), ROOT, 200);
+        assert_eq!(out.items.len(), 200);
+        assert!(matches!(out.end, End::Bound { limit: 200 }));
+    }
+}

@@ -62,7 +62,7 @@ pub(crate) fn walk_idr(kernel: &Kernel, at: Gva) -> Result<Walk<Entry>, LinuxErr
 
 /// Internal entries have the low bits 10 and, if they are pointers to nodes, lie above the first page (`xa_is_node`).
 fn node(entry: u64) -> Option<Gva> {
-    (entry & 3 == 2 && entry > 4096).then_some(Gva(entry - 2))
+    (entry & 3 == 2 && entry > 4096).then(|| Gva(entry - 2))
 }
 
 /// The entries below a head (`xa_head`'s value). At most `limit`.

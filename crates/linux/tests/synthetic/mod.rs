@@ -202,6 +202,18 @@ pub const STRUCTS: &[(&str, u64, Members)] = &[
             ("mnt_ns", 224, 8),
         ],
     ),
+    (
+        "btf",
+        240,
+        &[
+            ("data", 0, 8),
+            ("data_size", 60, 4),
+            ("name", 130, 56),
+            ("kernel_btf", 186, 1),
+        ],
+    ),
+    ("idr", 24, &[("idr_rt.xa_head", 8, 8), ("idr_base", 16, 4)]),
+    ("xa_node", 576, &[("shift", 0, 1), ("slots", 40, 512)]),
     ("ns_common", 24, &[("ops", 8, 8)]),
     ("proc_ns_operations", 56, &[("name", 0, 8)]),
 ];
