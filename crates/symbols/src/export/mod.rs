@@ -4,10 +4,11 @@
 //! rely on: typedefs are resolved, anonymous structs and unions are named and marked, symbols of unknown type are
 //! `void`, and `linux_banner` carries its text so that the table can be matched to a dump.
 //!
-//! With volatility3 2.28 all Linux plugins run on such tables but these: `hidden_modules`, which takes tables of no producer but
-//! dwarf2json; `kallsyms` and `pscallstack` before Linux 6.15 or so, whose kallsyms does not list its own tables. Kernels
-//! newer than volatility3 knows are exported all the same; what it makes of them is its own affair (Linux 7.2: all of
-//! pslist, lsof, sockstat and bash, but not lsmod, which looks for `taint_flag.module`).
+//! `lab/volatility` holds what volatility3 2.28 sees with such tables (pslist, lsmod, lsof, sockstat, bash) against what
+//! guests say of themselves. What is known not to work: `hidden_modules` takes tables of no producer but dwarf2json; on
+//! kernels whose kallsyms leaves its own tables out (6.1 does, 6.12 does not) `kallsyms` and `pscallstack` miss
+//! `kallsyms_num_syms`. Kernels newer than volatility3 knows are exported all the same; what it makes of them is its own
+//! affair (of Linux 7.2 it lists processes, files, sockets, and fails at modules for `taint_flag.module`, which is gone).
 
 mod describe;
 mod globals;
