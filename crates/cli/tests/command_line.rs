@@ -1,0 +1,231 @@
+//! The command line without a guest: help, errors, exit codes, what a broken file gets told.
+
+#![allow(clippy::unwrap_used)] // a helper that fails fails its test
+
+use std::io::Write;
+use std::process::{Command, Output};
+
+fn vmsight(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vmsight"))
+        .args(args)
+        .env_remove("VMSIGHT_LOG")
+        .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
+        .output()
+        .expect("vmsight can be started")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A file in the test's own folder, gone with the guard.
+fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+const COMMANDS: &[&str] = &[
+    "list",
+    "info",
+    "ps",
+    "pstree",
+    "threads",
+    "maps",
+    "lsof",
+    "lsmod",
+    "net",
+    "unix",
+    "mounts",
+    "kmsg",
+    "env",
+    "cgroups",
+    "ifaces",
+    "regs",
+    "read",
+    "write",
+    "translate",
+    "disas",
+    "strings",
+    "symbols",
+    "types",
+    "completions",
+    "man",
+];
+
+#[test]
+fn every_command_explains_itself() {
+    let help = text(&vmsight(&["--help"]).stdout);
+    for command in COMMANDS {
+        assert!(
+            help.contains(&format!("\n  {command} ")),
+            "--help does not name {command}"
+        );
+        let out = vmsight(&[command, "--help"]);
+        assert!(out.status.success(), "{command} --help fails");
+        assert!(
+            text(&out.stdout).contains("Usage: vmsight"),
+            "{command} --help says too little"
+        );
+    }
+}
+
+#[test]
+fn completions_and_manual_pages_cover_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = text(&vmsight(&["completions", shell]).stdout);
+        assert!(COMMANDS.iter().all(|c| script.contains(c)), "{shell}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let out = vmsight(&["man", dir.path().to_str().unwrap()]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    for command in COMMANDS {
+        let page = std::fs::read_to_string(dir.path().join(format!("vmsight-{command}.1"))).unwrap();
+        assert!(page.contains(".SH NAME"), "{command}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_exit_2() {
+    for args in [
+        &["ps"][..],
+        &["nonsense"],
+        &["read", "x"],
+        &["write", "x", "phys:0", "--hex", "00", "--number", "1"],
+    ] {
+        assert_eq!(vmsight(args).status.code(), Some(2), "{args:?}");
+    }
+}
+
+#[test]
+fn a_target_that_is_not_there() {
+    for target in [
+        "no-such-vm",
+        "pid:4194305",
+        "qmp:/nonexistent/qmp",
+        "/nonexistent/dump",
+        "gdb:/nonexistent/gdb",
+    ] {
+        let out = vmsight(&["ps", target]);
+        let err = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{target}: {err}");
+        assert!(err.starts_with("vmsight: attaching to "), "{err}");
+        assert!(
+            err.contains(target.split_once(':').map_or(target, |(_, t)| t)),
+            "the error does not name it: {err}"
+        );
+        assert!(out.stdout.is_empty());
+    }
+}
+
+#[test]
+fn files_without_a_kernel_are_refused_and_say_what_was_tried() {
+    let zeros = file(&vec![0; 1 << 20]);
+    let noise: Vec<u8> = (0u64..1 << 17)
+        .flat_map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes())
+        .collect();
+    let noise = file(&noise);
+    for f in [zeros, noise] {
+        let out = vmsight(&["ps", f.path().to_str().unwrap()]);
+        let err = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{err}");
+        assert!(err.contains("kernel"), "{err}");
+        assert!(err.lines().count() < 20, "{err}");
+    }
+}
+
+#[test]
+fn empty_and_tiny_files() {
+    for bytes in [&b""[..], b"\x7fELF", b"EMiL", b"EMiL\x01\0\0\0", &[0xff; 100]] {
+        let f = file(bytes);
+        for command in ["ps", "info", "strings", "regs"] {
+            let out = vmsight(&[command, f.path().to_str().unwrap()]);
+            let err = text(&out.stderr);
+            assert!(
+                matches!(out.status.code(), Some(0..=2)),
+                "{command} {bytes:?}: {:?} {err}",
+                out.status
+            );
+            assert!(!err.contains("panicked"), "{err}");
+        }
+    }
+}
+
+#[test]
+fn strings_of_a_raw_file_need_no_kernel() {
+    let mut bytes = vec![0; 1 << 16];
+    bytes[0x1234..0x1234 + 12].copy_from_slice(b"hello, guest");
+    bytes[0x2000..0x2000 + 9].copy_from_slice(b"\x1b]0;bad\x07\0");
+    let f = file(&bytes);
+    let out = vmsight(&["strings", f.path().to_str().unwrap(), "-o", "jsonl"]);
+    assert_eq!(
+        text(&out.stdout).lines().next(),
+        Some(r#"{"address":"0x1234","text":"hello, guest"}"#)
+    );
+    let out = vmsight(&["strings", f.path().to_str().unwrap(), "--grep", "absent"]);
+    assert_eq!(out.status.code(), Some(1));
+    let json = vmsight(&["strings", f.path().to_str().unwrap(), "-o", "json", "-n", "3"]);
+    let rows: serde_json::Value = serde_json::from_slice(&json.stdout).expect("one JSON document");
+    assert_eq!(rows.as_array().map(Vec::len), Some(2));
+}
+
+#[test]
+fn physical_reads_need_no_kernel() {
+    let mut bytes = vec![0; 1 << 16];
+    bytes[0x1000..0x1008].copy_from_slice(&0x1122_3344_5566_7788u64.to_le_bytes());
+    let f = file(&bytes);
+    let path = f.path().to_str().unwrap();
+    let out = vmsight(&["read", path, "phys:0x1000", "16"]);
+    assert!(
+        text(&out.stdout).starts_with("0000000000001000  88 77 66 55 44 33 22 11  00"),
+        "{}",
+        text(&out.stdout)
+    );
+    let out = vmsight(&["read", path, "phys:0x1000", "8", "--as", "u64", "-o", "json"]);
+    let rows: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(rows[0]["value"], "0x1122334455667788");
+    // Past the end: the part that is there, the rest marked, exit code 1.
+    let out = vmsight(&["read", path, "phys:0xfff8", "16"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stdout).contains("?? ??"), "{}", text(&out.stdout));
+    // Nothing there at all is an error with its reason.
+    let out = vmsight(&["read", path, "phys:0x100000000", "16"]);
+    assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+}
+
+#[test]
+fn a_dump_is_never_written_to() {
+    let f = file(&vec![0; 1 << 16]);
+    let path = f.path().to_str().unwrap();
+    let out = vmsight(&["write", path, "phys:0", "--hex", "ff"]);
+    assert!(text(&out.stderr).contains("--write"), "{}", text(&out.stderr));
+    let out = vmsight(&["write", "--write", path, "phys:0", "--hex", "ff"]);
+    assert_eq!(out.status.code(), Some(2));
+    assert_eq!(std::fs::read(f.path()).unwrap()[0], 0);
+}
+
+#[test]
+fn list_is_json_whatever_runs_here() {
+    let out = vmsight(&["list", "-o", "json"]);
+    let rows: serde_json::Value = serde_json::from_slice(&out.stdout).expect("one JSON document");
+    assert!(rows.is_array());
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let f = file(&b"some printable text\0".repeat(20_480));
+    let status = Command::new("sh")
+        .arg("-c")
+        .arg(format!(
+            "set -e; {} strings {} | head -n 1 >/dev/null",
+            env!("CARGO_BIN_EXE_vmsight"),
+            f.path().display()
+        ))
+        .output()
+        .unwrap();
+    assert!(
+        status.status.success() && status.stderr.is_empty(),
+        "{}",
+        text(&status.stderr)
+    );
+}
