@@ -104,7 +104,7 @@ impl Kernel {
             text: image.text,
             text_physical: image.phys.to_string(),
             kaslr_offset: format!("{:#x}", image.slide),
-            paging: paging_name(image.mode),
+            paging: image.mode.to_string(),
             dtb: format!("{dtb:#x}"),
             boot_time: clock.as_ref().and_then(|c| rfc3339(c.boot)),
             time: clock
@@ -199,17 +199,6 @@ fn hex(bytes: &[u8]) -> String {
         let _ = write!(out, "{byte:02x}");
         out
     })
-}
-
-fn paging_name(mode: vmsight_arch::paging::PagingMode) -> String {
-    use vmsight_arch::paging::PagingMode;
-    match mode {
-        PagingMode::X86_32 { .. } => "x86 32-bit".to_owned(),
-        PagingMode::X86Pae => "x86 PAE".to_owned(),
-        PagingMode::X86Level4 => "x86-64 4-level".to_owned(),
-        PagingMode::X86Level5 => "x86-64 5-level".to_owned(),
-        PagingMode::Arm64 { granule, va_bits, .. } => format!("arm64 {granule:?} {va_bits}-bit"),
-    }
 }
 
 /// The letters of the taint flags by bit (Documentation/admin-guide/tainted-kernels.rst).

@@ -83,6 +83,18 @@ pub enum PagingMode {
     },
 }
 
+impl fmt::Display for PagingMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::X86_32 { .. } => f.write_str("x86 32-bit"),
+            Self::X86Pae => f.write_str("x86 PAE"),
+            Self::X86Level4 => f.write_str("x86-64 4-level"),
+            Self::X86Level5 => f.write_str("x86-64 5-level"),
+            Self::Arm64 { granule, va_bits, .. } => write!(f, "arm64 {granule:?} {va_bits}-bit"),
+        }
+    }
+}
+
 /// AArch64's page sizes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Granule {

@@ -9,7 +9,7 @@ use crate::{
     Outcome,
     args::Global,
     output::{Format, Sheet},
-    session::{Session, paging_name},
+    session::Session,
 };
 
 /// Registers of a live VM's vCPUs, or those that a dump recorded.
@@ -53,7 +53,7 @@ impl Cmd {
                 let mut row = Map::new();
                 row.insert("vcpu".into(), registers.vcpu.into());
                 row.insert("register".into(), "paging".into());
-                row.insert("value".into(), paging_name(mode).into());
+                row.insert("value".into(), mode.to_string().into());
                 rows.push(row);
             }
         }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value};
+use vmsight_symbols::export;
+use vmsight_symbols::layout::matches;
 
 use crate::{Outcome, args::Global, output::Sheet, place::Place, session::Session};
 
@@ -133,7 +135,7 @@ impl Export {
         let file = File::create(&part).with_context(|| format!("creating {}", part.display()))?;
         let xz = self.isf.extension().is_some_and(|e| e == "xz");
         let mut out = BufWriter::new(file);
-        let written = vmsight_symbols::export::isf(kernel.profile(), &mut out, xz.then_some(XZ_LEVEL))
+        let written = export::isf(kernel.profile(), &mut out, xz.then_some(export::XZ_LEVEL))
             .context("writing the symbol table")
             .and_then(|_| Ok(out.into_inner()?.sync_all()?));
         if let Err(error) = written {
@@ -156,49 +158,15 @@ impl Export {
     }
 }
 
-/// Level of compression: higher ones take seconds to save some percent.
-const XZ_LEVEL: u32 = 1;
-
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
 }
 
-/// Part of a name, or with `*` and `?` the whole name.
-pub(super) fn matches(pattern: &str, name: &str) -> bool {
-    if !pattern.contains(['*', '?']) {
-        return name.contains(pattern);
-    }
-    let (p, n) = (pattern.as_bytes(), name.as_bytes());
-    // The last star seen, and how much of the name it has eaten: no recursion, at most p*n steps.
-    let (mut i, mut j, mut star) = (0, 0, None);
-    while j < n.len() {
-        match p.get(i) {
-            Some(b'*') => {
-                star = Some((i, j));
-                i += 1;
-            }
-            Some(c) if *c == b'?' || *c == n[j] => {
-                i += 1;
-                j += 1;
-            }
-            _ => match star {
-                Some((at, eaten)) => {
-                    star = Some((at, eaten + 1));
-                    i = at + 1;
-                    j = eaten + 1;
-                }
-                None => return false,
-            },
-        }
-    }
-    p[i..].iter().all(|c| *c == b'*')
-}
-
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use vmsight_symbols::layout::matches;
 
     #[test]
     fn patterns() {

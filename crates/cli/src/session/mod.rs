@@ -8,10 +8,9 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Gpa, Gva, Registers};
 use vmsight_linux::{AttachOptions as KernelOptions, Kernel, module::ModuleSymbol};
-use vmsight_memory::{AddressSpace, GuestMemory};
+use vmsight_memory::{AddressSpace, GuestMemory, ScanOptions};
 use vmsight_symbols::cache::Cache;
 use vmsight_symbols::kernel::Hints;
 use vmsight_target::{AttachOptions, PauseGuard, Target, TargetSpec};
@@ -230,38 +229,23 @@ impl Session {
 
     /// Reads as much from the beginning of a range as can be read; how much that is.
     pub(crate) fn read_up_to(&self, space: &AddressSpace, at: Gva, buf: &mut [u8]) -> Result<usize> {
-        let mut done = 0;
-        while done < buf.len() {
-            let here = at.wrapping_add(done as u64);
-            let piece = (0x1000 - here.page_offset()).min(buf.len() - done);
-            match space.read(here, &mut buf[done..done + piece]) {
-                Ok(()) => done += piece,
-                Err(error) if done == 0 => return Err(error.into()),
-                Err(_) => break,
-            }
+        match space.read_partial(at, buf).into_iter().next() {
+            None => Ok(0),
+            Some((range, Ok(()))) => Ok(range.end),
+            Some((_, Err(error))) => Err(error.into()),
         }
-        Ok(done)
     }
 
     /// All of physical memory in pieces, in order.
     pub(crate) fn each_physical_chunk(&self, visit: &mut dyn FnMut(Gpa, &[u8]) -> Result<()>) -> Result<()> {
         let memory = self.memory();
-        let mut buffer = vec![0; 1 << 20];
-        for region in memory.regions() {
-            let mut at = region.start;
-            while at < region.end() {
-                let length = (region.end().0 - at.0).min(buffer.len() as u64) as usize;
-                match memory.frozen(at, length) {
-                    Some(bytes) => visit(at, bytes)?,
-                    None => {
-                        memory
-                            .read(at, &mut buffer[..length])
-                            .with_context(|| format!("reading memory at {at}"))?;
-                        visit(at, &buffer[..length])?;
-                    }
-                }
-                at = at.wrapping_add(length as u64);
-            }
+        let mut scratch = Vec::new();
+        for chunk in memory.chunks(&ScanOptions::default()) {
+            let bytes = memory
+                .chunk_bytes(&chunk, &mut scratch)
+                .with_context(|| format!("reading memory at {}", chunk.gpa))?;
+            visit(chunk.gpa, bytes)?;
+            memory.release(&chunk);
         }
         Ok(())
     }
@@ -277,26 +261,51 @@ impl Session {
         let listing = kernel
             .maps(i32::try_from(pid)?)
             .with_context(|| format!("reading the maps of process {pid}"))?;
+        // The guest says what is mapped and its tables where: either may lie and make little memory look endless.
+        let mut left = self.memory().size().saturating_mul(4);
         let mut page = [0; 0x1000];
-        let mut unreadable = 0u64;
+        let mut absent = 0u64;
         for map in &listing.rows {
-            let mut at = map.start.page_start();
-            while at < map.end {
-                match space.read(at, &mut page) {
-                    Ok(()) => visit(at, &page)?,
-                    Err(_) => unreadable += 1,
+            let Some(last) = map.end.0.checked_sub(1).filter(|last| *last >= map.start.0) else {
+                continue;
+            };
+            let mut missing = (last - map.start.page_start().0) / 0x1000 + 1;
+            for leaf in space.mappings(map.start..=Gva(last), MAX_TABLES) {
+                let leaf = leaf.with_context(|| format!("reading the memory of process {pid}"))?;
+                let end = leaf
+                    .gva
+                    .0
+                    .saturating_add(leaf.translation.page_size() - 1)
+                    .min(last);
+                let mut at = leaf.gva.max(map.start).page_start();
+                while at.0 <= end {
+                    if left == 0 {
+                        bail!(
+                            "process {pid} has more mapped than four times the guest's memory; that cannot be true"
+                        );
+                    }
+                    left = left.saturating_sub(0x1000);
+                    if space.read(at, &mut page).is_ok() {
+                        missing = missing.saturating_sub(1);
+                        visit(at, &page)?;
+                    }
+                    let Some(next) = at.checked_add(0x1000) else { break };
+                    at = next;
                 }
-                at = at.wrapping_add(0x1000);
             }
+            absent = absent.saturating_add(missing);
         }
-        if unreadable > 0 && !self.quiet {
+        if absent > 0 && !self.quiet {
             warn(&format!(
-                "{unreadable} mapped pages are not in memory (never touched, or in swap)"
+                "{absent} mapped pages are not in memory (never touched, or in swap)"
             ));
         }
         Ok(())
     }
 }
+
+/// Page tables that are visited for one mapping: as many as 4 TiB need.
+const MAX_TABLES: u64 = 1 << 21;
 
 /// Proves a memory layout that was only deduced: a kernel's own page tables hold in it, and the kernel believes that
 /// memory ends where this layout ends.
@@ -319,12 +328,12 @@ fn prove(global: &Global, memory: &GuestMemory) -> Result<(Kernel, String), Stri
     Ok((kernel, how))
 }
 
-/// Registers, for when nothing cheaper shows the kernel: asked for only then.
+/// Registers, for when nothing cheaper shows the kernel: asked for only then, for a live VM pays for them.
 fn hints(target: &Target) -> Hints {
-    // The registers of a dump are at hand; those of a live VM cost a word with its monitor.
-    match target.registers(None) {
-        Ok(registers) if !target.memory.is_live() => Hints::with_registers(registers),
-        _ => Hints::default(),
+    let target = target.clone();
+    Hints {
+        registers: Some(Box::new(move || target.registers(None).unwrap_or_default())),
+        ..Hints::default()
     }
 }
 
@@ -401,17 +410,6 @@ fn edit_distance(a: &str, b: &str, limit: usize) -> Option<usize> {
         }
     }
     row.last().copied().filter(|d| *d <= limit)
-}
-
-/// How virtual addresses are translated, in words.
-pub(crate) fn paging_name(mode: PagingMode) -> &'static str {
-    match mode {
-        PagingMode::X86_32 { .. } => "x86 32-bit",
-        PagingMode::X86Pae => "x86 PAE",
-        PagingMode::X86Level4 => "x86-64, 4 levels",
-        PagingMode::X86Level5 => "x86-64, 5 levels",
-        PagingMode::Arm64 { .. } => "arm64",
-    }
 }
 
 #[cfg(test)]

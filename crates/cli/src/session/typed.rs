@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use vmsight_arch::Gva;
 use vmsight_memory::AddressSpace;
-use vmsight_symbols::{Kind, TypeId, Types};
+use vmsight_symbols::{Kind, TypeId, Types, layout};
 
 use super::{Session, closest};
 
@@ -54,16 +54,11 @@ pub(crate) fn read(
 
 /// A type by the name people give it: `task_struct`, `struct task_struct`, `pid_t`.
 pub(crate) fn find(types: &Types, name: &str) -> Result<TypeId> {
-    let bare = ["struct ", "union ", "enum "]
-        .iter()
-        .find_map(|p| name.strip_prefix(p))
-        .unwrap_or(name)
-        .trim();
-    if let Some(id) = types.find_struct(bare).or_else(|| types.all(bare).next()) {
-        return Ok(id);
+    if let Some(id) = layout::named(types, name).first() {
+        return Ok(*id);
     }
     let names = types.iter().map(|t| t.name()).filter(|n| !n.is_empty());
-    bail!("this kernel has no type {bare:?}{}", closest(bare, names))
+    bail!("this kernel has no type {name:?}{}", closest(name, names))
 }
 
 struct Reader<'k> {

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::types::{Kind, TypeId, Types};
 
-pub use search::{Summary, named, search};
+pub use search::{Summary, matches, named, search};
 
 /// What [`layout`] shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -54,17 +54,10 @@ pub fn named(types: &Types, text: &str) -> Vec<TypeId> {
 
 /// The named types of some kinds whose name matches: `*` and `?` as in a shell, else any part of the name.
 pub fn search<'a>(types: &'a Types, pattern: &'a str, kinds: Kinds) -> impl Iterator<Item = Summary> + 'a {
-    let globbed = pattern.contains(['*', '?']);
     let named = types
         .iter()
         .filter(move |t| kinds.has(t.kind()) && !t.name().is_empty());
-    let matching = named.filter(move |t| {
-        if globbed {
-            glob(pattern.as_bytes(), t.name_bytes())
-        } else {
-            t.name().contains(pattern)
-        }
-    });
+    let matching = named.filter(move |t| matches(pattern, t.name()));
     matching.map(|t| Summary {
         id: t.id().0,
         kind: t.kind().as_str(),
@@ -80,6 +73,15 @@ pub fn search<'a>(types: &'a Types, pattern: &'a str, kinds: Kinds) -> impl Iter
             _ => None,
         },
     })
+}
+
+/// Whether a name is what a person means by `pattern`: `*` and `?` as in a shell, else any part of the name.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    if pattern.contains(['*', '?']) {
+        glob(pattern.as_bytes(), name.as_bytes())
+    } else {
+        name.contains(pattern)
+    }
 }
 
 /// Shell matching with `*` and `?`, in time linear in the product of both lengths at worst.
