@@ -47,6 +47,11 @@ def comm(process):
     return name[:15]
 
 
+def lasting(rows):
+    """Without the kernel's worker threads (children of kthreadd, pid 2): they come and go while the guest is idle."""
+    return {row for row in rows if not (row[1] == 2 and row[2].startswith("kworker/"))}
+
+
 def rows(folder, truth):
     truth = load(truth)
     read = lambda plugin: load(f"{folder}/{plugin}.json")
@@ -56,12 +61,12 @@ def rows(folder, truth):
     # A process whose leader has exited is a zombie, and pslist leaves those out.
     bad |= differences(
         "pslist",
-        {(r["PID"], r["PPID"], r["COMM"], r["UID"], r["EGID"]) for r in read("linux.pslist.PsList")},
-        {
+        lasting((r["PID"], r["PPID"], r["COMM"], r["UID"], r["EGID"]) for r in read("linux.pslist.PsList")),
+        lasting(
             (p["pid"], p["ppid"], comm(p), p["creds"]["uids"][0], p["creds"]["gids"][1])
             for p in processes
             if p["state"] != "Z"
-        },
+        ),
     )
 
     bad |= differences(

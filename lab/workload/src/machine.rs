@@ -148,7 +148,14 @@ pub(crate) fn disks() -> Vec<String> {
     let disk = || -> Result<()> {
         fs::write("/sys/block/zram1/disksize", "8M")?;
         busybox("mke2fs -F -b 4096 /dev/zram1")?;
-        mount_at("/dev/zram1", "/mnt/disk", "ext4", MsFlags::MS_NOATIME, "")?;
+        // Else a kernel thread (ext4lazyinit) finishes making the file system, and ends at some moment of its own choosing.
+        mount_at(
+            "/dev/zram1",
+            "/mnt/disk",
+            "ext4",
+            MsFlags::MS_NOATIME,
+            "noinit_itable",
+        )?;
         fs::write("/mnt/disk/on-disk.txt", "on a block device\n")?;
         Ok(())
     };

@@ -101,10 +101,9 @@ impl Process {
         }
     }
 
-    /// Whether it may come, go or be renamed while the guest is idle: the kernel's worker threads, and the one that finishes making a
-    /// new ext4 file system.
+    /// Whether it may come, go or be renamed while the guest is idle: the kernel's worker threads.
     pub fn is_transient(&self) -> bool {
-        self.kthread && (self.comm.starts_with("kworker/") || self.comm == "ext4lazyinit")
+        self.kthread && self.comm.starts_with("kworker/")
     }
 
     /// Pid in its own namespace.
