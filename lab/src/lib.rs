@@ -25,6 +25,6 @@ pub mod spec;
 
 pub use guest::{Format, Guest};
 pub use kernel::Kernel;
-pub use spec::{Machine, Memory, Paging, Spec, full_matrix, matrix};
+pub use spec::{Machine, Memory, Paging, Spec, full_matrix, matrix, matrix_of};
 /// What a guest says of itself.
 pub use vmsight_workload as truth;

@@ -1,16 +1,21 @@
-//! What vmsight sees in every kernel of the lab, running and dumped, is what the guest says of itself.
+//! What vmsight sees in every guest of the matrix, running and dumped, is what the guest says of itself.
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
-use vmsight_lab::{Format, Guest, Kernel, Machine, Paging, Spec, compare};
+use std::path::Path;
+
+use vmsight_lab::{Format, Guest, Kernel, Spec, compare, matrix_of};
 use vmsight_linux::AttachOptions;
 use vmsight_memory::{GuestMemory, dump};
 use vmsight_target::TargetSpec;
 
-fn agree(what: &str, memory: GuestMemory, guest: &Guest) {
-    let kernel = vmsight_linux::Kernel::attach(memory, AttachOptions::default())
-        .unwrap_or_else(|e| panic!("{what}: {e}"));
-    let differences = compare::all(&kernel, guest.truth());
+fn attach(what: &str, memory: &GuestMemory) -> vmsight_linux::Kernel {
+    vmsight_linux::Kernel::attach(memory.clone(), AttachOptions::default())
+        .unwrap_or_else(|e| panic!("{what}: {e}"))
+}
+
+fn agree(what: &str, memory: &GuestMemory, guest: &Guest) {
+    let differences = compare::all(&attach(what, memory), guest.truth());
     assert!(
         differences.is_empty(),
         "{what} of {}: {} differences\n{}",
@@ -20,58 +25,83 @@ fn agree(what: &str, memory: GuestMemory, guest: &Guest) {
     );
 }
 
+/// The running guest: through its monitor where it has one, else through nothing but its process.
 fn live(guest: &Guest) {
-    let spec = TargetSpec::Qmp(guest.qmp_path().unwrap());
-    let target = vmsight_target::attach(&spec, &Default::default()).unwrap_or_else(|e| panic!("{e}"));
-    agree("the running guest", target.memory, guest);
+    let spec = match guest.qmp_path() {
+        Some(path) => TargetSpec::Qmp(path),
+        None => TargetSpec::Pid(guest.pid()),
+    };
+    let prove = |memory: &GuestMemory| {
+        attach("the deduced layout", memory)
+            .confirm_memory_end()
+            .map_err(|e| e.to_string())
+    };
+    let options = vmsight_target::AttachOptions {
+        prove: Some(&prove),
+        ..Default::default()
+    };
+    let target = vmsight_target::attach(&spec, &options).unwrap_or_else(|e| panic!("{}: {e}", guest.spec()));
+    agree("the running guest", &target.memory, guest);
 }
 
-/// The small guest of a kernel: running, and dumped in both formats at one moment.
-fn check(kernel: Kernel) {
-    let guest = Guest::boot(&Spec::new(kernel)).unwrap_or_else(|e| panic!("{e:?}"));
+fn dumped(guest: &Guest, format: Format, folder: &Path) {
+    let file = folder.join("memory");
+    guest.dump(format, &file).unwrap_or_else(|e| panic!("{e:?}"));
+    agree(
+        &format!("a dump ({format:?})"),
+        &dump::open(&file, None).unwrap().memory,
+        guest,
+    );
+    std::fs::remove_file(file).unwrap();
+}
+
+/// The guest of this number in the kernel's part of the matrix: running; and where it has a monitor that can dump it, dumped
+/// as ELF core and, below 4 GiB, as a raw file.
+fn check(kernel: Kernel, number: usize) {
+    let spec = &matrix_of(kernel)[number];
+    let guest = Guest::boot(spec).unwrap_or_else(|e| panic!("{e:?}"));
     live(&guest);
-    for (format, name) in [(Format::Elf, "memory.elf"), (Format::Raw, "memory.raw")] {
-        let file = guest.folder().join(name);
-        guest.dump(format, &file).unwrap_or_else(|e| panic!("{e:?}"));
-        agree(name, dump::open(&file, None).unwrap().memory, &guest);
+    if guest.qmp_path().is_some() {
+        // Not in the guest's folder, which is in memory: large dumps take room.
+        let folder = tempfile::tempdir().unwrap();
+        dumped(&guest, Format::Elf, folder.path());
+        if spec.memory_mib < 4096 {
+            dumped(&guest, Format::Raw, folder.path());
+        }
     }
 }
 
-/// A guest with memory above 4 GiB, private to QEMU, and page tables as deep as they get.
-fn check_large(kernel: Kernel, paging: Paging) {
-    let spec = Spec {
-        paging,
-        machine: Machine::Q35,
-        vcpus: 2,
-        memory: vmsight_lab::Memory::Private,
-        ..Spec::new(kernel)
+/// A test for each guest of a kernel's matrix: tests run side by side, and one that fails hides no other.
+macro_rules! matrix {
+    ($($module:ident: $kernel:ident),+ $(,)?) => {
+        $(mod $module {
+            use super::{Kernel, check};
+            matrix!(@guests $kernel guest_0 0, guest_1 1, guest_2 2, guest_3 3, guest_4 4, guest_5 5);
+        })+
     };
-    live(&Guest::boot(&spec.memory_mib(5120)).unwrap_or_else(|e| panic!("{e:?}")));
+    (@guests $kernel:ident $($name:ident $number:literal),+) => {
+        $(#[test]
+        fn $name() {
+            check(Kernel::$kernel, $number);
+        })+
+    };
+}
+
+matrix! {
+    kernel_5_10: V5_10,
+    kernel_6_1: V6_1,
+    kernel_6_1_cloud: V6_1Cloud,
+    kernel_6_1_rt: V6_1Rt,
+    kernel_6_12: V6_12,
+    kernel_sid: Sid,
 }
 
 #[test]
-fn kernel_5_10() {
-    check(Kernel::V5_10);
-}
-
-#[test]
-fn kernel_6_1() {
-    check(Kernel::V6_1);
-}
-
-#[test]
-fn kernel_6_1_cloud() {
-    check(Kernel::V6_1Cloud);
-}
-
-#[test]
-fn kernel_6_1_rt() {
-    check(Kernel::V6_1Rt);
-}
-
-#[test]
-fn kernel_6_12() {
-    check(Kernel::V6_12);
+fn the_matrix_is_all_checked() {
+    for kernel in Kernel::ALL {
+        assert_eq!(matrix_of(kernel).len(), 6, "{kernel}");
+    }
+    assert_eq!(Kernel::ALL.len(), 6);
 }
 
 /// A comparison that cannot fail is none: one wrong value in each part of the guest's account is noticed, by its own comparison.
@@ -80,8 +110,7 @@ fn each_comparison_notices_one_wrong_value() {
     let guest = Guest::boot(&Spec::new(Kernel::V6_1)).unwrap_or_else(|e| panic!("{e:?}"));
     let file = guest.folder().join("memory.elf");
     guest.dump(Format::Elf, &file).unwrap_or_else(|e| panic!("{e:?}"));
-    let memory = dump::open(&file, None).unwrap().memory;
-    let kernel = vmsight_linux::Kernel::attach(memory, AttachOptions::default()).unwrap();
+    let kernel = attach("a dump", &dump::open(&file, None).unwrap().memory);
     let mut truth = guest.truth().clone();
     assert_eq!(compare::all(&kernel, &truth), Vec::<String>::new());
     let holder = truth
@@ -112,24 +141,4 @@ fn each_comparison_notices_one_wrong_value() {
             .count();
         assert_eq!(own, 1, "{what}: {differences:#?}");
     }
-}
-
-#[test]
-fn kernel_sid() {
-    check(Kernel::Sid);
-}
-
-#[test]
-fn large_kernel_5_10() {
-    check_large(Kernel::V5_10, Paging::Four);
-}
-
-#[test]
-fn large_kernel_6_1() {
-    check_large(Kernel::V6_1, Paging::Five);
-}
-
-#[test]
-fn large_kernel_sid() {
-    check_large(Kernel::Sid, Paging::Five);
 }

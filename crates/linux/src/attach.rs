@@ -8,7 +8,7 @@ use vmsight_symbols::cache::Cache;
 use vmsight_symbols::kernel::Hints;
 use vmsight_symbols::{LocateError, locate, locate_with_file};
 
-use crate::Kernel;
+use crate::{Kernel, LinuxError};
 
 /// How to find the kernel and its profile.
 #[derive(Debug, Default)]
@@ -42,4 +42,36 @@ impl Kernel {
         };
         Ok(Self::located(memory, located))
     }
+
+    /// Whether the kernel agrees that guest-physical memory ends where [`Kernel::memory`] ends: proof of a layout which was
+    /// only deduced, for a kernel found at a low address says nothing of where memory above 4 GiB lies. `Ok` says how.
+    ///
+    /// `max_pfn` is the page after the last one of RAM in the memory map that firmware gave
+    /// (arch/x86/kernel/e820.c, all versions); a guest told to use less (`mem=`) does not prove its layout.
+    ///
+    /// # Errors
+    /// If it says otherwise, or says nothing.
+    pub fn confirm_memory_end(&self) -> Result<String, LinuxError> {
+        let at = self.symbol("max_pfn")?;
+        let pages = self
+            .space()
+            .read_u64(at)
+            .map_err(LinuxError::read("max_pfn", at))?;
+        let end = self.memory().end().0 >> 12;
+        if pages > end || end - pages > FIRMWARE_PAGES {
+            return Err(LinuxError::Implausible {
+                what: "the memory layout".to_owned(),
+                reason: format!(
+                    "the kernel found says that memory ends at page {pages:#x}, this layout at {end:#x}"
+                ),
+            });
+        }
+        Ok(format!(
+            "Linux {} found, whose memory ends where this layout ends",
+            self.release()
+        ))
+    }
 }
+
+/// Firmware keeps tables for itself at the end of memory; it never keeps this many pages.
+const FIRMWARE_PAGES: u64 = 0x1000;

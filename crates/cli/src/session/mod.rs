@@ -311,20 +311,7 @@ const MAX_TABLES: u64 = 1 << 21;
 /// memory ends where this layout ends.
 fn prove(global: &Global, memory: &GuestMemory) -> Result<(Kernel, String), String> {
     let kernel = find_kernel(global, memory, Hints::default()).map_err(|e| format!("{e:#}"))?;
-    let at = kernel.symbol("max_pfn").map_err(|e| e.to_string())?;
-    let pages = kernel.space().read_u64(at).map_err(|e| e.to_string())?;
-    let end = memory.end().0 >> 12;
-    // Firmware keeps tables for itself at the end of memory; it never keeps this much.
-    const FIRMWARE: u64 = 0x1000;
-    if pages > end || end - pages > FIRMWARE {
-        return Err(format!(
-            "the kernel found says that memory ends at page {pages:#x}, this layout at {end:#x}"
-        ));
-    }
-    let how = format!(
-        "Linux {} found, whose memory ends where this layout ends",
-        kernel.release()
-    );
+    let how = kernel.confirm_memory_end().map_err(|e| e.to_string())?;
     Ok((kernel, how))
 }
 
