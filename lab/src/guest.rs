@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -20,7 +20,7 @@ use crate::qmp::Qmp;
 use crate::spec::{Memory, Spec};
 
 /// How many guests may be booting at once on this machine. Booting is all work; afterwards they only stand there.
-const BOOTING: usize = 2;
+pub(crate) const BOOTING: usize = 2;
 /// How long a boot may take, unless `VMSIGHT_LAB_TIMEOUT` (seconds) says otherwise. Usually it is 10 to 20 s.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -184,7 +184,7 @@ impl Guest {
 #[derive(Debug)]
 struct Process {
     pid: u32,
-    ended: mpsc::Receiver<ExitStatus>,
+    ended: Mutex<mpsc::Receiver<ExitStatus>>,
     orders: mpsc::Sender<()>,
     keep: bool,
 }
@@ -211,20 +211,24 @@ impl Process {
             .context("start setpriv and qemu-system-x86_64 (see script/packages.txt)")?;
         Ok(Process {
             pid,
-            ended,
+            ended: Mutex::new(ended),
             orders,
             keep,
         })
     }
 
+    fn ended(&self) -> MutexGuard<'_, mpsc::Receiver<ExitStatus>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn status(&self) -> Option<ExitStatus> {
-        self.ended.try_recv().ok()
+        self.ended().try_recv().ok()
     }
 
     fn end(&mut self) -> Result<()> {
         // Fails where it has ended already, which is as good.
         let _ = self.orders.send(());
-        match self.ended.recv_timeout(Duration::from_secs(30)) {
+        match self.ended().recv_timeout(Duration::from_secs(30)) {
             Ok(_) | Err(mpsc::RecvTimeoutError::Disconnected) => Ok(()),
             Err(error) => Err(error).context("QEMU does not end"),
         }

@@ -40,11 +40,7 @@ pub fn build(kernel: &Fetched) -> Result<PathBuf> {
         archive.folder(folder);
     }
     archive.file("init", 0o755, &read(&workload)?);
-    archive.file(
-        "bin/busybox",
-        0o755,
-        &read(installed(BUSYBOX, "busybox-static")?)?,
-    );
+    archive.file("bin/busybox", 0o755, &busybox()?);
     archive.link("bin/sh", "busybox");
     archive.file("bin/bash", 0o755, &read(installed(BASH, "bash-static")?)?);
     let mut order = String::new();
@@ -66,6 +62,11 @@ pub fn build(kernel: &Fetched) -> Result<PathBuf> {
         file.persist(&path)?;
     }
     Ok(path)
+}
+
+/// This machine's static busybox.
+pub(crate) fn busybox() -> Result<Vec<u8>> {
+    read(installed(BUSYBOX, "busybox-static")?)
 }
 
 fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {

@@ -20,6 +20,7 @@ mod folder;
 pub mod guest;
 pub mod initramfs;
 pub mod kernel;
+pub mod nested;
 pub mod qmp;
 pub mod spec;
 

@@ -1,5 +1,5 @@
 //! The released volatility3 accepts a symbol table that vmsight has made out of a dump, and sees with it what the guest
-//! says of itself. Ignored unless asked for: it installs volatility3, and waits minutes for it (`script/volatility`).
+//! says of itself. Built only where it is asked for: it installs volatility3, and waits minutes for it (`script/volatility`).
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
@@ -37,19 +37,16 @@ fn check(kernel: Kernel) {
 }
 
 #[test]
-#[ignore = "installs volatility3; see script/volatility"]
 fn kernel_5_10() {
     check(Kernel::V5_10);
 }
 
 #[test]
-#[ignore = "installs volatility3; see script/volatility"]
 fn kernel_6_1() {
     check(Kernel::V6_1);
 }
 
 #[test]
-#[ignore = "installs volatility3; see script/volatility"]
 fn kernel_6_12() {
     check(Kernel::V6_12);
 }

@@ -147,11 +147,14 @@ pub(crate) fn set_option(socket: BorrowedFd<'_>, level: i32, option: i32, value:
     check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), size) })
 }
 
-/// Sends bytes out of the second serial port (a 16550 at 0x2f8) as fast as it takes them, which under emulation is at
+/// The data port of the second serial port, a 16550.
+pub(crate) const SERIAL_PORT: u16 = 0x2f8;
+
+/// Sends bytes out of the second serial port as fast as it takes them, which under emulation is at
 /// once. Nobody else may use the port.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn serial_out(bytes: &[u8]) -> io::Result<()> {
-    const PORT: u16 = 0x2f8;
+    const PORT: u16 = SERIAL_PORT;
     const INTERRUPTS: u16 = PORT + 1;
     const LINE_CONTROL: u16 = PORT + 3;
     const EIGHT_BITS: u8 = 3;

@@ -1,0 +1,13 @@
+//! `vmsight`, the program, on real guests and on dumps of them: what it prints, what it changes, and how it fails.
+//! Whether every value is true is held against the guests' own account in `lab/tests/view.rs`; here it is that the
+//! program says what the libraries see, in every format, and ends as its help promises.
+
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
+mod changing;
+mod kvm;
+mod lies;
+mod listings;
+mod memory;
+mod support;
+mod trouble;

@@ -1,0 +1,278 @@
+//! Guests under a real KVM, on any machine: QEMU emulates a processor with SVM, a stock Debian kernel makes a KVM host
+//! of it, and the stock QEMU of this machine runs stock Debian guests there.
+//!
+//! The host has no disk: its root is an initramfs with busybox, QEMU and the libraries it needs, what the test brings
+//! along, and two guests' images. What the test's script leaves in `/out` comes back as a folder.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::Lock;
+use crate::cpio::Archive;
+use crate::guest::BOOTING;
+use crate::kernel::Kernel;
+use crate::truth::{Truth, frame};
+use crate::{folder, initramfs};
+
+/// How long the whole may take; on an idle machine with two cores it is about two minutes.
+const TIMEOUT: Duration = Duration::from_secs(900);
+/// Room for what comes back.
+const OUT_BYTES: u64 = 256 << 20;
+/// What the host's kernel needs: KVM on AMD, and a disk to write the result to.
+const MODULES: &[(&str, &str)] = &[("kvm_amd", ""), ("virtio_pci", ""), ("virtio_blk", "")];
+/// What QEMU reads when it starts a PC: firmware, and the code that loads a kernel.
+const FIRMWARE: &[&str] = &[
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/kvmvapic.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+];
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+
+/// The first program of the KVM host. `$PLAIN` is the pid of a QEMU that nobody prepared and whose guest has the lab's
+/// workload, `$ASKED` that of one which has a QMP socket at `/run/qmp`, and whose guest stands idle.
+const INIT: &str = r#"#!/bin/sh
+export PATH=/bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+mkdir -p /dev/shm /tmp /run /out
+mount -t tmpfs tmp /dev/shm; mount -t tmpfs tmp /tmp
+while read -r module parameters; do insmod "$module" $parameters; done </lib/modules/order
+guest() {
+    name=$1 words=$2
+    shift 2
+    exec /usr/bin/qemu-system-x86_64 -name "$name" -no-user-config -nodefaults -display none -no-reboot \
+        -accel kvm -cpu host -m 512 -serial "file:/out/$name.console" -serial "file:/out/$name.truth" \
+        -kernel /guest/vmlinuz -initrd /guest/initramfs \
+        -append "console=ttyS0 quiet panic=-1 vmsight.lab vmsight.nested $words" "$@" >"/out/$name.qemu" 2>&1
+}
+guest plain "" &
+PLAIN=$!
+guest asked vmsight.idle -qmp unix:/run/qmp,server=on,wait=off &
+ASKED=$!
+export PLAIN ASKED
+for name in plain asked; do
+    for _ in $(seq 600); do
+        grep -qE '@@VMSIGHT-(READY|FAILED)' "/out/$name.truth" 2>/dev/null && break
+        sleep 1
+    done
+done
+sh /script >/out/script.out 2>&1
+echo $? >/out/script.code
+tar -c -C /out . >/dev/vda
+sync
+poweroff -f
+"#;
+
+/// What came back from a KVM host.
+#[derive(Debug)]
+pub struct Report {
+    /// What the guest with the workload said of itself.
+    pub truth: Truth,
+    /// The exit code of the script.
+    pub code: i32,
+    /// What was in `/out`, with `script.out`, the script's own output.
+    pub folder: tempfile::TempDir,
+}
+
+impl Report {
+    /// A file that the script left.
+    pub fn file(&self, name: &str) -> Result<Vec<u8>> {
+        let path = self.folder.path().join(name);
+        fs::read(&path).with_context(|| format!("the script left no {name}; it said:\n{}", self.said()))
+    }
+
+    /// What the script printed.
+    pub fn said(&self) -> String {
+        let said = fs::read(self.folder.path().join("script.out")).unwrap_or_default();
+        String::from_utf8_lossy(&said).into_owned()
+    }
+}
+
+/// Runs `script` (of a POSIX shell) on a KVM host that runs two guests with `kernel`. `programs` go along into `/bin`,
+/// with the libraries they need.
+pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
+    let host = Kernel::V6_1.fetch()?;
+    let guest = kernel.fetch()?;
+    let folder = folder::Folder::make(2048, false)?;
+    let at = |name: &str| folder.path().join(name);
+
+    let mut archive = Archive::new();
+    for name in ["dev", "proc", "sys", "tmp", "run", "out"] {
+        archive.folder(name);
+    }
+    archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("script", 0o755, script.as_bytes());
+    archive.file("bin/busybox", 0o755, &initramfs::busybox()?);
+    for applet in [
+        "sh", "mount", "mkdir", "insmod", "seq", "grep", "sleep", "tar", "sync", "poweroff", "kill", "cat",
+        "timeout",
+    ] {
+        archive.link(&format!("bin/{applet}"), "busybox");
+    }
+    let mut added = BTreeSet::new();
+    let mut add = |archive: &mut Archive, from: &Path, to: &str| -> Result<()> {
+        if added.insert(to.to_owned()) {
+            let bytes = fs::read(from).with_context(|| format!("read {}", from.display()))?;
+            archive.file(to.trim_start_matches('/'), 0o755, &bytes);
+        }
+        Ok(())
+    };
+    for path in FIRMWARE {
+        add(&mut archive, Path::new(path), path)?;
+    }
+    for program in programs.iter().copied().chain([Path::new(QEMU)]) {
+        for library in libraries(program)? {
+            add(&mut archive, &library, &library.display().to_string())?;
+        }
+        let name = program
+            .file_name()
+            .and_then(OsStr::to_str)
+            .context("a program has a name")?;
+        let to = if program == Path::new(QEMU) {
+            QEMU.to_owned()
+        } else {
+            format!("/bin/{name}")
+        };
+        let stripped = at(&format!("{name}.stripped"));
+        strip(program, &stripped)?;
+        add(&mut archive, &stripped, &to)?;
+    }
+    let mut order = String::new();
+    for module in host.modules(MODULES)? {
+        let path = format!("lib/modules/{}.ko", module.name);
+        archive.file(&path, 0o644, &module.read()?);
+        order.push_str(&format!("/{path} {}\n", module.parameters));
+    }
+    archive.file("lib/modules/order", 0o644, order.as_bytes());
+    add(&mut archive, &guest.vmlinuz(), "/guest/vmlinuz")?;
+    add(&mut archive, &initramfs::build(&guest)?, "/guest/initramfs")?;
+    fs::write(at("root"), archive.finish())?;
+    File::create(at("out"))?.set_len(OUT_BYTES)?;
+
+    let _place = Lock::wait_for_place("boot", BOOTING)?;
+    boot(&host.vmlinuz(), folder.path())?;
+    report(folder.path())
+}
+
+/// Starts the KVM host and waits until it has switched itself off.
+fn boot(vmlinuz: &Path, folder: &Path) -> Result<()> {
+    let at = |name: &str| folder.join(name).display().to_string();
+    let mut host = Command::new("setpriv")
+        .args([
+            "--pdeathsig",
+            "KILL",
+            "--",
+            "qemu-system-x86_64",
+            "-name",
+            "vmsight-lab-kvm-host",
+        ])
+        .args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"])
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "EPYC,+svm,+npt",
+            "-m",
+            "2560",
+            "-smp",
+            "2",
+        ])
+        .args(["-serial", &format!("file:{}", at("console.log"))])
+        .args(["-drive", &format!("file={},format=raw,if=virtio", at("out"))])
+        .arg("-kernel")
+        .arg(vmlinuz)
+        .args(["-initrd", &at("root"), "-append", "console=ttyS0 quiet panic=-1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(folder.join("qemu.log"))?)
+        .spawn()
+        .context("start setpriv and qemu-system-x86_64 (see script/packages.txt)")?;
+    let console =
+        || String::from_utf8_lossy(&fs::read(folder.join("console.log")).unwrap_or_default()).into_owned();
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        if let Some(status) = host.try_wait()? {
+            if status.success() {
+                return Ok(());
+            }
+            bail!("the KVM host ended with {status}: {}", console());
+        }
+        let panicked = console().contains("Kernel panic");
+        if panicked || Instant::now() > deadline {
+            host.kill()?;
+            host.wait()?;
+            bail!("the KVM host did not finish; its console says:\n{}", console());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Unpacks what the host left on its disk.
+fn report(from: &Path) -> Result<Report> {
+    let folder = tempfile::tempdir()?;
+    let unpacked = Command::new("tar")
+        .args(["-x", "-f"])
+        .arg(from.join("out"))
+        .arg("-C")
+        .arg(folder.path())
+        .output()
+        .context("run tar")?;
+    if !unpacked.status.success() {
+        bail!(
+            "the KVM host left nothing: {}",
+            String::from_utf8_lossy(&unpacked.stderr)
+        );
+    }
+    let read = |name: &str| fs::read(folder.path().join(name)).unwrap_or_default();
+    let text = |name: &str| String::from_utf8_lossy(&read(name)).into_owned();
+    let sent = read("plain.truth");
+    let json = frame::unpack(&sent).map_err(|e| {
+        anyhow::anyhow!(
+            "the guest's truth came broken: {e:?}; QEMU says: {}; its console:\n{}",
+            text("plain.qemu"),
+            text("plain.console")
+        )
+    })?;
+    Ok(Report {
+        truth: serde_json::from_slice(json).context("read the truth")?,
+        code: text("script.code")
+            .trim()
+            .parse()
+            .context("the script did not end")?,
+        folder,
+    })
+}
+
+/// The shared libraries that a program needs, and its loader, as ldd(1) says.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd").arg(program).output().context("run ldd")?;
+    if !output.status.success() {
+        bail!(
+            "ldd {}: {}",
+            program.display(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let words = text.split_whitespace().filter(|word| word.starts_with('/'));
+    Ok(words.map(PathBuf::from).collect())
+}
+
+/// A copy without what only a debugger needs: all of it is unpacked into the host's memory.
+fn strip(program: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("strip")
+        .arg("-o")
+        .arg(to)
+        .arg(program)
+        .status()
+        .context("run strip")?;
+    if !status.success() {
+        bail!("strip {}: {status}", program.display());
+    }
+    Ok(())
+}
