@@ -22,8 +22,9 @@ use crate::{TargetError, TargetSpec, VmInfo, Vmm};
 /// Looks for a guest in a memory whose layout was deduced: `Ok` with what was found (for the notes), `Err` with
 /// why this layout is not believed.
 ///
-/// A kernel found at a low address does not yet prove where memory above 4 GiB lies: a good proof also compares
-/// [`GuestMemory::regions`] with what the guest itself holds for its memory (Linux: `max_pfn`, the e820 table).
+/// A kernel found at a low address does not yet prove where other memory lies: a good proof also compares
+/// [`GuestMemory::regions`] with what the guest itself holds for its memory (Linux: `max_pfn`, the e820 table), and finds
+/// in each of [`GuestMemory::pieces`] something that can only be at its address.
 pub type Prove<'a> = dyn Fn(&GuestMemory) -> Result<String, String> + 'a;
 
 /// How to attach.
@@ -283,8 +284,13 @@ fn prove_layout(
         reason,
         monitor: Some(monitor.clone()),
     })?;
+    let unproven = |tried| TargetError::Unproven {
+        pid,
+        tried,
+        monitor: Some(monitor.clone()),
+    };
     let mut tried = Vec::new();
-    for candidate in candidates {
+    for candidate in &candidates {
         let built = match backing::build(Process { pid }, maps, &candidate.ranges, options.write) {
             Ok(built) => built,
             Err(error) => {
@@ -297,16 +303,29 @@ fn prove_layout(
             None => Err("nobody was there to look for a guest in it".to_owned()),
         };
         match verdict {
-            Ok(proof) => return Ok((built, format!("{}: {proof}", candidate.what))),
+            Ok(proof) => {
+                let proof = format!("{}: {proof}", candidate.what);
+                // A proof that holds for the same memory with its pieces exchanged as well is none.
+                let rivals = candidates.iter().filter(|c| c.is_rival_of(candidate));
+                for rival in rivals.take(MAX_RIVALS) {
+                    let built = backing::build(Process { pid }, maps, &rival.ranges, options.write);
+                    if let (Ok(built), Some(prove)) = (built, options.prove)
+                        && let Ok(other) = prove(&built.memory)
+                    {
+                        tried.push(format!("{proof}; but as much speaks for {}: {other}", rival.what));
+                        return Err(unproven(tried));
+                    }
+                }
+                return Ok((built, proof));
+            }
             Err(reason) => tried.push(format!("{}: {reason}", candidate.what)),
         }
         if (Process { pid }).is_gone() {
             return Err(TargetError::Exited { pid });
         }
     }
-    Err(TargetError::Unproven {
-        pid,
-        tried,
-        monitor: Some(monitor),
-    })
+    Err(unproven(tried))
 }
+
+/// Most layouts that are tried beside one that was proven: all those of three backends of one size.
+const MAX_RIVALS: usize = 5;
