@@ -314,6 +314,18 @@ impl GuestMemory {
         self.inner.mapped(gpa, len)
     }
 
+    /// Whether a batch is read in the order of its reads: where one process holds all of it, or all is mapped. In between,
+    /// what is mapped comes before what must be asked for.
+    pub(crate) fn keeps_order(&self) -> bool {
+        let mut slots = self.inner.slots.iter();
+        let Some(first) = slots.next() else { return true };
+        slots.all(|slot| match (&first.backing, &slot.backing) {
+            (Backing::Process { process: a, .. }, Backing::Process { process: b, .. }) => Arc::ptr_eq(a, b),
+            (Backing::Process { .. }, _) | (_, Backing::Process { .. }) => false,
+            _ => true,
+        })
+    }
+
     /// Whether all of it is mapped in this process.
     pub(crate) fn is_all_mapped(&self) -> bool {
         self.inner
