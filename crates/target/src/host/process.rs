@@ -26,6 +26,24 @@ pub(crate) struct Process {
     pub(crate) pid: u32,
 }
 
+/// One process for good: pids are used again, the pair is not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Identity {
+    /// Its pid.
+    pub(crate) pid: u32,
+    /// When it was started; `None` where that could not be read.
+    pub(crate) start_ticks: Option<u64>,
+}
+
+impl Identity {
+    /// Whether the process still runs.
+    pub(crate) fn runs(self) -> bool {
+        let process = Process { pid: self.pid };
+        !process.is_gone()
+            && (self.start_ticks.is_none() || process.stat().ok().map(|s| s.start_ticks) == self.start_ticks)
+    }
+}
+
 /// What an open descriptor is: the text of the link in `/proc/PID/fd`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Descriptor {
