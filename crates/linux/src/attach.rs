@@ -1,9 +1,12 @@
 //! From a target's memory to its kernel.
 
+mod cut;
+mod pieces;
+
 use std::path::PathBuf;
 
 use thiserror::Error;
-use vmsight_memory::GuestMemory;
+use vmsight_memory::{GuestMemory, Region};
 use vmsight_symbols::cache::Cache;
 use vmsight_symbols::kernel::Hints;
 use vmsight_symbols::{LocateError, locate, locate_with_file};
@@ -43,11 +46,14 @@ impl Kernel {
         Ok(Self::located(memory, located))
     }
 
-    /// Whether the kernel agrees that guest-physical memory ends where [`Kernel::memory`] ends: proof of a layout which was
-    /// only deduced, for a kernel found at a low address says nothing of where memory above 4 GiB lies. `Ok` says how.
+    /// Whether the kernel agrees that guest-physical memory is what [`Kernel::memory`] makes it: proof of a layout which
+    /// was only deduced, for a kernel found at a low address says nothing of where other memory lies. `Ok` says how.
     ///
-    /// `max_pfn` is the page after the last one of RAM in the memory map that firmware gave
-    /// (arch/x86/kernel/e820.c, all versions); a guest told to use less (`mem=`) does not prove its layout.
+    /// Memory must end where the kernel says: `max_pfn` is the page after the last one of RAM in the memory map that
+    /// firmware gave (arch/x86/kernel/e820.c, all versions); a guest told to use less (`mem=`) does not prove its layout.
+    /// And every piece that it is made of must show something of the kernel's that names its own address.
+    ///
+    /// A dump may end earlier, where it was cut. Then what is there must agree with firmware's memory map.
     ///
     /// # Errors
     /// If it says otherwise, or says nothing.
@@ -58,18 +64,57 @@ impl Kernel {
             .read_u64(at)
             .map_err(LinuxError::read("max_pfn", at))?;
         let end = self.memory().end().0 >> 12;
-        if pages > end || end - pages > FIRMWARE_PAGES {
-            return Err(LinuxError::Implausible {
-                what: "the memory layout".to_owned(),
-                reason: format!(
-                    "the kernel found says that memory ends at page {pages:#x}, this layout at {end:#x}"
-                ),
-            });
+        if pages > end && !self.memory().is_live() {
+            cut::confirm(self)?;
+            return Ok(format!(
+                "Linux {} found, whose memory goes on to {:#x}: the image is cut, and what lies above {} is missing",
+                self.release(),
+                pages.saturating_mul(4096),
+                self.memory().end()
+            ));
         }
+        if pages > end || end - pages > FIRMWARE_PAGES {
+            return Err(implausible(format!(
+                "the kernel found says that memory ends at page {pages:#x}, this layout at {end:#x}"
+            )));
+        }
+        let pieces = self.memory().pieces();
+        let many = pieces.len() > 1;
+        refuse_unproven(self, pieces)?;
+        let pieces = if many {
+            ", and each piece of memory has something of its own"
+        } else {
+            ""
+        };
         Ok(format!(
-            "Linux {} found, whose memory ends where this layout ends",
+            "Linux {} found, whose memory ends where this layout ends{pieces}",
             self.release()
         ))
+    }
+}
+
+/// An error where one of the pieces shows nothing that proves its place.
+fn refuse_unproven(kernel: &Kernel, all: Vec<Vec<Region>>) -> Result<(), LinuxError> {
+    let unproven = pieces::unproven(kernel, all);
+    if unproven.is_empty() {
+        return Ok(());
+    }
+    let shown: Vec<String> = unproven
+        .iter()
+        .flatten()
+        .take(8)
+        .map(ToString::to_string)
+        .collect();
+    Err(implausible(format!(
+        "a kernel is found, but nothing of it at {}: another piece of memory may belong there",
+        shown.join(", ")
+    )))
+}
+
+fn implausible(reason: String) -> LinuxError {
+    LinuxError::Implausible {
+        what: "the memory layout".to_owned(),
+        reason,
     }
 }
 

@@ -240,6 +240,26 @@ impl GuestMemory {
         &self.inner.regions
     }
 
+    /// The pieces of the source (of the VM's process, of the file) that the memory is made of, each with the guest-physical
+    /// ranges it lies behind, in order of address. A piece that goes on above a hole is one: who has seen that one byte
+    /// of it is in its place has seen it of all.
+    pub fn pieces(&self) -> Vec<Vec<Region>> {
+        let mut pieces: Vec<(&Slot, Vec<Region>)> = Vec::new();
+        for slot in &self.inner.slots {
+            match pieces.iter_mut().find(|(last, _)| last.goes_on_in(slot)) {
+                Some((last, regions)) => {
+                    *last = slot;
+                    match regions.last_mut() {
+                        Some(region) if region.end() == slot.region.start => region.len += slot.region.len,
+                        _ => regions.push(slot.region),
+                    }
+                }
+                None => pieces.push((slot, vec![slot.region])),
+            }
+        }
+        pieces.into_iter().map(|(_, regions)| regions).collect()
+    }
+
     /// The backed region `gpa` lies in.
     pub fn region_of(&self, gpa: Gpa) -> Option<Region> {
         let after = self.inner.regions.partition_point(|region| region.start <= gpa);
@@ -292,6 +312,18 @@ impl GuestMemory {
     #[inline(always)]
     pub(crate) fn mapped(&self, gpa: Gpa, len: usize) -> Option<*const u8> {
         self.inner.mapped(gpa, len)
+    }
+
+    /// Whether a batch is read in the order of its reads: where one process holds all of it, or all is mapped. In between,
+    /// what is mapped comes before what must be asked for.
+    pub(crate) fn keeps_order(&self) -> bool {
+        let mut slots = self.inner.slots.iter();
+        let Some(first) = slots.next() else { return true };
+        slots.all(|slot| match (&first.backing, &slot.backing) {
+            (Backing::Process { process: a, .. }, Backing::Process { process: b, .. }) => Arc::ptr_eq(a, b),
+            (Backing::Process { .. }, _) | (_, Backing::Process { .. }) => false,
+            _ => true,
+        })
     }
 
     /// Whether all of it is mapped in this process.

@@ -30,3 +30,16 @@ pub use region::Region;
 pub use scan::{Chunk, Chunks, Scan, ScanOptions};
 pub use source::Source;
 pub use space::{AddressSpace, GvaReadOp, ReadCause, ReadError};
+
+/// What is shared between threads stays so.
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<GuestMemory>();
+    shared::<AddressSpace>();
+    shared::<Mapping>();
+    shared::<ProcessMemory>();
+    shared::<dump::Dump>();
+    shared::<MemoryError>();
+    shared::<BuildError>();
+    shared::<ReadError>();
+};

@@ -43,6 +43,12 @@ impl Mapping {
     /// Maps `len` bytes of a running VM's memory backend from `offset`. For `writable` the file must be open for
     /// writing.
     ///
+    /// No huge pages are reserved for it: those that the VM has are mapped, and none is taken from what another VM has
+    /// set aside. A page of a shared backend that nobody ever touched comes to be when it is read here, as when the
+    /// guest reads it: on hugetlbfs out of the pool, and where that is empty the read fails
+    /// ([`MemoryError::Lost`](crate::MemoryError::Lost)). Going over all memory ([`crate::GuestMemory::scan`]) reads the file
+    /// instead, which touches nothing.
+    ///
     /// Fails where the file is shorter than that.
     pub fn live(file: &File, offset: u64, len: u64, writable: bool) -> io::Result<Arc<Self>> {
         Self::of_file(file, offset, len, MappingKind::Live { writable })
@@ -69,7 +75,8 @@ impl Mapping {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "nothing to map"));
         }
         let mut options = MmapOptions::new();
-        options.offset(offset).len(len);
+        // MAP_NORESERVE: see `live`.
+        options.offset(offset).len(len).no_reserve_swap();
         let raw = match kind {
             MappingKind::Live { writable: true } => options.map_raw(file)?,
             MappingKind::Live { writable: false } | MappingKind::Frozen => options.map_raw_read_only(file)?,

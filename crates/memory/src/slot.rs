@@ -62,11 +62,23 @@ impl Slot {
 
     /// The slot that covers both where `next` goes on exactly where this one ends, in the guest and in the source.
     pub(crate) fn joined(&self, next: &Slot) -> Option<Slot> {
-        let len = self.region.len;
-        if self.region.end() != next.region.start {
+        if self.region.end() != next.region.start || !self.goes_on_in(next) {
             return None;
         }
-        let same = match (&self.backing, &next.backing) {
+        let region = Region {
+            start: self.region.start,
+            len: self.region.len.checked_add(next.region.len)?,
+        };
+        Some(Slot {
+            region,
+            backing: self.backing.clone(),
+        })
+    }
+
+    /// Whether `next` begins in its source where this one ends in the same source, wherever the two are in the guest.
+    pub(crate) fn goes_on_in(&self, next: &Slot) -> bool {
+        let len = self.region.len;
+        match (&self.backing, &next.backing) {
             (
                 Backing::Mapped {
                     mapping: a,
@@ -93,15 +105,7 @@ impl Slot {
                 Arc::ptr_eq(a, b) && x.checked_add(len) == Some(*y)
             }
             _ => false,
-        };
-        let region = Region {
-            start: self.region.start,
-            len: len.checked_add(next.region.len)?,
-        };
-        same.then(|| Slot {
-            region,
-            backing: self.backing.clone(),
-        })
+        }
     }
 
     /// Fills `buf` from `at` bytes into the slot, which has that many.

@@ -649,3 +649,59 @@ fn a_raw_file_that_somebody_writes_to_is_live_memory() {
             .is_live()
     );
 }
+
+#[test]
+fn a_raw_file_of_which_nobody_tells_who_writes_to_it_is_live_memory() {
+    // Another user's file, looked at without the right to take a lease on it.
+    // SAFETY: a plain system call.
+    let root = unsafe { libc::geteuid() } == 0;
+    if !root {
+        let theirs = Path::new("/bin/sh");
+        let raw = Some(DumpFormat::Raw(RawLayout::Flat));
+        assert!(dump::open(theirs, raw).unwrap().is_live());
+        return;
+    }
+    let file = scratch(&pattern(1, 0x4000));
+    assert!(!dump::open(&file.path, None).unwrap().is_live());
+    std::os::unix::fs::chown(&file.path, Some(65534), None).unwrap();
+    let path = file.path.clone();
+    // Capabilities are a thread's own: this one loses CAP_LEASE (28), by capset(2) with the version of 64 bits.
+    let live = std::thread::spawn(move || {
+        let header = [0x2008_0522_u32, 0];
+        let mut data = [0_u32; 6];
+        // SAFETY: header and data have the form that version 3 asks for.
+        unsafe {
+            assert_eq!(
+                libc::syscall(libc::SYS_capget, header.as_ptr(), data.as_mut_ptr()),
+                0
+            );
+            data[0] &= !(1 << 28);
+            assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()), 0);
+        }
+        let dump = dump::open(&path, None).unwrap();
+        (dump.is_live(), dump.memory.frozen(Gpa(0), 16).is_some())
+    });
+    assert_eq!(live.join().unwrap(), (true, false));
+}
+
+#[test]
+fn formats_of_other_programs_are_refused_by_name() {
+    for (magic, name, instead) in [
+        (&b"LibvirtQemudPart"[..], "libvirt", "virsh dump --memory-only"),
+        (b"LibvirtQemudSave", "libvirt", "virsh dump --memory-only"),
+        (b"\x7fVirtualBox SavedState V2.0\n", "VirtualBox", "dumpvmcore"),
+        (b"\xd2\xbe\xd2\xbe\x08\0\0\0", "VMware", ".vmem"),
+        (b"\xd3\xbe\xd3\xbe\x08\0\0\0", "VMware", ".vmem"),
+        (b"KDUMP   ", "kdump", "ELF core"),
+        (b"AVML\x02\0\0\0", "AVML", "avml-convert"),
+    ] {
+        let mut bytes = magic.to_vec();
+        bytes.resize(0x2000, 0);
+        match open(&bytes) {
+            Err(DumpError::Foreign { what, instead: how }) => {
+                assert!(what.contains(name) && how.contains(instead), "{what}: {how}");
+            }
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+}

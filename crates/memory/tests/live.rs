@@ -510,3 +510,44 @@ fn a_scan_can_be_stopped() {
     );
     assert!(scan.stopped && !scan.found.is_empty() && scan.found.len() < 256);
 }
+
+#[test]
+fn a_live_mapping_takes_no_reservation() {
+    let path = std::env::temp_dir().join(format!("vmsight-noreserve-{}", std::process::id()));
+    std::fs::write(&path, [7; 4 * PAGE]).unwrap();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let _mapping = Mapping::live(&file, 0, 4 * PAGE as u64, true).unwrap();
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    std::fs::remove_file(&path).unwrap();
+    // The mapping's lines: its head, and the flags further down ("nr" is MAP_NORESERVE).
+    let of_file = maps.split_once(path.to_str().unwrap()).expect("it is mapped").1;
+    let flags = of_file.lines().find(|l| l.starts_with("VmFlags:")).unwrap();
+    assert!(flags.split(' ').any(|flag| flag == "nr"), "{flags}");
+}
+
+#[test]
+fn pieces_are_what_goes_on_in_the_source() {
+    let mapping = Mapping::of_bytes(&[1; 8 * PAGE], vmsight_memory::MappingKind::Frozen).unwrap();
+    let other = Mapping::of_bytes(&[2; 2 * PAGE], vmsight_memory::MappingKind::Frozen).unwrap();
+    let page = PAGE as u64;
+    let memory = GuestMemory::builder()
+        .mapped(Gpa(0), 2 * page, &mapping, 0)
+        .mapped(Gpa(2 * page), 2 * page, &other, 0)
+        .mapped(Gpa(0x1_0000), 3 * page, &mapping, 2 * page)
+        .mapped(Gpa(0x2_0000), page, &mapping, 7 * page)
+        .build()
+        .unwrap();
+    let pieces: Vec<Vec<(u64, u64)>> = memory
+        .pieces()
+        .iter()
+        .map(|piece| piece.iter().map(|r| (r.start.0, r.len)).collect())
+        .collect();
+    assert_eq!(
+        pieces,
+        [
+            vec![(0, 2 * page), (0x1_0000, 3 * page)],
+            vec![(2 * page, 2 * page)],
+            vec![(0x2_0000, page)],
+        ]
+    );
+}

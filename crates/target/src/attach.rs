@@ -15,6 +15,7 @@ use crate::host::maps::{self, Mapping};
 use crate::host::process::Process;
 use crate::layout::from_monitor::{self, MonitorFailure};
 use crate::layout::{HostRange, backing, deduce};
+use crate::monitor;
 use crate::qmp::{Qmp, QmpError};
 use crate::target::{Control, Target, TargetKind};
 use crate::{TargetError, TargetSpec, VmInfo, Vmm};
@@ -22,8 +23,9 @@ use crate::{TargetError, TargetSpec, VmInfo, Vmm};
 /// Looks for a guest in a memory whose layout was deduced: `Ok` with what was found (for the notes), `Err` with
 /// why this layout is not believed.
 ///
-/// A kernel found at a low address does not yet prove where memory above 4 GiB lies: a good proof also compares
-/// [`GuestMemory::regions`] with what the guest itself holds for its memory (Linux: `max_pfn`, the e820 table).
+/// A kernel found at a low address does not yet prove where other memory lies: a good proof also compares
+/// [`GuestMemory::regions`] with what the guest itself holds for its memory (Linux: `max_pfn`, the e820 table), and finds
+/// in each of [`GuestMemory::pieces`] something that can only be at its address.
 pub type Prove<'a> = dyn Fn(&GuestMemory) -> Result<String, String> + 'a;
 
 /// How to attach.
@@ -111,13 +113,31 @@ fn attach_name(name: &str, options: &AttachOptions<'_>) -> Result<Target, Target
 }
 
 fn attach_qmp(path: &Path, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
+    // Whoever connects first makes it make its machine. That is for its owner to do.
+    if let Some(pid) = discover::waiting_at(path) {
+        return Err(TargetError::NoLayout {
+            pid,
+            reason: NO_MACHINE_YET.to_owned(),
+            monitor: None,
+        });
+    }
     let qmp = Qmp::connect(path, options.timeout)?;
-    let pid = qmp.server_pid().ok_or_else(|| TargetError::NoProcessOfSocket {
-        path: path.to_owned(),
-    })?;
-    let info = of_pid(pid)?;
+    let maker = qmp.server_pid();
+    let info = match maker.map(of_pid) {
+        Some(Ok(info)) => info,
+        // Another process made the socket and passed it to the VM, as libvirt does.
+        _ => match discover::find(|pid| qmp.is_of(pid)) {
+            Some(info) => info,
+            None => of_pid(maker.ok_or_else(|| TargetError::NoProcessOfSocket {
+                path: path.to_owned(),
+            })?)?,
+        },
+    };
     attach_with(info, Ok(qmp), options)
 }
+
+const NO_MACHINE_YET: &str =
+    "it waits for its first QMP client (server=on without wait=off) and has no machine yet";
 
 /// Attaches to a VM by its process: asks its monitor for the layout, and deduces it where there is none to ask.
 pub(crate) fn attach_vm(info: VmInfo, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
@@ -132,22 +152,16 @@ pub(crate) fn attach_vm(info: VmInfo, options: &AttachOptions<'_>) -> Result<Tar
 
 /// A connection to the first of its QMP sockets that answers, or why there is none.
 pub(crate) fn connect_any(info: &VmInfo, timeout: Duration) -> Result<Qmp, String> {
-    // A QEMU that waits for its first client has its main thread and one more, and makes the machine when somebody
-    // connects. That is for its owner to do.
-    let threads = (Process { pid: info.pid }).thread_names().map_or(0, |t| t.len());
-    if info.qemu.as_ref().is_some_and(|q| q.waits_for_qmp) && threads <= 2 {
-        return Err(
-            "it waits for its first QMP client (server=on without wait=off) and has no machine yet"
-                .to_owned(),
-        );
+    // It makes the machine when somebody connects. That is for its owner to do.
+    if info.qemu.as_ref().is_some_and(|q| q.waits_for_qmp)
+        && discover::has_no_machine_yet(Process { pid: info.pid })
+    {
+        return Err(NO_MACHINE_YET.to_owned());
     }
     let mut failures = Vec::new();
     for path in info.qmp_sockets() {
-        match Qmp::connect(&path, timeout) {
-            // Another process may listen at that path by now, or in another mount namespace.
-            Ok(qmp) if qmp.server_pid().is_some_and(|pid| pid != info.pid) => {
-                failures.push(format!("{} is another process's socket", path.display()));
-            }
+        // Another process may listen at that path by now, or in another mount namespace.
+        match Qmp::connect(&path, timeout).and_then(|qmp| qmp.refuse_another(info.identity())) {
             Ok(qmp) => return Ok(qmp),
             Err(error) => failures.push(error.to_string()),
         }
@@ -171,9 +185,10 @@ fn attach_with(
     let (layout, control) = match monitor {
         Ok(mut qmp) => {
             let path = qmp.path().to_owned();
-            let layout = ask_monitor(&mut qmp);
+            let layout = ask_monitor(&mut qmp, &info);
             drop(qmp); // the socket is its owner's again
-            (layout, Control::Qmp(QmpControl::new(path, options.timeout)))
+            let control = QmpControl::new(path, info.identity(), options.timeout);
+            (layout, Control::Qmp(control))
         }
         Err(why) => {
             let control = match VirshControl::of(&info, options.timeout) {
@@ -183,7 +198,22 @@ fn attach_with(
             (Err(why), control)
         }
     };
-    attach_process(info, layout, control, options)
+    let attached = attach_process(info.clone(), layout, control.clone(), options);
+    match (attached, control) {
+        // What cannot be deduced (memory plugged in, say) libvirt can be asked for. Not before: it notes in its log that
+        // somebody used the monitor.
+        (
+            Err(error @ (TargetError::NoLayout { .. } | TargetError::Unproven { .. })),
+            Control::Virsh(virsh),
+        ) => match ask_virsh(&virsh, &info) {
+            Ok(ranges) => attach_process(info, Ok(ranges), Control::Virsh(virsh), options),
+            Err(why) => {
+                tracing::debug!(why, "libvirt does not tell the layout either");
+                Err(error)
+            }
+        },
+        (attached, _) => attached,
+    }
 }
 
 /// Attaches to the memory of a process, where `layout` says it is, or else where it can be proven to be.
@@ -250,14 +280,30 @@ pub(crate) fn attach_process(
 }
 
 /// The layout from a monitor; an error is the reason in words.
-fn ask_monitor(qmp: &mut Qmp) -> Result<Vec<HostRange>, String> {
-    let backends = match qmp.memory_backends() {
+fn ask_monitor(qmp: &mut Qmp, info: &VmInfo) -> Result<Vec<HostRange>, String> {
+    let mut backends = match qmp.memory_backends() {
         Ok(backends) => backends,
         // QEMU before 2.1 has no such command; the machine's own memory is known without.
         Err(QmpError::Command { .. }) => Vec::new(),
         Err(error) => return Err(error.to_string()),
     };
+    leave_out_devices(&mut backends, info);
     layout_of(from_monitor::ask(&backends, |line| qmp.hmp(line)))
+}
+
+/// The layout from the monitor that libvirt holds.
+fn ask_virsh(virsh: &VirshControl, info: &VmInfo) -> Result<Vec<HostRange>, String> {
+    let mut backends = monitor::parse_memdev(&virsh.hmp("info memdev").map_err(|e| e.to_string())?);
+    leave_out_devices(&mut backends, info);
+    layout_of(from_monitor::ask(&backends, |line| virsh.hmp(line)))
+}
+
+/// Takes out the backends that are some device's memory (ivshmem's), as far as the command line tells.
+pub(crate) fn leave_out_devices(backends: &mut Vec<String>, info: &VmInfo) {
+    if let Some(config) = &info.qemu {
+        let is_devices = |id: &String| config.device_backends.contains(id);
+        backends.retain(|id| !is_devices(id));
+    }
 }
 
 /// What a monitor answered, its failures in words.
@@ -278,13 +324,28 @@ fn prove_layout(
     options: &AttachOptions<'_>,
 ) -> Result<(backing::Built, String), TargetError> {
     let pid = info.pid;
+    // Where these lie only QEMU knows; without them the layout is right where the guest does not use them.
+    let dimms = info.qemu.as_ref().map(|q| q.dimms.as_slice()).unwrap_or_default();
+    let monitor = if dimms.is_empty() {
+        monitor
+    } else {
+        format!(
+            "{monitor}; it has memory that was plugged in ({}), and only its monitor tells where",
+            dimms.join(", ").escape_debug()
+        )
+    };
     let candidates = deduce::candidates(info, maps).map_err(|reason| TargetError::NoLayout {
         pid,
         reason,
         monitor: Some(monitor.clone()),
     })?;
+    let unproven = |tried| TargetError::Unproven {
+        pid,
+        tried,
+        monitor: Some(monitor.clone()),
+    };
     let mut tried = Vec::new();
-    for candidate in candidates {
+    for candidate in &candidates {
         let built = match backing::build(Process { pid }, maps, &candidate.ranges, options.write) {
             Ok(built) => built,
             Err(error) => {
@@ -297,16 +358,29 @@ fn prove_layout(
             None => Err("nobody was there to look for a guest in it".to_owned()),
         };
         match verdict {
-            Ok(proof) => return Ok((built, format!("{}: {proof}", candidate.what))),
+            Ok(proof) => {
+                let proof = format!("{}: {proof}", candidate.what);
+                // A proof that holds for the same memory with its pieces exchanged as well is none.
+                let rivals = candidates.iter().filter(|c| c.is_rival_of(candidate));
+                for rival in rivals.take(MAX_RIVALS) {
+                    let built = backing::build(Process { pid }, maps, &rival.ranges, options.write);
+                    if let (Ok(built), Some(prove)) = (built, options.prove)
+                        && let Ok(other) = prove(&built.memory)
+                    {
+                        tried.push(format!("{proof}; but as much speaks for {}: {other}", rival.what));
+                        return Err(unproven(tried));
+                    }
+                }
+                return Ok((built, proof));
+            }
             Err(reason) => tried.push(format!("{}: {reason}", candidate.what)),
         }
         if (Process { pid }).is_gone() {
             return Err(TargetError::Exited { pid });
         }
     }
-    Err(TargetError::Unproven {
-        pid,
-        tried,
-        monitor: Some(monitor),
-    })
+    Err(unproven(tried))
 }
+
+/// Most layouts that are tried beside one that was proven: all those of three backends of one size.
+const MAX_RIVALS: usize = 5;

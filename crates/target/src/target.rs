@@ -8,7 +8,6 @@ use vmsight_memory::GuestMemory;
 use vmsight_memory::dump::DumpFormat;
 
 use crate::control::{GdbControl, PauseGuard, QmpControl, VirshControl};
-use crate::host::process::Process;
 use crate::{TargetError, VmInfo, Vmm};
 
 /// What a target is.
@@ -153,7 +152,14 @@ impl Target {
 
 /// Whether the process described is still the one with that pid.
 fn same_process(info: &VmInfo) -> bool {
-    let process = Process { pid: info.pid };
-    !process.is_gone()
-        && (info.start_ticks.is_none() || process.stat().ok().map(|s| s.start_ticks) == info.start_ticks)
+    info.identity().runs()
 }
+
+/// What is shared between threads stays so.
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<Target>();
+    shared::<PauseGuard>();
+    shared::<VmInfo>();
+    shared::<TargetError>();
+};

@@ -24,6 +24,9 @@ pub struct Headers {
     pub notes: Vec<String>,
 }
 
+const VMWARE: &str = "a suspended state or snapshot of VMware (.vmss, .vmsn)";
+const VMWARE_INSTEAD: &str = "give the .vmem file beside it, with raw:";
+
 /// Formats that are known but not read here: their first bytes, their name, what to do instead.
 const FOREIGN: &[(&[u8], &str, &str)] = &[
     (
@@ -48,6 +51,20 @@ const FOREIGN: &[(&[u8], &str, &str)] = &[
         "a libvirt save file",
         "use virsh dump --memory-only",
     ),
+    (
+        b"LibvirtQemudPart",
+        "a libvirt save file that was not finished",
+        "use virsh dump --memory-only",
+    ),
+    (
+        b"\x7fVirtualBox SavedState",
+        "a saved state of VirtualBox",
+        "make an ELF core: VBoxManage debugvm VM dumpvmcore",
+    ),
+    (b"\xd0\xbe\xd2\xbe", VMWARE, VMWARE_INSTEAD),
+    (b"\xd1\xba\xd1\xba", VMWARE, VMWARE_INSTEAD),
+    (b"\xd2\xbe\xd2\xbe", VMWARE, VMWARE_INSTEAD),
+    (b"\xd3\xbe\xd3\xbe", VMWARE, VMWARE_INSTEAD),
     (b"QEVM", "a QEMU migration stream", "use dump-guest-memory"),
     (b"QFI\xfb", "a qcow2 disk image", "give a memory dump"),
     (b"\x1f\x8b", "a gzip file", "unpack it first"),

@@ -171,7 +171,7 @@ const F_SETSIG: libc::c_int = 10;
 enum Change {
     /// Somebody has it open for writing.
     Written,
-    /// It is in memory, where the memory backends of VMs are, and the kernel does not say whether somebody has it open.
+    /// The kernel does not say whether somebody has it open: it is another user's, or on a file system without leases.
     Unknown,
 }
 
@@ -184,21 +184,18 @@ fn may_change(file: &File) -> Option<Change> {
         // Whoever opens the file for writing while we have the lease makes the kernel send us a signal. The default one
         // would end us; this one is ignored unless somebody asks for it.
         if libc::fcntl(fd, F_SETSIG, libc::SIGURG) != 0 {
-            return None;
+            return Some(Change::Unknown);
         }
         // A read lease is refused while anybody has the file open, or mapped, for writing (fcntl(2), F_SETLEASE).
         if libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) == 0 {
             libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK);
             return None;
         }
-        if io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN) {
-            return Some(Change::Written);
+        // EAGAIN is that; any other error tells nothing of the file.
+        match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EAGAIN) => Some(Change::Written),
+            _ => Some(Change::Unknown),
         }
-        // No lease for us: not our file, or not that kind of file system.
-        let mut stat: libc::statfs = std::mem::zeroed();
-        let in_memory = libc::fstatfs(fd, &mut stat) == 0
-            && [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&stat.f_type);
-        in_memory.then_some(Change::Unknown)
     }
 }
 

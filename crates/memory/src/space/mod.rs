@@ -57,6 +57,8 @@ struct Inner {
     dtb: Dtb,
     /// Whether tables can change.
     live: bool,
+    /// See [`GuestMemory::keeps_order`].
+    ordered: bool,
     /// log2 of the smallest page.
     page_shift: u8,
     /// log2 of what an entry above the last table spans.
@@ -84,6 +86,7 @@ impl AddressSpace {
     pub fn with_slots(memory: GuestMemory, mode: PagingMode, dtb: Dtb, bits: u8) -> Self {
         let inner = Inner {
             live: memory.is_live(),
+            ordered: memory.keeps_order(),
             page_shift: mode.span_shift(1),
             span_shift: mode.span_shift(2),
             backend: match (memory.is_all_mapped(), mode.levels()) {

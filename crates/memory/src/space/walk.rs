@@ -60,8 +60,8 @@ impl Inner {
         steps.len()
     }
 
-    /// Reads `data` (if any), then the entries, in one batch. `None` where an entry is not what it was; the result is
-    /// that of `data`.
+    /// Reads `data` (if any), then the entries, in one batch where that keeps the order. `None` where an entry is not what
+    /// it was; the result is that of `data`.
     pub(super) fn read_with_evidence(
         &self,
         data: Option<(Gpa, &mut [u8])>,
@@ -77,7 +77,10 @@ impl Inner {
             for (buf, e) in now.iter_mut().zip(evidence) {
                 ops.push(ReadOp::new(e.place, buf.get_mut(..size).unwrap_or_default()));
             }
-            self.memory.read_batch(&mut ops);
+            let after = if self.ordered { 0 } else { usize::from(has_data) };
+            let (first, then) = ops.split_at_mut(after);
+            self.memory.read_batch(first);
+            self.memory.read_batch(then);
             if ops
                 .iter()
                 .skip(usize::from(has_data))

@@ -249,3 +249,80 @@ fn readers_of_tables_that_are_rewritten_see_old_or_new_and_never_rubbish() {
     hammer(&Guest::live(&image), pde, &tables, 100_000);
     hammer(&Guest::process(&image), pde, &tables, 2_000);
 }
+
+/// Tables that move the page away as soon as their last entry was read, as a guest may at any time.
+#[derive(Debug)]
+struct Moving {
+    tables: Vec<u8>,
+    entry: u64,
+    /// Where the page is, in this process, as a number.
+    page: u64,
+    armed: AtomicBool,
+}
+
+impl vmsight_memory::Source for Moving {
+    fn len(&self) -> u64 {
+        self.tables.len() as u64
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), String> {
+        let from = self
+            .tables
+            .get(offset as usize..)
+            .and_then(|b| b.get(..buf.len()));
+        buf.copy_from_slice(from.ok_or("out of bounds")?);
+        if offset == self.entry && self.armed.load(Ordering::SeqCst) {
+            // SAFETY: a word of memory that the test keeps, only ever used as an atomic while it runs.
+            unsafe { AtomicU64::from_ptr(self.page as *mut u64) }.store(0xbad, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn is_live(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn bytes_of_a_process_are_read_before_the_tables_that_prove_them() {
+    let mut image = Image::new(0x20_0000, 64);
+    image.map(AT, 0x5000);
+    let entry = image.entry(AT, 1).unwrap();
+    let word = Box::new([const { AtomicU64::new(0) }; 1024]);
+    // A page of its own within the box.
+    let page = (word.as_ptr() as u64).next_multiple_of(0x1000);
+    // SAFETY: 512 words fit behind the first page boundary of 1024.
+    let first = unsafe { AtomicU64::from_ptr(page as *mut u64) };
+    first.store(0x600d, Ordering::SeqCst);
+    let tables = std::sync::Arc::new(Moving {
+        tables: image.bytes[image.root as usize..].to_vec(),
+        entry: entry - image.root,
+        page,
+        armed: AtomicBool::new(false),
+    });
+    let process = std::sync::Arc::new(vmsight_memory::ProcessMemory::open(std::process::id()).unwrap());
+    let memory = vmsight_memory::GuestMemory::builder()
+        .process(vmsight_arch::Gpa(0x5000), 0x1000, &process, page, false)
+        .custom(
+            vmsight_arch::Gpa(image.root),
+            tables.tables.len() as u64,
+            tables.clone(),
+            0,
+        )
+        .build()
+        .unwrap();
+    let space = vmsight_memory::AddressSpace::new(
+        memory,
+        vmsight_arch::paging::PagingMode::X86Level4,
+        Dtb(image.root),
+    );
+    assert_eq!(space.read_u64(Gva(AT)), Ok(0x600d));
+    // Remembered now: the bytes, and then the entries that say that they are this page's.
+    tables.armed.store(true, Ordering::SeqCst);
+    assert_eq!(space.read_u64(Gva(AT)), Ok(0x600d));
+    assert_eq!(
+        first.load(Ordering::SeqCst),
+        0xbad,
+        "the entry was read, afterwards"
+    );
+}

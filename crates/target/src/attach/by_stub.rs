@@ -1,7 +1,7 @@
 //! VMs named by their gdb stub.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,11 +9,12 @@ use std::sync::Arc;
 use vmsight_arch::Gpa;
 use vmsight_memory::GuestMemory;
 
-use super::{AttachOptions, attach_process, attach_with, connect_any, layout_of};
+use super::{AttachOptions, attach_process, attach_with, connect_any, layout_of, leave_out_devices};
 use crate::control::GdbControl;
 use crate::discover::{self, ControlKind};
 use crate::gdb::{Gdb, GdbError, StubMemory};
 use crate::host::process::Process;
+use crate::host::sockets::{self, ListenAddress, NetTables, Wanted};
 use crate::layout::HostRange;
 use crate::layout::from_monitor;
 use crate::monitor;
@@ -25,9 +26,9 @@ use crate::{TargetError, VmInfo};
 /// nothing else tells; else memory too is read through it, and the VM is paused as long as the target lives.
 pub(super) fn attach(address: &GdbAddress, options: &AttachOptions<'_>) -> Result<Target, TargetError> {
     let server = server_of(address);
-    let pid = server.as_ref().map(|vm| vm.pid);
+    let identity = server.as_ref().map(VmInfo::identity);
     let readable = |vm: &VmInfo| (Process { pid: vm.pid }).memory_readable().is_ok();
-    let control = GdbControl::new(address.clone(), pid, options.timeout);
+    let control = GdbControl::new(address.clone(), identity, options.timeout);
     let Some(info) = server.filter(readable) else {
         return through_stub(address, control, options);
     };
@@ -35,7 +36,7 @@ pub(super) fn attach(address: &GdbAddress, options: &AttachOptions<'_>) -> Resul
     if let Ok(qmp) = connect_any(&info, options.timeout) {
         return attach_with(info, Ok(qmp), options);
     }
-    let layout = control.with(|stub| Ok(ask(stub)))?;
+    let layout = control.with(|stub| Ok(ask(stub, &info)))?;
     attach_process(
         info,
         layout,
@@ -48,8 +49,9 @@ pub(super) fn attach(address: &GdbAddress, options: &AttachOptions<'_>) -> Resul
 }
 
 /// The layout from the monitor behind the stub.
-fn ask(stub: &mut Gdb) -> Result<Vec<HostRange>, String> {
-    let backends = monitor::parse_memdev(&stub.hmp("info memdev").map_err(|e| e.to_string())?);
+fn ask(stub: &mut Gdb, info: &VmInfo) -> Result<Vec<HostRange>, String> {
+    let mut backends = monitor::parse_memdev(&stub.hmp("info memdev").map_err(|e| e.to_string())?);
+    leave_out_devices(&mut backends, info);
     layout_of(from_monitor::ask(&backends, |line| stub.hmp(line)))
 }
 
@@ -106,20 +108,92 @@ fn through_stub(
 
 /// The VM of this host that listens at `address`, as far as that can be seen without connecting.
 fn server_of(address: &GdbAddress) -> Option<VmInfo> {
-    let file = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-    let is_it = |bound: &str| match address {
+    let all = discover::list().ok()?;
+    match address {
         GdbAddress::Unix(path) => {
-            Path::new(bound) == path || (file(path).is_some() && file(path) == file(bound.as_ref()))
+            let file = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+            let is_it = |bound: &str| {
+                Path::new(bound) == path || (file(path).is_some() && file(path) == file(bound.as_ref()))
+            };
+            let listens = |vm: &VmInfo| {
+                vm.control
+                    .iter()
+                    .any(|c| matches!(c.kind, ControlKind::Gdb | ControlKind::Unknown) && is_it(&c.address))
+            };
+            all.into_iter().find(listens)
         }
         GdbAddress::Tcp { host, port } => {
-            let here = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
-            here && bound.rsplit_once(':').and_then(|(_, p)| p.parse().ok()) == Some(*port)
+            // In the order in which they are connected to. What is not this host's own is another's.
+            let wanted = (host.as_str(), *port).to_socket_addrs().ok()?.take(8);
+            let bound: Vec<(usize, SocketAddr)> = all
+                .iter()
+                .enumerate()
+                .flat_map(|(i, vm)| bound_by(vm).into_iter().map(move |bound| (i, bound)))
+                .collect();
+            let at = wanted
+                .filter(|wanted| wanted.ip().is_loopback())
+                .find_map(|wanted| serving(wanted, &bound))?;
+            all.into_iter().nth(at)
         }
-    };
-    let listens = |vm: &VmInfo| {
-        vm.control
-            .iter()
-            .any(|c| matches!(c.kind, ControlKind::Gdb | ControlKind::Unknown) && is_it(&c.address))
-    };
-    discover::list().ok()?.into_iter().find(listens)
+    }
+}
+
+/// Where a VM with our network listens.
+fn bound_by(vm: &VmInfo) -> Vec<SocketAddr> {
+    let process = Process { pid: vm.pid };
+    if !sockets::shares_our_network(process) {
+        return Vec::new();
+    }
+    let listeners = process
+        .descriptors()
+        .and_then(|all| NetTables::new(Wanted::All).listeners(process, &all))
+        .unwrap_or_default();
+    listeners
+        .into_iter()
+        .filter_map(|listener| match listener.address {
+            ListenAddress::Tcp(address) => Some(address),
+            ListenAddress::Unix(_) => None,
+        })
+        .collect()
+}
+
+/// Which of those that listen gets a connection to `wanted`: who is bound to the very address, else who is to all of
+/// that family's (`::` may take IPv4 too).
+fn serving<T: Copy>(wanted: SocketAddr, bound: &[(T, SocketAddr)]) -> Option<T> {
+    let bound = || bound.iter().filter(|(_, b)| b.port() == wanted.port());
+    let any = |family: bool| move |b: &&(T, SocketAddr)| b.1.ip().is_unspecified() && b.1.is_ipv4() == family;
+    bound()
+        .find(|(_, b)| b.ip() == wanted.ip())
+        .or_else(|| bound().find(any(wanted.is_ipv4())))
+        .or_else(|| bound().find(any(false)).filter(|_| wanted.is_ipv4()))
+        .map(|(which, _)| *which)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_alone_names_no_machine() {
+        let at = |text: &str| text.parse().unwrap();
+        let bound = [
+            ('a', at("127.0.0.1:1234")),
+            ('b', at("127.0.0.2:1234")),
+            ('c', at("[::1]:1234")),
+            ('d', at("0.0.0.0:99")),
+            ('e', at("[::]:77")),
+        ];
+        for (wanted, server) in [
+            ("127.0.0.1:1234", Some('a')),
+            ("127.0.0.2:1234", Some('b')),
+            ("127.0.0.3:1234", None),
+            ("[::1]:1234", Some('c')),
+            ("127.0.0.1:99", Some('d')),
+            ("[::1]:99", None),
+            ("127.0.0.1:77", Some('e')),
+            ("127.0.0.1:1", None),
+        ] {
+            assert_eq!(serving(at(wanted), &bound), server, "{wanted}");
+        }
+    }
 }

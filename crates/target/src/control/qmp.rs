@@ -9,6 +9,7 @@ use vmsight_arch::Registers;
 use super::{PauseGuard, Pauses, lock};
 use crate::TargetError;
 use crate::guard::Guard;
+use crate::host::process::Identity;
 use crate::monitor;
 use crate::qmp::{Qmp, QmpError};
 
@@ -19,6 +20,7 @@ const GUARD_ID: &str = "vmsight-guard";
 #[derive(Clone, Debug)]
 pub(crate) struct QmpControl {
     path: PathBuf,
+    vm: Identity,
     timeout: Duration,
     held: Arc<Mutex<Held>>,
 }
@@ -33,9 +35,11 @@ struct Held {
 }
 
 impl QmpControl {
-    pub(crate) fn new(path: PathBuf, timeout: Duration) -> Self {
+    /// The monitor of `vm` at `path`.
+    pub(crate) fn new(path: PathBuf, vm: Identity, timeout: Duration) -> Self {
         Self {
             path,
+            vm,
             timeout,
             held: Arc::default(),
         }
@@ -57,8 +61,13 @@ impl QmpControl {
         let mut held = self.lock();
         match &mut held.qmp {
             Some(qmp) => Ok(ask(qmp)?),
-            None => Ok(ask(&mut Qmp::connect(&self.path, self.timeout)?)?),
+            None => Ok(ask(&mut self.connect()?)?),
         }
+    }
+
+    /// A connection to the very VM: another one may have the socket's path by now.
+    fn connect(&self) -> Result<Qmp, QmpError> {
+        Qmp::connect(&self.path, self.timeout)?.refuse_another(self.vm)
     }
 
     /// Pauses the machine until the guard that is returned is dropped. A machine that does not run already is left
@@ -66,7 +75,7 @@ impl QmpControl {
     pub(crate) fn pause(&self) -> Result<PauseGuard, TargetError> {
         let mut held = self.lock();
         if held.pauses == 0 {
-            let mut qmp = Qmp::connect(&self.path, self.timeout)?;
+            let mut qmp = self.connect()?;
             let status = qmp.status()?;
             if status.running {
                 let connection = qmp.duplicate().map_err(|source| TargetError::Guard {

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use super::{PauseGuard, Pauses, lock};
 use crate::gdb::{Gdb, GdbError};
+use crate::host::process::Identity;
 use crate::spec::GdbAddress;
 
 /// What a gdb stub can be asked and told. Connecting pauses the VM, so each question is a short pause.
 #[derive(Clone, Debug)]
 pub(crate) struct GdbControl {
     address: GdbAddress,
-    server: Option<u32>,
+    server: Option<Identity>,
     timeout: Duration,
     /// The connection of a pause, or of a target whose memory is read through it.
     stub: Arc<Mutex<Option<Gdb>>>,
@@ -21,7 +22,7 @@ pub(crate) struct GdbControl {
 
 impl GdbControl {
     /// `server` is the VM's process, where it is known.
-    pub(crate) fn new(address: GdbAddress, server: Option<u32>, timeout: Duration) -> Self {
+    pub(crate) fn new(address: GdbAddress, server: Option<Identity>, timeout: Duration) -> Self {
         Self {
             address,
             server,

@@ -5,7 +5,7 @@
 //! `suspend` and `resume`, so that its picture of the VM stays true.
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,6 +17,7 @@ use vmsight_arch::Registers;
 use super::{PauseGuard, Pauses, lock};
 use crate::discover::Manager;
 use crate::guard::Guard;
+use crate::host::process::Identity;
 use crate::monitor;
 use crate::{TargetError, VmInfo};
 
@@ -30,7 +31,12 @@ const MIN_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct VirshControl {
     program: PathBuf,
     uri: &'static str,
+    /// libvirt's UUID of the domain. Not its name: `virsh` takes a number for the id of another one.
+    uuid: String,
+    /// Where libvirt keeps what it knows of the domains that run, and this one's name there.
+    folder: PathBuf,
     domain: String,
+    vm: Identity,
     timeout: Duration,
     held: Arc<Mutex<Held>>,
 }
@@ -64,13 +70,11 @@ impl VirshControl {
                 "qemu:///session",
             )
         });
-        let (.., uri) = [Some(system), session]
+        let (_, folder, uri) = [Some(system), session]
             .into_iter()
             .flatten()
-            .find(|(may, folder, _)| {
-                let file = folder.join(format!("{domain}.pid"));
-                *may && fs::read_to_string(file).is_ok_and(|text| text.trim().parse() == Ok(info.pid))
-            })?;
+            .find(|(may, folder, _)| *may && pid_of(folder, domain) == Some(info.pid))?;
+        let uuid = uuid_of(&folder, domain)?;
         let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
         let program = std::env::split_paths(&path)
             .map(|dir| dir.join("virsh"))
@@ -79,7 +83,10 @@ impl VirshControl {
         Some(Self {
             program,
             uri,
+            uuid,
             domain: domain.to_owned(),
+            folder,
+            vm: info.identity(),
             timeout,
             held: Arc::default(),
         })
@@ -87,18 +94,19 @@ impl VirshControl {
 
     /// The registers of all vCPUs. The machine is not stopped for it.
     pub(crate) fn registers(&self) -> Result<Vec<Registers>, TargetError> {
-        let text = self.run(&[
-            "qemu-monitor-command",
-            "--hmp",
-            &self.domain_option(),
-            "info registers -a",
-        ])?;
-        Ok(monitor::parse_registers(&text))
+        Ok(monitor::parse_registers(&self.hmp("info registers -a")?))
+    }
+
+    /// Runs one line of QEMU's human monitor and gives its text.
+    pub(crate) fn hmp(&self, line: &str) -> Result<String, TargetError> {
+        self.refuse_another("qemu-monitor-command")?;
+        self.run(&["qemu-monitor-command", "--hmp", &self.domain_option(), line])
     }
 
     /// Pauses the machine until the guard that is returned is dropped.
     pub(crate) fn pause(&self) -> Result<PauseGuard, TargetError> {
         let mut held = lock(&self.held);
+        self.refuse_another("suspend")?;
         if held.pauses == 0 && self.run(&["domstate", &self.domain_option()])?.trim() == "running" {
             let program = self.program.to_string_lossy();
             let command = [&*program, "--connect", self.uri, "resume", &self.domain_option()];
@@ -136,9 +144,25 @@ impl VirshControl {
         }
     }
 
-    /// The domain as one word, so that no name can be taken for an option.
     fn domain_option(&self) -> String {
-        format!("--domain={}", self.domain)
+        format!("--domain={}", self.uuid)
+    }
+
+    /// An error where the domain is by now run by another process: it was started anew.
+    fn refuse_another(&self, doing: &str) -> Result<(), TargetError> {
+        if !self.vm.runs() {
+            return Err(TargetError::Exited { pid: self.vm.pid });
+        }
+        match pid_of(&self.folder, &self.domain) {
+            Some(pid) if pid == self.vm.pid => Ok(()),
+            _ => Err(TargetError::Virsh {
+                doing: doing.to_owned(),
+                reason: format!(
+                    "libvirt no longer says that process {} is its domain's",
+                    self.vm.pid
+                ),
+            }),
+        }
     }
 
     /// What virsh prints; an error where it fails or takes too long.
@@ -161,6 +185,36 @@ impl VirshControl {
             Err(failed(messages.trim().to_owned()))
         }
     }
+}
+
+/// The process of a domain that runs, as libvirt keeps it.
+fn pid_of(folder: &Path, domain: &str) -> Option<u32> {
+    let text = fs::read_to_string(folder.join(format!("{domain}.pid"))).ok()?;
+    text.trim().parse().ok()
+}
+
+/// The UUID of a domain that runs, out of its status file.
+fn uuid_of(folder: &Path, domain: &str) -> Option<String> {
+    let file = File::open(folder.join(format!("{domain}.xml"))).ok()?;
+    let mut text = Vec::new();
+    file.take(MAX_OUTPUT).read_to_end(&mut text).ok()?;
+    uuid_in(&String::from_utf8_lossy(&text)).map(str::to_owned)
+}
+
+/// The first `<uuid>` within `<domain …>`: what an owner may write (title, metadata) comes after it, and has no `<`.
+fn uuid_in(status: &str) -> Option<&str> {
+    let domain = status.split_once("<domain ")?.1;
+    let uuid = domain.split_once("<uuid>")?.1.split_once("</uuid>")?.0.trim();
+    let dashes = [8, 13, 18, 23];
+    let is_uuid = uuid.len() == 36
+        && uuid.bytes().enumerate().all(|(i, b)| {
+            if dashes.contains(&i) {
+                b == b'-'
+            } else {
+                b.is_ascii_hexdigit()
+            }
+        });
+    is_uuid.then_some(uuid)
 }
 
 /// Runs a program for at most `timeout`: whether it succeeded, its output and its messages.
@@ -217,6 +271,22 @@ mod tests {
         assert!(start.elapsed() < Duration::from_secs(5));
         let (done, output, _) = run_for(Command::new("echo").arg("a"), Duration::from_secs(5)).unwrap();
         assert_eq!((done, output.as_str()), (true, "a\n"));
+    }
+
+    #[test]
+    fn the_uuid_is_the_domains_own() {
+        let status = "<domstatus state='running' pid='7'>\n<job uuid='x'/><domain type='qemu' id='1'>\n\
+                      <name>1</name>\n<uuid>0f7f2b9e-6b0c-4a0b-8f57-0a4c1c6f2a11</uuid>\n<title>&lt;uuid&gt;</title>";
+        assert_eq!(uuid_in(status), Some("0f7f2b9e-6b0c-4a0b-8f57-0a4c1c6f2a11"));
+        for bad in [
+            "",
+            "<domain type='x'>",
+            "<domain ><uuid>1</uuid>",
+            "<uuid>0f7f2b9e-6b0c-4a0b-8f57-0a4c1c6f2a11</uuid>",
+            "<domain ><uuid>0f7f2b9e-6b0c-4a0b-8f57-0a4c1c6f2a1 </uuid>",
+        ] {
+            assert_eq!(uuid_in(bad), None, "{bad}");
+        }
     }
 
     #[test]

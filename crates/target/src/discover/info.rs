@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Serialize, Serializer};
 
 use super::qemu::QemuConfig;
+use crate::host::process::Identity;
 
 /// The program that runs a machine.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
@@ -191,6 +192,14 @@ impl VmInfo {
             problems: Vec::new(),
             start_ticks: None,
             qemu: None,
+        }
+    }
+
+    /// Its process, told from a later one with the same pid.
+    pub(crate) fn identity(&self) -> Identity {
+        Identity {
+            pid: self.pid,
+            start_ticks: self.start_ticks,
         }
     }
 

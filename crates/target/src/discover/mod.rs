@@ -12,6 +12,8 @@ pub(crate) mod qemu;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 pub use info::{Control, ControlKind, Manager, Problem, SharedMemory, VmInfo, Vmm};
 
@@ -43,6 +45,45 @@ pub(crate) fn describe_to_attach(pid: u32) -> Option<VmInfo> {
     Some(identify(Process { pid }, &kvm_holders())?.describe(&mut NetTables::new(Wanted::Unix)))
 }
 
+/// The longest configuration file that is read.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// The first machine whose process is the one that is looked for.
+pub(crate) fn find(is_it: impl Fn(u32) -> bool) -> Option<VmInfo> {
+    let machine = machines().ok()?.into_iter().find(|m| is_it(m.process.pid))?;
+    Some(machine.describe(&mut NetTables::new(Wanted::Unix)))
+}
+
+/// The QEMU that waits for its first client at the QMP socket `path` and makes its machine when that comes.
+pub(crate) fn waiting_at(path: &Path) -> Option<u32> {
+    let file = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    let wanted = file(path)?;
+    let waits = |machine: &Machine| {
+        let CommandLine::Qemu(config, _) = machine.command_line() else {
+            return false;
+        };
+        config.waits_for_qmp
+            && has_no_machine_yet(machine.process)
+            && config.monitors.iter().any(|monitor| match &monitor.endpoint {
+                qemu::Endpoint::Unix { path, .. } => {
+                    file(&machine.process.own_path(Path::new(path))) == Some(wanted)
+                }
+                _ => false,
+            })
+    };
+    machines()
+        .ok()?
+        .into_iter()
+        .filter(|machine| machine.vmm == Vmm::Qemu)
+        .find(waits)
+        .map(|machine| machine.process.pid)
+}
+
+/// A QEMU that waits for its first client has its main thread and one more, and makes the machine when somebody connects.
+pub(crate) fn has_no_machine_yet(process: Process) -> bool {
+    process.thread_names().map_or(0, |t| t.len()) <= 2
+}
+
 /// What a name means here.
 pub(crate) enum Named {
     /// The machines that have it.
@@ -51,7 +92,7 @@ pub(crate) enum Named {
     Nothing(Vec<(u32, Option<String>)>),
 }
 
-/// The machines called `name` by their name or UUID.
+/// The machines called `name` by their name, UUID or number at their manager.
 pub(crate) fn named(name: &str) -> io::Result<Named> {
     let all: Vec<(Machine, CommandLine)> = machines()?
         .into_iter()
@@ -65,7 +106,7 @@ pub(crate) fn named(name: &str) -> io::Result<Named> {
         .iter()
         .filter(|(_, line)| {
             let uuid = line.uuid().is_some_and(|u| u.eq_ignore_ascii_case(name));
-            uuid || line.name() == Some(name)
+            uuid || line.name() == Some(name) || line.id() == Some(name)
         })
         .map(|(machine, _)| machine.describe(&mut tables))
         .collect();
@@ -100,6 +141,14 @@ impl CommandLine {
             Self::Qemu(config, _) => config.name.as_deref(),
             Self::MicroVm(machine) => machine.name.as_deref(),
             Self::Unknown => None,
+        }
+    }
+
+    /// Proxmox's number of the machine.
+    fn id(&self) -> Option<&str> {
+        match self {
+            Self::Qemu(config, _) => config.id.as_deref(),
+            Self::MicroVm(_) | Self::Unknown => None,
         }
     }
 
@@ -163,8 +212,8 @@ fn identify(process: Process, kvm_holders: &BTreeSet<u32>) -> Option<Machine> {
     };
     let vmm = match program.as_str() {
         name if is_system_emulator(name) => Vmm::Qemu,
-        "firecracker" => Vmm::Firecracker,
-        "cloud-hypervisor" | "cloud-hypervisor-static" => Vmm::CloudHypervisor,
+        name if is_release_of(name, "firecracker") => Vmm::Firecracker,
+        name if is_release_of(name, "cloud-hypervisor") => Vmm::CloudHypervisor,
         "crosvm" if args.get(1..).is_some_and(|a| a.iter().any(|a| a == "run")) => Vmm::Crosvm,
         _ if kvm_holders.contains(&process.pid) => Vmm::Other,
         _ => return None,
@@ -178,12 +227,24 @@ fn identify(process: Process, kvm_holders: &BTreeSet<u32>) -> Option<Machine> {
     })
 }
 
+/// Whether a program is `name` as it is installed or as its releases are called: `firecracker-v1.7.0-x86_64`,
+/// `cloud-hypervisor-static-aarch64`; and not one of its tools (`firecracker-containerd`).
+fn is_release_of(program: &str, name: &str) -> bool {
+    let Some(rest) = program.strip_prefix(name) else {
+        return false;
+    };
+    let mut words = rest.split('-');
+    words.next() == Some("")
+        && words.all(|word| {
+            let version = word.strip_prefix('v').unwrap_or(word);
+            matches!(word, "static" | "x86_64" | "aarch64" | "debug" | "release")
+                || version.starts_with(|c: char| c.is_ascii_digit())
+        })
+}
+
 impl Machine {
     fn command_line(&self) -> CommandLine {
-        let read = |path: &str| {
-            let path = self.process.own_path(path.as_ref());
-            Some(String::from_utf8_lossy(&process::read_bounded(&path, 1 << 20).ok()?).into_owned())
-        };
+        let read = |path: &str| self.process.own_text(path.as_ref(), MAX_CONFIG).ok();
         match self.vmm {
             Vmm::Qemu => {
                 let config = QemuConfig::parse(&self.args, &read);
@@ -228,6 +289,33 @@ fn kvm_holders() -> BTreeSet<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn programs_under_the_names_of_their_releases() {
+        for yes in [
+            "firecracker",
+            "firecracker-v1.7.0-x86_64",
+            "firecracker-v1.13.1-aarch64",
+        ] {
+            assert!(is_release_of(yes, "firecracker"), "{yes}");
+        }
+        for yes in [
+            "cloud-hypervisor",
+            "cloud-hypervisor-static",
+            "cloud-hypervisor-static-aarch64",
+            "cloud-hypervisor-v45.0",
+        ] {
+            assert!(is_release_of(yes, "cloud-hypervisor"), "{yes}");
+        }
+        for no in [
+            "firecracker-containerd",
+            "firecrackers",
+            "firecracker-",
+            "my-firecracker",
+        ] {
+            assert!(!is_release_of(no, "firecracker"), "{no}");
+        }
+    }
 
     #[test]
     fn this_test_is_no_machine() {

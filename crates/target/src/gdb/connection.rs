@@ -1,19 +1,24 @@
 //! One connection to a stub.
 
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vmsight_arch::Registers;
 
 use super::error::GdbError;
 use super::packet::{self, Parsed, from_hex, to_hex};
 use super::{features, refuse_if_busy};
 use crate::guard::Guard;
+use crate::host::peers;
+use crate::host::process::{Identity, Process};
+use crate::host::sockets;
 use crate::monitor;
-use crate::qmp::connect_unix;
+use crate::qmp::{connect_socket, unix_socket};
 use crate::spec::GdbAddress;
 
 /// Most text taken from one command of the monitor.
@@ -46,16 +51,24 @@ impl Gdb {
     /// Connects and pauses the VM. `server` is its process, where that is on this host.
     pub(crate) fn connect(
         address: &GdbAddress,
-        server: Option<u32>,
+        server: Option<Identity>,
         timeout: Duration,
     ) -> Result<Self, GdbError> {
         let name = address.to_string();
         let deadline = Instant::now() + timeout;
-        if let Some(pid) = server {
-            refuse_if_busy(address, pid, deadline)?;
+        if let Some(vm) = server {
+            if !vm.runs() {
+                return Err(GdbError::Closed {
+                    address: name,
+                    doing: "connecting".into(),
+                });
+            }
+            refuse_if_busy(address, vm.pid, deadline)?;
         }
-        let stream = match connect(address, timeout, deadline) {
-            Ok(stream) => stream,
+        // Before connecting: QEMU pauses the VM for the connection alone.
+        let arm = |socket: &OwnedFd| Guard::set(socket.try_clone()?, LAST_WORDS, "");
+        let (stream, guard) = match connect(address, deadline, arm, Guard::dismiss) {
+            Ok(connected) => connected,
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
                 return Err(GdbError::Timeout {
                     address: name,
@@ -70,13 +83,14 @@ impl Gdb {
                 });
             }
         };
-        let failed = |source| GdbError::Connect {
-            address: name.clone(),
-            source,
-        };
-        // Before the first byte: QEMU has paused the VM already, or will when it gets to it.
-        let copy = stream.as_fd().try_clone_to_owned().map_err(failed)?;
-        let guard = Guard::set(copy, LAST_WORDS, "").map_err(failed)?;
+        if let Some(vm) = server
+            && !is_of(&stream, address, vm.pid)
+        {
+            return Err(GdbError::AnotherVm {
+                address: name,
+                pid: vm.pid,
+            });
+        }
         let mut gdb = Self {
             address: name,
             stream,
@@ -331,8 +345,8 @@ impl Gdb {
                 self.buffer.extend_from_slice(chunk.get(..n).unwrap_or_default());
                 Ok(())
             }
-            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => Ok(()),
-            Err(rustix::io::Errno::CONNRESET) => Err(self.closed(doing)),
+            Err(Errno::INTR | Errno::AGAIN) => Ok(()),
+            Err(Errno::CONNRESET) => Err(self.closed(doing)),
             Err(e) => Err(GdbError::Connect {
                 address: self.address.clone(),
                 source: e.into(),
@@ -346,8 +360,8 @@ impl Gdb {
             self.wait(PollFlags::OUT, deadline, doing)?;
             match rustix::net::send(&self.stream, bytes, rustix::net::SendFlags::NOSIGNAL) {
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(self.closed(doing)),
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(self.closed(doing)),
                 Err(e) => {
                     return Err(GdbError::Connect {
                         address: self.address.clone(),
@@ -372,7 +386,7 @@ impl Gdb {
             }
             let timeout = rustix::event::Timespec::try_from(left).ok();
             match poll(&mut [PollFd::new(&self.stream, flags)], timeout.as_ref()) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return Ok(()),
                 Err(e) => {
                     return Err(GdbError::Connect {
@@ -438,21 +452,129 @@ fn short(doing: &str) -> String {
     doing.chars().take(60).collect()
 }
 
-fn connect(address: &GdbAddress, timeout: Duration, deadline: Instant) -> io::Result<OwnedFd> {
+/// Whether the stub that was connected to is that of process `pid`.
+fn is_of(stream: &OwnedFd, address: &GdbAddress, pid: u32) -> bool {
+    let process = Process { pid };
     match address {
-        GdbAddress::Unix(path) => Ok(connect_unix(path, deadline)?.into()),
+        GdbAddress::Unix(_) => {
+            peers::listener_pid(stream) == Some(pid) || peers::holds_other_end(process, stream)
+        }
+        // It listens there still: of two that could, one would not have been able to.
+        GdbAddress::Tcp { port, .. } => sockets::listens_on_tcp(process, *port).unwrap_or(true),
+    }
+}
+
+/// Connects. `arm` is called with the socket before it is connected; what it gives is `disarm`ed where that fails.
+fn connect<T>(
+    address: &GdbAddress,
+    deadline: Instant,
+    arm: impl Fn(&OwnedFd) -> io::Result<T>,
+    disarm: impl Fn(T),
+) -> io::Result<(OwnedFd, T)> {
+    match address {
+        GdbAddress::Unix(path) => {
+            let socket = unix_socket()?;
+            let armed = arm(&socket)?;
+            match connect_socket(&socket, path, deadline) {
+                Ok(()) => Ok((socket, armed)),
+                Err(e) => {
+                    disarm(armed);
+                    Err(e)
+                }
+            }
+        }
         GdbAddress::Tcp { host, port } => {
             let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
             for address in (host.as_str(), *port).to_socket_addrs()?.take(8) {
-                match TcpStream::connect_timeout(&address, timeout) {
-                    Ok(stream) => {
-                        stream.set_nodelay(true)?;
-                        return Ok(stream.into());
+                let family = if address.is_ipv4() {
+                    AddressFamily::INET
+                } else {
+                    AddressFamily::INET6
+                };
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+                let armed = arm(&socket)?;
+                match connect_tcp(&socket, &address, deadline) {
+                    Ok(()) => return Ok((socket, armed)),
+                    Err(e) => {
+                        disarm(armed);
+                        last = e;
                     }
-                    Err(e) => last = e,
                 }
             }
             Err(last)
         }
+    }
+}
+
+fn connect_tcp(socket: &OwnedFd, address: &SocketAddr, deadline: Instant) -> io::Result<()> {
+    match rustix::net::connect(socket, address) {
+        Ok(()) => {}
+        Err(Errno::INPROGRESS) => loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let timeout = rustix::event::Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::new(socket, PollFlags::OUT)], timeout.as_ref()) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => break rustix::net::sockopt::socket_error(socket)??,
+                Err(e) => return Err(e.into()),
+            }
+        },
+        Err(e) => return Err(e.into()),
+    }
+    rustix::net::sockopt::set_tcp_nodelay(socket, true)?;
+    rustix::io::ioctl_fionbio(socket, false)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::os::unix::net::UnixListener;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// The watch must be there before the VM can be paused, and it is the connection that pauses it.
+    #[test]
+    fn the_watch_is_set_before_the_connection_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let unix = UnixListener::bind(&path).unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = tcp.local_addr().unwrap().port();
+        let tcp_at = |port| GdbAddress::Tcp {
+            host: "127.0.0.1".into(),
+            port,
+        };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let (armed, disarmed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let arm = |socket: &OwnedFd| {
+            assert_eq!(rustix::net::getpeername(socket).err(), Some(Errno::NOTCONN));
+            armed.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        };
+        let disarm = |()| {
+            disarmed.fetch_add(1, Ordering::SeqCst);
+        };
+        for address in [GdbAddress::Unix(path.clone()), tcp_at(port)] {
+            let (socket, ()) = connect(&address, deadline, arm, disarm).unwrap();
+            assert!(rustix::net::getpeername(&socket).is_ok());
+        }
+        assert_eq!(
+            (armed.load(Ordering::SeqCst), disarmed.load(Ordering::SeqCst)),
+            (2, 0)
+        );
+        // Where there is nobody the watch ends.
+        drop((unix, tcp));
+        for address in [GdbAddress::Unix(path), tcp_at(port)] {
+            assert!(connect(&address, deadline, arm, disarm).is_err());
+        }
+        assert_eq!(
+            (armed.load(Ordering::SeqCst), disarmed.load(Ordering::SeqCst)),
+            (4, 2)
+        );
     }
 }

@@ -45,6 +45,14 @@ pub enum GdbError {
         /// What was asked.
         doing: String,
     },
+    /// It is no longer the stub of the VM that was attached to.
+    #[error("gdb stub {address} is not that of process {pid} any more: nothing was asked of it")]
+    AnotherVm {
+        /// Where.
+        address: String,
+        /// The VM's process.
+        pid: u32,
+    },
     /// It answered something that cannot be.
     #[error("gdb stub {address}: {reason}")]
     Protocol {

@@ -1,9 +1,11 @@
 //! Who is at the other end of a unix socket: `sock_diag`'s answer, which is what `ss -xp` prints.
 
 use std::io;
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
 use super::process::{self, Process};
@@ -105,10 +107,25 @@ pub(crate) fn clients_of(server: Process, path: &str) -> io::Result<Vec<Holder>>
     Ok(holders)
 }
 
-/// The process that listens at the other end of `stream`, as the kernel recorded it at `listen`.
-pub(crate) fn listener_pid(stream: &UnixStream) -> Option<u32> {
-    let credentials = rustix::net::sockopt::socket_peercred(stream).ok()?;
-    u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
+/// The process that listens at the other end of `stream`, as the kernel recorded it at `listen`. `None` where it is none
+/// of our pid namespace: the kernel then says 0 (which is why this does not use a type for pids that are never 0).
+pub(crate) fn listener_pid(stream: &impl AsFd) -> Option<u32> {
+    let credentials = getsockopt(&stream.as_fd(), PeerCredentials).ok()?;
+    u32::try_from(credentials.pid()).ok().filter(|pid| *pid != 0)
+}
+
+/// Whether `process` holds the other end of `stream`, which it has accepted: also where another process made the socket
+/// that it listens on and passed it (libvirt does).
+pub(crate) fn holds_other_end(process: Process, stream: &impl AsFd) -> bool {
+    let ours = rustix::fs::fstat(stream).map(|s| s.st_ino);
+    let (Ok(ours), Ok(pairs), Ok(descriptors)) = (ours, peer_pairs(), process.descriptors()) else {
+        return false;
+    };
+    let theirs = pairs
+        .iter()
+        .find(|(inode, peer)| u64::from(*inode) == ours && *peer != 0)
+        .map(|(_, peer)| u64::from(*peer));
+    theirs.is_some() && descriptors.iter().any(|d| d.socket_inode() == theirs)
 }
 
 /// Every connected pair of unix sockets of our network namespace, by inode.
@@ -184,7 +201,7 @@ fn parse_messages(mut bytes: &[u8], pairs: &mut Vec<(u32, u32)>) -> io::Result<b
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
 
@@ -202,12 +219,45 @@ mod tests {
         let holders = clients_of(me, path.to_str().unwrap()).unwrap();
         assert_eq!(holders.iter().map(|h| h.pid).collect::<Vec<_>>(), [me.pid]);
         assert_eq!(listener_pid(&client), Some(me.pid));
+        assert!(holds_other_end(me, &client));
+        assert!(!holds_other_end(Process { pid: 1 }, &client) || me.pid == 1);
         assert_eq!(occupied(me, path.to_str().unwrap()).unwrap(), Occupied::Busy);
         drop(client);
         assert_eq!(occupied(me, path.to_str().unwrap()).unwrap(), Occupied::Stale);
         assert!(clients_of(me, path.to_str().unwrap()).unwrap().is_empty());
         drop(accepted);
         assert_eq!(occupied(me, path.to_str().unwrap()).unwrap(), Occupied::Free);
+    }
+
+    #[test]
+    fn a_listener_of_another_pid_namespace_has_no_pid() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("not root: no namespace can be made; the case is covered where the tests run as root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        // A listener outside, a client inside a pid namespace of its own: this test again.
+        if let Ok(path) = std::env::var("VMSIGHT_TEST_LISTENER") {
+            let client = UnixStream::connect(path).unwrap();
+            assert_eq!(listener_pid(&client), None);
+            println!("nobody that is seen");
+            return;
+        }
+        let _listener = UnixListener::bind(&path).unwrap();
+        let output = std::process::Command::new("unshare")
+            .args(["--pid", "--fork", "--"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture"])
+            .arg("host::peers::tests::a_listener_of_another_pid_namespace_has_no_pid")
+            .env("VMSIGHT_TEST_LISTENER", &path)
+            .output()
+            .expect("unshare of util-linux");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && text.contains("nobody that is seen"),
+            "{text}"
+        );
     }
 
     #[test]

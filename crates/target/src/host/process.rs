@@ -3,9 +3,12 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 
 /// The most of a command line that is read. libvirt's longest are about 100 KiB; the kernel allows megabytes.
 const MAX_CMDLINE: u64 = 1 << 20;
@@ -21,6 +24,24 @@ const MAX_THREADS: usize = 16 * 1024;
 pub(crate) struct Process {
     /// The id in our own pid namespace.
     pub(crate) pid: u32,
+}
+
+/// One process for good: pids are used again, the pair is not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Identity {
+    /// Its pid.
+    pub(crate) pid: u32,
+    /// When it was started; `None` where that could not be read.
+    pub(crate) start_ticks: Option<u64>,
+}
+
+impl Identity {
+    /// Whether the process still runs.
+    pub(crate) fn runs(self) -> bool {
+        let process = Process { pid: self.pid };
+        !process.is_gone()
+            && (self.start_ticks.is_none() || process.stat().ok().map(|s| s.start_ticks) == self.start_ticks)
+    }
 }
 
 /// What an open descriptor is: the text of the link in `/proc/PID/fd`.
@@ -91,6 +112,66 @@ impl Process {
         } else {
             self.path("root").join(absolute)
         }
+    }
+
+    /// A regular file by its path as this process itself means it, not opened yet in any way that could touch what it is
+    /// (`O_PATH`): links lead nowhere outside the process's root, and what is a device or a pipe is refused.
+    ///
+    /// The path is the word of whoever started the process, and we may be root.
+    pub(crate) fn own_file(self, path: &Path) -> io::Result<OwnedFd> {
+        let folder = |link: &str| {
+            rustix::fs::open(
+                self.path(link),
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+        };
+        // Where its links may not be followed it is taken to share our view.
+        let (root, root_path) = match folder("root") {
+            Ok(root) => (root, fs::read_link(self.path("root"))?),
+            Err(_) => (
+                rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?,
+                PathBuf::from("/"),
+            ),
+        };
+        let absolute = if path.is_absolute() {
+            path.to_owned()
+        } else {
+            let here = fs::read_link(self.path("cwd"))?;
+            let here = here.strip_prefix(&root_path).map_err(io::Error::other)?;
+            Path::new("/").join(here).join(path)
+        };
+        let file = rustix::fs::openat2(
+            root,
+            absolute,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+        )?;
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
+        if kind != FileType::RegularFile {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is no regular file",
+            ));
+        }
+        Ok(file)
+    }
+
+    /// The text of a file that the process names, see [`Self::own_file`]; an error where it has more than `max` bytes.
+    pub(crate) fn own_text(self, path: &Path, max: u64) -> io::Result<String> {
+        let file = self.own_file(path)?;
+        let file = File::from(rustix::fs::open(
+            format!("/proc/self/fd/{}", file.as_raw_fd()),
+            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?);
+        if file.metadata()?.len() > max {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is too long"));
+        }
+        let mut bytes = Vec::new();
+        file.take(max).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// The short name (at most 15 bytes).
@@ -279,6 +360,33 @@ mod tests {
             Path::new("/etc/hostname")
         );
         assert_eq!(me.own_path(Path::new("a/b")), me.path("cwd").join("a/b"));
+    }
+
+    #[test]
+    fn only_regular_files_of_a_bounded_size_are_read() {
+        let me = Process {
+            pid: std::process::id(),
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), "text").unwrap();
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        std::os::unix::fs::symlink("/proc/self/exe", at("exe")).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        for good in ["file", "link"] {
+            assert_eq!(me.own_text(&at(good), 4).unwrap(), "text");
+        }
+        assert!(me.own_text(&at("file"), 3).is_err(), "too long");
+        // A pipe would be waited for, and a device touched.
+        for bad in ["fifo", "exe", ".", "none"] {
+            assert!(me.own_text(&at(bad), 1 << 20).is_err(), "{bad}");
+        }
+        assert!(me.own_text(Path::new("/dev/zero"), 16).is_err());
+        assert!(
+            me.own_text(Path::new("Cargo.toml"), 1 << 20)
+                .unwrap()
+                .contains("vmsight-target")
+        );
     }
 
     #[test]

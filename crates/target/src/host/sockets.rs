@@ -69,6 +69,20 @@ pub(crate) fn has_tcp_client(process: Process, port: u16) -> io::Result<bool> {
     Ok(found)
 }
 
+/// Whether `process` listens on TCP port `port`.
+pub(crate) fn listens_on_tcp(process: Process, port: u16) -> io::Result<bool> {
+    let listeners = NetTables::new(Wanted::All).listeners(process, &process.descriptors()?)?;
+    Ok(listeners
+        .iter()
+        .any(|l| matches!(l.address, ListenAddress::Tcp(bound) if bound.port() == port)))
+}
+
+/// Whether `process` has our network: its addresses are ours.
+pub(crate) fn shares_our_network(process: Process) -> bool {
+    let ours = fs::read_link("/proc/self/ns/net").ok();
+    ours.is_some() && fs::read_link(process.path("ns/net")).ok() == ours
+}
+
 /// A line of `/proc/net/unix`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct UnixSocket {

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use vmsight_arch::Gpa;
@@ -100,30 +101,36 @@ fn open_file(process: Process, mapping: &Mapping, write: bool) -> io::Result<Fil
         Ok(file) => return Ok(file),
         Err(e) => e,
     };
-    let mut paths: Vec<PathBuf> = Vec::new();
+    let needed = mapping.offset.saturating_add(mapping.len());
+    let same = |file: &File| {
+        file.metadata()
+            .is_ok_and(|m| m.is_file() && m.ino() == mapping.inode && m.len() >= needed)
+    };
+    let mut last = first;
     for descriptor in process.descriptors()? {
-        if descriptor.link == mapping.path {
-            paths.push(process.path(&format!("fd/{}", descriptor.fd)));
+        let path = process.path(&format!("fd/{}", descriptor.fd));
+        // A link that has this text is no pipe or device; what it leads to is looked at again once it is open.
+        let is_it = descriptor.link == mapping.path
+            && fs::metadata(&path).is_ok_and(|m| m.is_file() && m.ino() == mapping.inode);
+        if is_it {
+            match open(&path) {
+                Ok(file) if same(&file) => return Ok(file),
+                Ok(_) => {}
+                Err(e) => last = e,
+            }
         }
     }
     if mapping.path.starts_with('/')
         && !mapping.path.starts_with("/memfd:")
         && !mapping.path.ends_with(" (deleted)")
     {
-        paths.push(process.own_path(Path::new(&mapping.path)));
-    }
-    let needed = mapping.offset.saturating_add(mapping.len());
-    let mut last = first;
-    for path in paths {
-        let same =
-            fs::metadata(&path).is_ok_and(|m| m.is_file() && m.ino() == mapping.inode && m.len() >= needed);
-        if same {
-            match open(&path) {
-                // Opened is what counts, not what the path meant a moment before.
-                Ok(file) if file.metadata()?.ino() == mapping.inode => return Ok(file),
-                Ok(_) => {}
-                Err(e) => last = e,
-            }
+        let opened = process
+            .own_file(Path::new(&mapping.path))
+            .and_then(|file| open(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))));
+        match opened {
+            Ok(file) if same(&file) => return Ok(file),
+            Ok(_) => {}
+            Err(e) => last = e,
         }
     }
     Err(last)

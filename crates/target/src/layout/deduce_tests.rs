@@ -80,15 +80,95 @@ fn backends_of_one_size_are_tried_in_every_order() {
         all,
         [
             [
-                "0x0-0x40000000 at 0x7f0000000000",
-                "0x40000000-0x80000000 at 0x7f0050000000"
-            ],
-            [
                 "0x0-0x40000000 at 0x7f0050000000",
                 "0x40000000-0x80000000 at 0x7f0000000000"
             ],
-        ]
+            [
+                "0x0-0x40000000 at 0x7f0000000000",
+                "0x40000000-0x80000000 at 0x7f0050000000"
+            ],
+        ],
+        "from the top down first, as the kernel gives them"
     );
+}
+
+/// `count` memfd backends of 1 GiB, a gibibyte apart.
+fn equal(count: u64) -> String {
+    (0..count)
+        .map(|i| {
+            let start = 0x7f00_0000_0000 + i * 0x8000_0000;
+            format!(
+                "{start:x}-{:x} rw-s 00000000 00:01 {} /memfd:memory-backend-memfd (deleted)\n",
+                start + 0x4000_0000,
+                90 + i
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn many_backends_of_one_size_begin_with_qemus_own_order() {
+    // Nodes in another order than their backends were made in; one of the backends is a DIMM's.
+    let ids = ["d", "a", "dimm", "c", "b", "e"];
+    let mut args = "q -machine q35 -m 5G,slots=1,maxmem=8G -device pc-dimm,memdev=dimm".to_owned();
+    for id in ids {
+        args += &format!(" -object memory-backend-memfd,id={id},size=1G");
+    }
+    for id in ["a", "b", "c", "d", "e"] {
+        args += &format!(" -numa node,memdev={id}");
+    }
+    let info = machine(Vmm::Qemu, &args, None);
+    let all = candidates(&info, &maps::parse(&equal(6))).unwrap();
+    let order: Vec<u64> = all[0]
+        .ranges
+        .iter()
+        .map(|r| (r.hva - 0x7f00_0000_0000) / 0x8000_0000)
+        .collect();
+    assert_eq!(order, [4, 1, 2, 5, 0]);
+    assert!(all.len() <= MAX_CANDIDATES);
+    // The first layout in every arrangement before the second layout in any.
+    let first_low = |c: &Candidate| {
+        c.ranges
+            .iter()
+            .filter(|r| r.gpa < 1 << 32)
+            .map(|r| r.len)
+            .sum::<u64>()
+    };
+    assert!(all.iter().take(MAX_ARRANGEMENTS).all(|c| first_low(c) == 2 << 30));
+    assert!(all.iter().any(|c| first_low(c) == 3 << 30));
+    assert!(all.iter().skip(1).all(|c| c.ranges != all[0].ranges));
+    let rivals = all.iter().filter(|c| c.is_rival_of(&all[0])).count();
+    assert_eq!(rivals, MAX_ARRANGEMENTS - 1);
+}
+
+#[test]
+fn a_file_that_names_its_backend_is_its() {
+    let text = "\
+7f0000000000-7f0040000000 rw-s 00000000 00:2a 11 /dev/hugepages/libvirt/qemu/1-vm/qemu_back_mem._objects_ram-node1.AbCdEf (deleted)
+7f1000000000-7f1040000000 rw-s 00000000 00:2a 12 /dev/hugepages/libvirt/qemu/1-vm/qemu_back_mem._objects_ram-node0.GhIjKl (deleted)
+7f2000000000-7f2040000000 rw-s 00000000 00:2a 13 /dev/hugepages/libvirt/qemu/1-vm2/qemu_back_mem._objects_ram-node0.GhIjKl (deleted)
+";
+    let mut args = "q -m 2G".to_owned();
+    for id in ["ram-node0", "ram-node1"] {
+        args += &format!(
+            " -object memory-backend-file,id={id},size=1G,mem-path=/dev/hugepages/libvirt/qemu/1-vm,share=on \
+             -numa node,memdev={id}"
+        );
+    }
+    let only = [[
+        "0x0-0x40000000 at 0x7f1000000000",
+        "0x40000000-0x80000000 at 0x7f0000000000",
+    ]];
+    assert_eq!(shown(&machine(Vmm::Qemu, &args, None), text), only);
+    // Files of their own, one's name a part of the other's.
+    let text = "\
+7f0000000000-7f0040000000 rw-s 00000000 00:2a 11 /mnt/n10
+7f1000000000-7f1040000000 rw-s 00000000 00:2a 12 /mnt/n1
+";
+    let args = "q -m 2G -numa node,memdev=a -numa node,memdev=b \
+                -object memory-backend-file,id=a,size=1G,mem-path=/mnt/n1 \
+                -object memory-backend-file,id=b,size=1G,mem-path=/mnt/n10";
+    assert_eq!(shown(&machine(Vmm::Qemu, args, None), text), only);
 }
 
 #[test]

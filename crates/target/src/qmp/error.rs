@@ -69,6 +69,20 @@ pub enum QmpError {
         /// QEMU's words.
         reason: String,
     },
+    /// It is no longer, or never was, the socket of the VM that was attached to.
+    #[error(
+        "QMP socket {} is not that of process {pid}{}: nothing was asked of it",
+        path.display(),
+        server.map(|other| format!(" but of process {other}")).unwrap_or_default()
+    )]
+    AnotherVm {
+        /// The socket.
+        path: PathBuf,
+        /// The VM's process.
+        pid: u32,
+        /// Who listens there.
+        server: Option<u32>,
+    },
     /// What came is not QMP.
     #[error("{} does not speak QMP: {reason}", path.display())]
     Protocol {
@@ -102,10 +116,7 @@ impl QmpError {
             .and_then(|s| s.peer_addr().ok())
             .and_then(|a| a.as_pathname().map(Path::to_owned));
         let bound = bound.unwrap_or_else(|| path.clone());
-        let server = stream
-            .and_then(peers::listener_pid)
-            .filter(|pid| *pid != 0)
-            .map(|pid| Process { pid });
+        let server = stream.and_then(peers::listener_pid).map(|pid| Process { pid });
         let me = Process {
             pid: std::process::id(),
         };

@@ -21,7 +21,10 @@ use serde_json::{Value, json};
 
 pub use error::QmpError;
 
-pub(crate) use connect::connect_unix;
+use crate::host::peers;
+use crate::host::process::{Identity, Process};
+
+pub(crate) use connect::{connect_socket, connect_unix, unix_socket};
 
 /// The longest answer taken. `info mtree -f` of a machine with hundreds of devices has about a megabyte.
 const MAX_ANSWER: usize = 32 << 20;
@@ -71,7 +74,7 @@ impl Qmp {
                 });
             }
         };
-        let server = crate::host::peers::listener_pid(&stream);
+        let server = peers::listener_pid(&stream);
         let mut qmp = Self {
             stream,
             buffer: Vec::new(),
@@ -108,7 +111,24 @@ impl Qmp {
     /// see (another pid namespace).
     #[must_use]
     pub fn server_pid(&self) -> Option<u32> {
-        self.server.filter(|pid| *pid != 0)
+        self.server
+    }
+
+    /// Whether the process at the other end is `pid`: it made the socket, or was given it and accepted us.
+    pub(crate) fn is_of(&self, pid: u32) -> bool {
+        self.server == Some(pid) || peers::holds_other_end(Process { pid }, &self.stream)
+    }
+
+    /// An error where the process at the other end is not `vm`, or `vm` is gone.
+    pub(crate) fn refuse_another(self, vm: Identity) -> Result<Self, QmpError> {
+        if vm.runs() && self.is_of(vm.pid) {
+            return Ok(self);
+        }
+        Err(QmpError::AnotherVm {
+            path: self.path,
+            pid: vm.pid,
+            server: self.server.filter(|server| *server != vm.pid),
+        })
     }
 
     /// The socket's path.

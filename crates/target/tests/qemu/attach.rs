@@ -1,5 +1,7 @@
 //! Memory of real machines, held against what QEMU itself says of the same addresses.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use vmsight_arch::Gpa;
 use vmsight_target::{AttachOptions, Target, TargetKind, TargetSpec, Vmm, attach};
 
@@ -178,6 +180,77 @@ fn hugepages_where_the_host_has_them() {
 }
 
 #[test]
+fn hugetlbfs_files_where_the_host_has_them() {
+    let Some(_reserved) = HugePages::reserve(40) else {
+        eprintln!("this host gives no hugepages (not root, or memory too fragmented): nothing to test");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mount = |args: &[&str]| {
+        let done = std::process::Command::new("mount")
+            .args(args)
+            .arg(dir.path())
+            .status();
+        done.is_ok_and(|status| status.success())
+    };
+    if !mount(&["-t", "hugetlbfs", "-o", "pagesize=2M", "none"]) {
+        eprintln!("this host mounts no hugetlbfs (not root, or in a container): nothing to test");
+        return;
+    }
+    let _unmount = Unmount(dir.path().to_owned());
+    let folder = dir.path().display();
+    for (share, reserve, file) in [
+        ("on", "on", ""),
+        ("on", "off", ""),
+        ("off", "on", ""),
+        ("on", "on", "/ram"),
+    ] {
+        let backend = format!(
+            "memory-backend-file,id=m,size=66M,share={share},reserve={reserve},mem-path={folder}{file}"
+        );
+        let vm = Machine::start(&[
+            "-machine",
+            "pc,memory-backend=m",
+            "-m",
+            "66M",
+            "-object",
+            &backend,
+        ]);
+        let target = attach_pid(&vm, &WRITE);
+        agrees_with_qemu(&vm, &target, &[0x2000, 0x20_0000, (66 << 20) - 8]);
+    }
+}
+
+/// Unmounts when dropped.
+struct Unmount(std::path::PathBuf);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn memory_of_a_device_is_none_of_the_machines() {
+    let vm = Machine::start_running(&[
+        "-m",
+        "64",
+        "-object",
+        "memory-backend-memfd,id=shm,size=4M,share=on",
+        "-device",
+        "ivshmem-plain,memdev=shm",
+    ]);
+    // Firmware gives it its place.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !vm.hmp("info mtree -f").contains("ram): shm") {
+        assert!(std::time::Instant::now() < until, "{}", vm.hmp("info mtree -f"));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let target = attach_pid(&vm, &AttachOptions::default());
+    assert_eq!(target.memory.end(), Gpa(64 << 20), "{:?}", regions(&target));
+}
+
+#[test]
 fn by_name_by_uuid_and_by_socket() {
     let vm = Machine::start(&[
         "-m",
@@ -245,20 +318,24 @@ fn registers_of_a_machine_at_reset() {
     assert!(error.contains("no vCPU 2: it has 2"), "{error}");
 }
 
-/// Hugepages of 2 MiB reserved for a test and given back after it.
+/// Hugepages of 2 MiB reserved for a test and given back after it; one test at a time has some.
 struct HugePages {
     before: String,
+    _turn: MutexGuard<'static, ()>,
 }
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 impl HugePages {
     fn reserve(pages: u64) -> Option<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let read = |file: &str| std::fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
         let before = read(POOL)?;
         let free = || read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or(0);
         let this = Self {
             before: before.to_string(),
+            _turn: turn,
         };
         if free() < pages {
             std::fs::write(POOL, (before + pages).to_string()).ok()?;

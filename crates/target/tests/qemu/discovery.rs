@@ -159,3 +159,45 @@ fn tools_of_qemu_are_not_listed() {
     child.wait().unwrap();
     assert!(!listed);
 }
+
+#[test]
+fn files_that_a_command_line_names_are_not_waited_for() {
+    // A shell under the name of a QEMU, whose configuration is a pipe that nobody writes to.
+    let dir = tempfile::tempdir().unwrap();
+    let fake = dir.path().join("qemu-system-x86_64");
+    copy_program("/bin/sh".as_ref(), &fake);
+    let pipe = dir.path().join("pipe");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &pipe,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RWXU,
+        0,
+    )
+    .unwrap();
+    let mut child = Command::new(&fake)
+        .args(["-c", "while :; do sleep 1; done", "-readconfig"])
+        .arg(&pipe)
+        .spawn()
+        .unwrap();
+    let pid = child.id();
+    // A moment after it was started it has no command line yet.
+    let line = || std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while line().is_empty() {
+        assert!(std::time::Instant::now() < until);
+    }
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || tell.send(describe(pid).map(Box::new)));
+    let info = told.recv_timeout(std::time::Duration::from_secs(30));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let info = info
+        .expect("it is described without waiting")
+        .expect("it looks like a QEMU");
+    assert!(
+        info.problems.iter().any(|p| p.reason.contains("-readconfig")),
+        "{:?}",
+        info.problems
+    );
+}

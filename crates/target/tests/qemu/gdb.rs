@@ -122,6 +122,23 @@ fn with_qmp_free_nothing_is_paused() {
 }
 
 #[test]
+fn of_two_machines_at_one_port_the_one_at_the_address_is_meant() {
+    let port = TcpListener::bind("127.0.0.2:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let stub = |host: &str| format!("tcp:{host}:{port},server=on,wait=off");
+    // The other one has the lower pid, so it is listed first.
+    let other = start(&["-gdb", &stub("127.0.0.2")], true);
+    let vm = start(&["-gdb", &stub("127.0.0.1")], true);
+    for (host, pid) in [("127.0.0.1", vm.pid()), ("127.0.0.2", other.pid())] {
+        let target = attach(&spec(&format!("gdb:{host}:{port}")), &AttachOptions::default()).unwrap();
+        assert_eq!(target.info.as_ref().unwrap().pid, pid, "{host}");
+    }
+}
+
+#[test]
 fn a_machine_that_did_not_run_is_left_so() {
     let vm = start(&["-gdb", "unix:DIR/gdb,server=on,wait=off"], false);
     let _owner = hold_qmp(&vm);

@@ -100,11 +100,15 @@ impl Libvirt {
     }
 
     fn pid(&self) -> u32 {
+        self.pid_of(NAME)
+    }
+
+    fn pid_of(&self, name: &str) -> u32 {
         let file = self
             .dir
             .path()
             .join("run/libvirt/qemu/run")
-            .join(format!("{NAME}.pid"));
+            .join(format!("{name}.pid"));
         std::fs::read_to_string(file).unwrap().trim().parse().unwrap()
     }
 
@@ -228,6 +232,26 @@ fn a_machine_of_libvirts() {
         assert!(Instant::now() < until, "the machine was left {}", libvirt.state());
         std::thread::sleep(Duration::from_millis(50));
     }
+    // A domain whose name is the number of another: virsh takes numbers for ids.
+    let number = libvirt.virsh(&["domid", NAME]).1.trim().to_owned();
+    let xml = std::fs::read_to_string(libvirt.dir.path().join("vm.xml")).unwrap();
+    let second = libvirt.dir.path().join("second.xml");
+    std::fs::write(&second, xml.replace(NAME, &number)).unwrap();
+    let (done, text) = libvirt.virsh(&["create", second.to_str().unwrap()]);
+    assert!(done, "{text}");
+    let output = libvirt
+        .again("pause another")
+        .env("VMSIGHT_TEST_PID", libvirt.pid_of(&number).to_string())
+        .output();
+    let output = output.unwrap();
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && text.contains("the right one"),
+        "{text}"
+    );
+    let uuid = describe(libvirt.pid_of(&number)).unwrap().uuid.unwrap();
+    libvirt.virsh(&["destroy", &uuid]);
     // One that its owner paused stays so.
     assert!(libvirt.virsh(&["suspend", NAME]).0);
     let output = libvirt.again("pause briefly").output().unwrap();
@@ -251,7 +275,40 @@ fn in_the_session(what: &str) {
         let pause = target.pause().unwrap();
         assert!(pause.will_resume());
         assert_eq!(target.registers(None).unwrap(), target.registers(None).unwrap());
+        drop(pause);
+        // What nobody proves libvirt still tells.
+        let refuse = |_: &GuestMemory| Err("nothing".to_owned());
+        let options = AttachOptions {
+            prove: Some(&refuse),
+            ..AttachOptions::default()
+        };
+        let told = attach(&TargetSpec::Pid(target.info.as_ref().unwrap().pid), &options);
+        let told = told.unwrap_or_else(|e| panic!("{e}"));
+        assert!(
+            told.notes.iter().any(|n| n.contains("monitor told")),
+            "{:?}",
+            told.notes
+        );
+        assert!(find_mark(&told.memory).is_ok());
         println!("all of it works");
+        return;
+    }
+    if what == "pause another" {
+        let state = |pid: u32| {
+            let uuid = describe(pid).unwrap().uuid.unwrap();
+            let output = Command::new("virsh")
+                .args(["--quiet", "--connect", "qemu:///session", "domstate", &uuid])
+                .output()
+                .unwrap();
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        };
+        let pid = target.info.as_ref().unwrap().pid;
+        assert_eq!(state(pid), "running");
+        let pause = target.pause().unwrap();
+        assert_eq!(state(pid), "paused");
+        drop(pause);
+        assert_eq!(state(pid), "running");
+        println!("the right one");
         return;
     }
     let pause = target.pause().unwrap();

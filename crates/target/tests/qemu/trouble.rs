@@ -322,13 +322,155 @@ fn a_qemu_that_waits_for_its_owner_is_not_started_by_us() {
             .count()
     };
     let before = threads();
-    let error = attach(&TargetSpec::Pid(child.id()), &AttachOptions::default())
-        .unwrap_err()
-        .to_string();
-    assert!(error.contains("waits for its first QMP client"), "{error}");
+    for spec in [TargetSpec::Pid(child.id()), TargetSpec::Qmp(socket.clone())] {
+        let error = attach(&spec, &AttachOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("waits for its first QMP client"), "{error}");
+    }
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(threads(), before, "it still waits");
     assert!(before <= 2, "{before}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// A machine of three nodes whose memory looks alike, with a mark in the last one's.
+fn three_nodes() -> Machine {
+    let mut args = vec![
+        "-m",
+        "192M",
+        "-device",
+        "loader,addr=0x9000000,data=0x1122334455667788,data-len=8",
+    ];
+    // Not in the order of the nodes.
+    for backend in [
+        "memory-backend-ram,id=c,size=64M",
+        "memory-backend-ram,id=a,size=64M",
+        "memory-backend-ram,id=b,size=64M",
+    ] {
+        args.extend(["-object", backend]);
+    }
+    for node in ["node,memdev=a", "node,memdev=b", "node,memdev=c"] {
+        args.extend(["-numa", node]);
+    }
+    Machine::start(&args)
+}
+
+#[test]
+fn backends_that_look_alike_are_tried_in_qemus_own_order_and_believed_only_where_one_order_proves() {
+    let vm = three_nodes();
+    let told = attach(&TargetSpec::Pid(vm.pid()), &AttachOptions::default()).unwrap();
+    assert_eq!(
+        told.memory.pieces().len(),
+        3 + 1,
+        "firmware cuts the first: {:?}",
+        told.memory.pieces()
+    );
+    let _session = owner(&vm);
+    let tried = std::cell::Cell::new(0);
+    let find = |memory: &GuestMemory| {
+        tried.set(tried.get() + 1);
+        // The mark is in node c; that a and b are in their places shows nothing but QEMU's own map.
+        let same = |gpa| memory.read_u64(Gpa(gpa)) == told.memory.read_u64(Gpa(gpa));
+        match memory.read_u64(Gpa(0x900_0000)) {
+            Ok(0x1122_3344_5566_7788) if tried.get() == 1 && same(0x900_0000) => Ok("the mark".to_owned()),
+            other => Err(format!("{other:x?}")),
+        }
+    };
+    let options = AttachOptions {
+        prove: Some(&find),
+        ..AttachOptions::default()
+    };
+    let target = attach(&TargetSpec::Pid(vm.pid()), &options).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(target.memory.pieces().len(), 3);
+    assert_eq!(
+        tried.get(),
+        6,
+        "the first is right, and the five others were tried too"
+    );
+    // A proof that holds for every order is none.
+    let credulous = |_: &GuestMemory| Ok("it looks fine".to_owned());
+    let options = AttachOptions {
+        prove: Some(&credulous),
+        ..AttachOptions::default()
+    };
+    let error = attach(&TargetSpec::Pid(vm.pid()), &options).unwrap_err();
+    assert!(matches!(error, TargetError::Unproven { .. }));
+    assert!(error.to_string().contains("as much speaks for"), "{error}");
+}
+
+#[test]
+fn memory_that_was_plugged_in_is_named_where_nothing_can_be_proven() {
+    let vm = Machine::start(&[
+        "-m",
+        "64M,slots=1,maxmem=1G",
+        "-object",
+        "memory-backend-ram,id=d0,size=128M",
+        "-device",
+        "pc-dimm,memdev=d0",
+    ]);
+    let _session = owner(&vm);
+    let refuse = |_: &GuestMemory| Err("its memory ends elsewhere".to_owned());
+    let options = AttachOptions {
+        prove: Some(&refuse),
+        ..AttachOptions::default()
+    };
+    let error = attach(&TargetSpec::Pid(vm.pid()), &options)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("plugged in (d0)"), "{error}");
+}
+
+#[test]
+fn another_vm_behind_the_same_path_is_asked_nothing() {
+    let vm = Machine::start(&["-m", "64"]);
+    let target = attach(&TargetSpec::Pid(vm.pid()), &AttachOptions::default()).unwrap();
+    let other = Machine::start_running(&["-m", "64"]);
+    std::fs::rename(vm.qmp(), vm.dir().join("aside")).unwrap();
+    std::os::unix::fs::symlink(other.qmp(), vm.qmp()).unwrap();
+    for error in [target.registers(None).unwrap_err(), target.pause().unwrap_err()] {
+        match error {
+            TargetError::Qmp(QmpError::AnotherVm { pid, server, .. }) => {
+                assert_eq!((pid, server), (vm.pid(), Some(other.pid())));
+            }
+            other => panic!("{other}"),
+        }
+    }
+    assert!(
+        other
+            .command("{\"execute\":\"query-status\"}")
+            .contains("\"running\": true")
+    );
+    // Attaching by pid finds it out as well.
+    let error = attach(&TargetSpec::Pid(vm.pid()), &AttachOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("is not that of process"), "{error}");
+}
+
+#[test]
+fn a_monitor_whose_socket_was_passed_to_qemu_is_its() {
+    // As libvirt does it: the socket is made by one process and served by another.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("q");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
+    let chardev = format!("socket,id=q,fd={fd},server=on,wait=off");
+    let mut child = std::process::Command::new("qemu-system-x86_64")
+        .args(["-nodefaults", "-display", "none", "-S", "-m", "64"])
+        .args(["-chardev", &chardev, "-mon", "chardev=q,mode=control"])
+        .spawn()
+        .expect("qemu-system-x86_64");
+    drop(listener);
+    let options = AttachOptions {
+        timeout: Duration::from_secs(30),
+        ..AttachOptions::default()
+    };
+    for spec in [TargetSpec::Qmp(path.clone()), TargetSpec::Pid(child.id())] {
+        let target = attach(&spec, &options).unwrap_or_else(|e| panic!("{spec}: {e}"));
+        assert_eq!(target.info.as_ref().unwrap().pid, child.id());
+        assert_eq!(target.registers(None).unwrap().len(), 1);
+    }
     child.kill().unwrap();
     child.wait().unwrap();
 }

@@ -15,6 +15,8 @@ pub(crate) struct QemuConfig {
     pub(crate) name: Option<String>,
     /// `-uuid`.
     pub(crate) uuid: Option<String>,
+    /// `-id`: the machine's number, an option that Proxmox adds to its QEMU.
+    pub(crate) id: Option<String>,
     /// `-machine type`.
     pub(crate) machine: Option<String>,
     /// The accelerators asked for, in the order QEMU tries them.
@@ -43,6 +45,8 @@ pub(crate) struct QemuConfig {
     pub(crate) pid_file: Option<String>,
     /// Backends of pluggable memory: `-device pc-dimm|nvdimm|virtio-mem-pci|virtio-pmem-pci,memdev=`.
     pub(crate) dimms: Vec<String>,
+    /// Backends that a device shows as memory of its own (`-device ivshmem-plain,memdev=`): not the machine's.
+    pub(crate) device_backends: Vec<String>,
     /// `-readconfig` files that could not be read: what they say is missing above.
     pub(crate) unread_files: Vec<String>,
 }
@@ -220,6 +224,7 @@ impl QemuConfig {
             match item.group.as_str() {
                 "name" => self.name = text("guest").or(self.name.take()),
                 "uuid" => self.uuid = Some(item.value.clone()),
+                "id" => self.id = Some(item.value.clone()),
                 "machine" => {
                     self.machine = text("type").or(self.machine.take());
                     self.ram_backend = text("memory-backend").or(self.ram_backend.take());
@@ -247,6 +252,8 @@ impl QemuConfig {
                         || driver.starts_with("virtio-pmem")
                     {
                         self.dimms.extend(text("memdev"));
+                    } else {
+                        self.device_backends.extend(text("memdev"));
                     }
                 }
                 "numa" if pairs.get("type").is_none_or(|t| t == "node") => {

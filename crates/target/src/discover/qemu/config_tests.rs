@@ -258,3 +258,16 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn memory_of_devices_is_told_from_memory_of_the_machine() {
+    let args = "kvm -id 100 -name web,debug-threads=on -device ivshmem-plain,memdev=shared \
+                -device pc-dimm,memdev=d0,id=x -device virtio-mem-pci,memdev=v0 \
+                -object memory-backend-memfd,id=shared,size=16M";
+    let args: Vec<String> = args.split_whitespace().map(str::to_owned).collect();
+    let config = QemuConfig::parse(&args, &|_| None);
+    assert_eq!(config.id.as_deref(), Some("100"), "Proxmox's number");
+    assert_eq!(config.name.as_deref(), Some("web"));
+    assert_eq!(config.dimms, ["d0", "v0"]);
+    assert_eq!(config.device_backends, ["shared"]);
+}
