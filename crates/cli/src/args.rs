@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    disas, info, kmsg, list, listing, raw, regs, shell, strings, symbols, translate, types,
+    disas, info, kmsg, list, listing, raw, regs, shell, strings, symbols, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -27,7 +27,7 @@ TARGET is what to look into:
   FILE                 a memory dump; raw, LiME and ELF core are told apart by content,
                        raw:FILE, lime:FILE, elf:FILE force it
 
-Exit codes: 0 fine; 1 nothing found where something was asked for; 2 error.")]
+Exit codes: 0 fine; 1 nothing found where something was asked for, such as a process; 2 error.")]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -72,7 +72,7 @@ pub(crate) struct Global {
         help_heading = "Output"
     )]
     pub(crate) color: Color,
-    /// Repeat every N seconds until interrupted (live targets)
+    /// Repeat every N seconds until interrupted or the VM ends (live targets)
     #[arg(long, value_name = "N", global = true, help_heading = "Output")]
     pub(crate) watch: Option<f64>,
 
@@ -119,6 +119,8 @@ impl Global {
             columns: self.columns.clone(),
             no_headers: self.no_headers,
             wide: self.wide,
+            quiet: self.quiet,
+            clear: self.watch.is_some() && self.output == Format::Table,
         }
     }
 }
@@ -161,7 +163,7 @@ pub(crate) enum Command {
     /// Read memory: bytes, numbers, strings or typed objects
     Read(raw::Read),
     /// Write memory of a live VM
-    Write(raw::Write),
+    Write(write::Write),
     /// Virtual to physical, with every table entry on the way
     Translate(translate::Cmd),
     /// Disassemble, with symbols
@@ -176,4 +178,15 @@ pub(crate) enum Command {
     Completions(shell::Completions),
     /// Write the manual pages
     Man(shell::Man),
+}
+
+impl Command {
+    /// Whether it may be run again and again: it shows something and changes nothing.
+    pub(crate) fn can_repeat(&self) -> bool {
+        match self {
+            Command::Write(_) | Command::Completions(_) | Command::Man(_) => false,
+            Command::Symbols(c) => !c.exports(),
+            _ => true,
+        }
+    }
 }

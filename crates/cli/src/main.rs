@@ -13,8 +13,11 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
+use vmsight_linux::LinuxError;
+use vmsight_target::TargetError;
 
 use args::{Cli, Command};
+use session::Missing;
 
 /// How a run ends when nothing went wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,7 +37,7 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
-            ExitCode::from(2)
+            ExitCode::from(if is_missing(&error) { 1 } else { 2 })
         }
     }
 }
@@ -47,15 +50,20 @@ fn run(cli: &Cli) -> Result<Outcome> {
         seconds.is_finite() && (0.05..=86_400.0).contains(&seconds),
         "--watch takes 0.05 to 86400 seconds"
     );
-    let clear = cli.global.output == output::Format::Table && io::IsTerminal::is_terminal(&io::stdout());
+    anyhow::ensure!(
+        cli.command.can_repeat(),
+        "--watch repeats what only shows something; this command writes or makes files"
+    );
+    // What fails at once would fail for ever.
+    once(cli)?;
     loop {
-        if clear {
-            // Home and clear to the end: no flicker, and the scroll-back stays.
-            print!("\x1b[H\x1b[2J");
-            io::stdout().flush()?;
-        }
-        once(cli)?;
         std::thread::sleep(Duration::from_secs_f64(seconds));
+        match once(cli) {
+            Ok(_) => {}
+            Err(error) if is_broken_pipe(&error) || is_over(&error) => return Err(error),
+            // A guest in the middle of something: the next look may show it whole.
+            Err(error) => complain(&error),
+        }
     }
 }
 
@@ -109,13 +117,38 @@ fn log_to_stderr(verbose: u8, quiet: bool) {
 
 /// `vmsight ps T | head` is no error.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
+    let io = |cause: &(dyn std::error::Error + 'static)| {
+        let csv = || match cause.downcast_ref::<csv::Error>()?.kind() {
+            csv::ErrorKind::Io(error) => Some(error.kind()),
+            _ => None,
+        };
+        let json = || cause.downcast_ref::<serde_json::Error>()?.io_error_kind();
         let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
-        let json = cause
-            .downcast_ref::<serde_json::Error>()
-            .and_then(serde_json::Error::io_error_kind);
-        io == Some(io::ErrorKind::BrokenPipe) || json == Some(io::ErrorKind::BrokenPipe)
-    })
+        io.or_else(json).or_else(csv)
+    };
+    error
+        .chain()
+        .any(|cause| io(cause) == Some(io::ErrorKind::BrokenPipe))
+}
+
+/// What was asked for by name or number is not in the guest.
+fn is_missing(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.is::<Missing>() || matches!(cause.downcast_ref(), Some(LinuxError::NotFound(_))))
+}
+
+/// There is no VM any more that the next look could see.
+fn is_over(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| match cause.downcast_ref::<TargetError>() {
+            Some(
+                TargetError::NotFound { .. } | TargetError::NoProcess { .. } | TargetError::NotAVm { .. },
+            ) => true,
+            Some(error) => error.is_exit(),
+            None => false,
+        })
 }
 
 /// What was being done, then each cause on a line of its own.

@@ -229,3 +229,171 @@ fn a_closed_pipe_is_no_error() {
         text(&status.stderr)
     );
 }
+
+/// Starts vmsight, closes its standard output before it can write, and gives what it said and how it ended.
+fn with_closed_output(args: &[&str]) -> Output {
+    use std::process::Stdio;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vmsight"))
+        .args(args)
+        .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_reader_that_is_gone_is_no_error_and_no_panic() {
+    let f = file(&b"some printable text\0".repeat(20_480));
+    let path = f.path().to_str().unwrap();
+    for args in [
+        &["completions", "bash"][..],
+        &["completions", "zsh"],
+        &["read", path, "phys:0", "--as", "string"],
+        &["read", path, "phys:0", "64K"],
+        &["read", path, "phys:0", "64K", "--as", "bytes"],
+        &["read", path, "phys:0", "64K", "--as", "u8", "-o", "csv"],
+        &["read", path, "phys:0", "64K", "--as", "u8", "-o", "json"],
+        &["strings", path, "-o", "csv"],
+        &["strings", path, "-o", "json"],
+    ] {
+        let out = with_closed_output(args);
+        assert_eq!(out.status.code(), Some(0), "{args:?}: {}", text(&out.stderr));
+        assert!(out.stderr.is_empty(), "{args:?}: {}", text(&out.stderr));
+    }
+}
+
+#[test]
+fn strings_as_csv_have_a_header_and_no_formula() {
+    let mut bytes = vec![0; 1 << 16];
+    bytes[0x100..0x10e].copy_from_slice(b"=cmd|'/C calc'");
+    bytes[0x200..0x20b].copy_from_slice("csi\u{9b}31mred".as_bytes());
+    let f = file(&bytes);
+    let path = f.path().to_str().unwrap();
+    let out = text(&vmsight(&["strings", path, "-o", "csv"]).stdout);
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(
+        lines,
+        ["address,text", "0x100,'=cmd|'/C calc'", "0x200,csi\\u{9b}31mred"]
+    );
+    let out = text(&vmsight(&["strings", path, "-o", "csv", "--no-headers"]).stdout);
+    assert!(out.starts_with("0x100,"), "{out}");
+    let none = vmsight(&["strings", path, "-o", "csv", "--grep", "absent"]);
+    assert_eq!(
+        (text(&none.stdout).as_str(), none.status.code()),
+        ("address,text\n", Some(1))
+    );
+    // The same text for whoever parses it, and nothing for a terminal to act on.
+    let out = text(&vmsight(&["strings", path, "-o", "jsonl"]).stdout);
+    assert!(
+        !out.contains('\u{9b}') && out.contains("csi\\u009b31mred"),
+        "{out}"
+    );
+    let last: serde_json::Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+    assert_eq!(last["text"], "csi\u{9b}31mred");
+}
+
+#[test]
+fn columns_are_known_whatever_the_rows() {
+    let f = file(&vec![0; 1 << 16]);
+    let path = f.path().to_str().unwrap();
+    for length in ["0", "8"] {
+        let read = |columns| {
+            let args = [
+                "read",
+                path,
+                "phys:0",
+                length,
+                "--as",
+                "u64",
+                "-o",
+                "json",
+                "--columns",
+                columns,
+            ];
+            vmsight(&args)
+        };
+        assert_eq!(read("address,problems").status.code(), Some(0));
+        let out = read("nonsense");
+        assert_eq!(out.status.code(), Some(2));
+        assert!(
+            text(&out.stderr).contains("address, value, decimal, problems"),
+            "{}",
+            text(&out.stderr)
+        );
+        assert!(out.stdout.is_empty());
+    }
+    let out = vmsight(&["list", "--columns", "nonsense"]);
+    assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+}
+
+#[test]
+fn what_cannot_be_read_is_marked_in_every_format() {
+    let f = file(&vec![0x41; 1 << 16]);
+    let path = f.path().to_str().unwrap();
+    let read = |args: &[&str]| vmsight(&[&["read", path, "phys:0xfff8", "16"], args].concat());
+    let json = |out: &Output| -> serde_json::Value { serde_json::from_slice(&out.stdout).unwrap() };
+
+    let out = read(&["-o", "json"]);
+    assert_eq!(out.status.code(), Some(1));
+    let rows = json(&out);
+    assert_eq!(rows[0]["bytes"], format!("{}{}", "41".repeat(8), "??".repeat(8)));
+    assert_eq!(rows[0]["problems"].as_array().map(Vec::len), Some(1));
+
+    let rows = json(&read(&["--as", "u64", "-o", "json"]));
+    assert_eq!(rows[0]["problems"], serde_json::json!([]));
+    assert!(rows[1]["value"].is_null() && rows[1]["decimal"].is_null());
+    assert_eq!(rows[1]["problems"].as_array().map(Vec::len), Some(1));
+
+    let rows = json(&read(&["--as", "string", "-o", "json"]));
+    assert_eq!(rows[0]["text"], "A".repeat(8));
+    assert_eq!(rows[0]["problems"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn quiet_is_quiet() {
+    let f = file(&vec![0; 1 << 16]);
+    let path = f.path().to_str().unwrap();
+    let loud = vmsight(&["read", path, "phys:0xfff8", "16"]);
+    assert!(
+        text(&loud.stderr).contains("warning: 1 of 2 pages"),
+        "{}",
+        text(&loud.stderr)
+    );
+    let quiet = vmsight(&["read", "--quiet", path, "phys:0xfff8", "16"]);
+    assert_eq!(quiet.status.code(), Some(1));
+    assert!(quiet.stderr.is_empty(), "{}", text(&quiet.stderr));
+}
+
+#[test]
+fn watch_is_for_running_vms_and_for_looking() {
+    let f = file(&vec![0; 1 << 16]);
+    let path = f.path().to_str().unwrap();
+    for (args, why) in [
+        (&["read", path, "phys:0"][..], "a dump"),
+        (&["strings", path], "a dump"),
+        (
+            &["write", "--write", path, "phys:0", "--hex", "00"],
+            "--watch repeats",
+        ),
+        (&["completions", "bash"], "--watch repeats"),
+        (&["symbols", "export", path, "--isf", "x.json"], "--watch repeats"),
+    ] {
+        let out = vmsight(&[args, &["--watch", "0.1"]].concat());
+        assert_eq!(out.status.code(), Some(2), "{args:?}");
+        assert!(text(&out.stderr).contains(why), "{args:?}: {}", text(&out.stderr));
+        assert!(out.stdout.is_empty(), "{args:?}: {}", text(&out.stdout));
+    }
+    // What cannot be attached to is told once; a screen is not cleared for it.
+    let out = vmsight(&["ps", "no-such-vm", "--watch", "0.1"]);
+    assert_eq!((out.status.code(), out.stdout.len()), (Some(2), 0));
+}
+
+#[test]
+fn nothing_but_results_on_standard_output_and_no_progress_where_nobody_watches() {
+    let f = file(&b"some printable text\0".repeat(20_480));
+    let out = vmsight(&["strings", f.path().to_str().unwrap()]);
+    assert!(out.stderr.is_empty(), "{}", text(&out.stderr));
+}

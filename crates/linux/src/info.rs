@@ -78,7 +78,6 @@ pub struct Info {
     /// Why this is believed to be the running kernel.
     pub evidence: Vec<String>,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<String>,
 }
 

@@ -84,7 +84,6 @@ pub struct KernelMessage {
     /// Who wrote it: `T` and a thread id, or `C` and a CPU number for interrupts.
     pub caller: String,
     /// The writer's name, where the kernel records it (6.19 and later).
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub comm: Option<String>,
     /// The record continues the one before it on the same line.
     pub continued: bool,
@@ -95,7 +94,6 @@ pub struct KernelMessage {
     /// The device, in the notation of `/dev/kmsg`: `b8:0`, `c1:3`, `n2`, `+pci:0000:00:01.0`.
     pub device: Option<String>,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

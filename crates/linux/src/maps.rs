@@ -101,7 +101,6 @@ pub struct Mapping {
     #[serde(serialize_with = "address::gva")]
     pub vma: Gva,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

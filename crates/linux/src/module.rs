@@ -142,16 +142,13 @@ pub struct Module {
     /// What it was loaded with on the command line.
     pub arguments: Option<String>,
     /// Its sections; `None` if not asked for or not recorded by the kernel.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub sections: Option<Vec<Section>>,
     /// Its parameters; `None` if not asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub parameters: Option<Vec<Parameter>>,
     /// The `struct module`.
     #[serde(serialize_with = "address::gva")]
     pub address: Gva,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

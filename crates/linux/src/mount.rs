@@ -102,7 +102,6 @@ pub struct Mount {
     #[serde(serialize_with = "address::gva")]
     pub address: Gva,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

@@ -44,7 +44,7 @@ impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let space = self.space.address_space(&session)?;
-        let start = session.gva(&self.place)?;
+        let start = session.gva(&self.place, self.space.cpu)?;
         let length = match self.length {
             Some(n) => n.min(LIMIT),
             None if self.count.is_some() => {
@@ -60,10 +60,8 @@ impl Cmd {
             .read_up_to(&space, start, &mut code)
             .context("reading the code")?;
         code.truncate(readable);
-        let mut sheet = Sheet {
-            columns: &["address", "symbol", "bytes", "instruction"],
-            ..Sheet::default()
-        };
+        let columns = &["address", "symbol", "bytes", "instruction"];
+        let mut sheet = Sheet::with_keys(columns, columns);
         if (readable as u64) < length {
             sheet
                 .warnings
@@ -117,7 +115,7 @@ impl Cmd {
             row.insert("instruction".into(), text.as_str().into());
             sheet.rows.push(row);
         }
-        global.style().print(&sheet)?;
+        session.print(&sheet)?;
         Ok(if sheet.rows.is_empty() {
             Outcome::Nothing
         } else {

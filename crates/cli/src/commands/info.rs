@@ -3,11 +3,12 @@
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Map, Value};
+use vmsight_linux::Info;
 
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Sheet},
+    output::{Format, Row, Sheet, to_map},
     session::Session,
 };
 
@@ -23,31 +24,21 @@ impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let kernel = session.kernel()?;
-        let Value::Object(mut fields) = serde_json::to_value(kernel.info())? else {
-            return Ok(Outcome::Nothing);
-        };
+        let fields = to_map(&kernel.info())?;
         let mut row = Map::new();
         row.insert("target".into(), session.name().into());
         row.insert("profile".into(), kernel.profile().source.to_string().into());
-        let problems = fields.remove("problems");
         row.extend(fields);
-        if let Some(problems) = problems {
-            row.insert("problems".into(), problems);
-        }
         let style = global.style();
         if global.output != Format::Table || style.columns.is_some() {
-            style.print(&Sheet {
-                rows: vec![row],
-                columns: &["release", "hostname"],
-                warnings: Vec::new(),
-            })?;
+            let keys = [&["target", "profile"], Info::COLUMNS].concat();
+            let mut sheet = Sheet::with_keys(&keys, &["release", "hostname"]);
+            sheet.rows.push(row);
+            session.print(&sheet)?;
             return Ok(Outcome::Fine);
         }
         // For people one field a line.
-        let mut sheet = Sheet {
-            columns: &["field", "value"],
-            ..Sheet::default()
-        };
+        let mut sheet = Sheet::with_keys(&["field", "value"], &["field", "value"]);
         for (key, value) in row {
             if value.is_null() {
                 continue;
@@ -70,11 +61,11 @@ impl Cmd {
                 sheet.rows.push(line);
             }
         }
-        crate::output::Style {
+        let style = crate::output::Style {
             no_headers: true,
             ..style
-        }
-        .print(&sheet)?;
+        };
+        session.print_as(&style, &sheet)?;
         Ok(Outcome::Fine)
     }
 }

@@ -1,6 +1,6 @@
 //! `vmsight kmsg`: the kernel's log.
 
-use std::io::{self, BufWriter, Write};
+use std::io::Write;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -8,7 +8,7 @@ use clap::Args;
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Sheet, View, escape},
+    output::{Format, Sheet, escape},
     session::Session,
 };
 
@@ -26,9 +26,7 @@ pub(crate) struct Cmd {
     last: Option<usize>,
 }
 
-const VIEW: View = View {
-    columns: &["time_us", "level", "text"],
-};
+const COLUMNS: &[&str] = &["time_us", "level", "text"];
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
@@ -41,10 +39,10 @@ impl Cmd {
         }
         let style = global.style();
         if global.output != Format::Table || style.columns.is_some() {
-            style.print(&Sheet::new(VIEW, &listing.rows, listing.warnings)?)?;
+            session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings)?)?;
             return Ok(Outcome::Fine);
         }
-        let mut out = BufWriter::new(io::stdout().lock());
+        let mut out = style.out()?;
         for m in &listing.rows {
             let (seconds, micros) = (m.time_us / 1_000_000, m.time_us % 1_000_000);
             write!(out, "[{seconds:5}.{micros:06}] ")?;
@@ -59,7 +57,8 @@ impl Cmd {
         }
         out.flush()?;
         drop(out);
-        listing.warnings.iter().for_each(|w| crate::output::warn(w));
+        listing.warnings.iter().for_each(|w| style.warn(w));
+        session.finish(!listing.warnings.is_empty())?;
         Ok(Outcome::Fine)
     }
 }

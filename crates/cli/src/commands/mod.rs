@@ -1,5 +1,6 @@
 //! One module per command or family of commands.
 
+pub(crate) mod columns;
 pub(crate) mod disas;
 pub(crate) mod info;
 pub(crate) mod kmsg;
@@ -12,3 +13,4 @@ pub(crate) mod strings;
 pub(crate) mod symbols;
 pub(crate) mod translate;
 pub(crate) mod types;
+pub(crate) mod write;

@@ -1,20 +1,19 @@
-//! `vmsight read` and `vmsight write`: guest memory by physical, virtual, process or symbolic address.
+//! `vmsight read`: guest memory by physical, virtual, process or symbolic address.
 
-use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::io::{self, IsTerminal, Write as _};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use serde_json::{Map, Value};
+use serde_json::Map;
 use vmsight_arch::{Dtb, Gpa, Gva};
 use vmsight_memory::AddressSpace;
 
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Sheet, escape},
+    output::{Format, PROBLEMS, Sheet, Style, escape},
     place::{Place, number, size},
-    session::Session,
+    session::{Session, typed},
 };
 
 /// Which address space a virtual address belongs to.
@@ -26,6 +25,9 @@ pub(crate) struct Where {
     /// Use the page tables at this physical address (CR3)
     #[arg(long, value_name = "GPA", value_parser = |t: &str| number(t).ok_or("not a number"))]
     pub(crate) dtb: Option<u64>,
+    /// ADDRESS is a per-CPU variable or pointer: take this CPU's copy
+    #[arg(long, value_name = "N", conflicts_with_all = ["pid", "dtb"])]
+    pub(crate) cpu: Option<u32>,
 }
 
 impl Where {
@@ -70,7 +72,11 @@ Examples:
   vmsight read T phys:0x1000 4K --as bytes > page
   vmsight read T init_task --type task_struct --fields comm,pid,cred.uid.val
   vmsight read T 0x7ffe12345000 --pid 812 256
-What cannot be read is shown as ?? (null in JSON) and makes the exit code 1.")]
+  vmsight read T current_task --cpu 0 --as pointer
+An object is one row a member in every format: where it lies, its type and value; of a pointer also the symbol it
+points at. Values of enumerations are strings, the name or, where there is none, the number. Arrays and texts are cut
+after 64 elements and 4096 bytes, which `problems` then says; --fields 'a[100]' reads one element behind.
+What cannot be read is shown as ?? or null with its reason, and makes the exit code 1.")]
 pub(crate) struct Read {
     /// What to look into
     target: String,
@@ -90,6 +96,9 @@ pub(crate) struct Read {
     /// Only these members of the type (a.b.c, `a[3]`)
     #[arg(long, value_name = "MEMBER,…", value_delimiter = ',', requires = "type_name")]
     fields: Vec<String>,
+    /// Write --as bytes to a terminal too
+    #[arg(long)]
+    force: bool,
 }
 
 /// The most that is read at once; larger pieces of memory are what dumps are for.
@@ -104,46 +113,60 @@ impl Read {
             self.length <= READ_LIMIT,
             "reads at most 1G at once; for more take a dump"
         );
+        ensure!(
+            self.shape != As::Bytes || self.force || !io::stdout().is_terminal(),
+            "the guest's bytes may hold what takes over a terminal: send them to a file or a pipe, or say --force"
+        );
         let session = self.session(global)?;
         let (start, bytes, holes) = self.bytes(&session)?;
-        let mut outcome = if holes.iter().all(|h| *h) && !holes.is_empty() {
-            Outcome::Nothing
-        } else {
-            Outcome::Fine
-        };
-        if holes.contains(&true) {
-            crate::output::warn(&format!(
-                "{} of {} pages could not be read",
-                holes.iter().filter(|h| **h).count(),
-                holes.len()
-            ));
-            outcome = Outcome::Nothing;
-        }
         let missing = |i: usize| {
             let page = ((start & 0xfff) as usize + i) >> 12;
             holes.get(page).copied().unwrap_or(false)
         };
+        let style = session.style();
+        let unread = holes.iter().filter(|h| **h).count();
+        if unread > 0 {
+            style.warn(&format!("{unread} of {} pages could not be read", holes.len()));
+        }
         match self.shape {
-            As::Bytes => io::stdout().write_all(&bytes)?,
-            As::Hex if global.output == Format::Table => hex_dump(start, &bytes, &missing)?,
+            As::Bytes => {
+                let mut out = io::stdout().lock();
+                out.write_all(&bytes)?;
+                out.flush()?;
+            }
+            As::Hex if style.format == Format::Table && style.columns.is_none() => {
+                hex_dump(style, start, &bytes, &missing)?;
+            }
             As::Hex => {
-                let text: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-                self.print(global, [("bytes", text.into())].into())?;
+                let text: String = (0..)
+                    .zip(&bytes)
+                    .map(|(i, b)| hex_or_hole(*b, missing(i)))
+                    .collect();
+                self.print(style, "bytes", text, unread > 0)?;
             }
             As::String => {
-                let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+                let end = (0..bytes.len())
+                    .find(|i| bytes[*i] == 0 || missing(*i))
+                    .unwrap_or(bytes.len());
                 let text = String::from_utf8_lossy(&bytes[..end]).into_owned();
-                if global.output == Format::Table {
-                    println!("{}", escape(&text));
+                if style.format == Format::Table && style.columns.is_none() {
+                    let mut out = style.out()?;
+                    writeln!(out, "{}", escape(&text))?;
+                    out.flush()?;
                 } else {
-                    self.print(global, [("text", text.into())].into())?;
+                    self.print(style, "text", text, end < bytes.len() && missing(end))?;
                 }
             }
             As::U8 | As::U16 | As::U32 | As::U64 | As::Pointer => {
-                self.numbers(global, &session, start, &bytes, &missing)?;
+                self.numbers(&session, start, &bytes, &missing)?;
             }
         }
-        Ok(outcome)
+        session.finish(unread > 0)?;
+        Ok(if unread > 0 {
+            Outcome::Nothing
+        } else {
+            Outcome::Fine
+        })
     }
 
     /// A session with no more in it than the address needs.
@@ -161,7 +184,7 @@ impl Read {
         let start = if self.place.physical {
             session.gpa(&self.place)?.0
         } else {
-            session.gva(&self.place)?.0
+            session.gva(&self.place, self.space.cpu)?.0
         };
         let space = if self.place.physical {
             None
@@ -203,20 +226,23 @@ impl Read {
         Ok((start, bytes, holes))
     }
 
-    fn print(&self, global: &Global, pairs: Vec<(&str, Value)>) -> Result<()> {
+    fn print(&self, style: &Style, key: &'static str, text: String, holes: bool) -> Result<()> {
+        let mut sheet = Sheet::with_keys(&["place", key, PROBLEMS], &["place"]);
         let mut row = Map::new();
         row.insert("place".into(), self.place.to_string().into());
-        row.extend(pairs.into_iter().map(|(k, v)| (k.to_owned(), v)));
-        global.style().print(&Sheet {
-            rows: vec![row],
-            columns: &["place"],
-            warnings: Vec::new(),
-        })
+        row.insert(key.into(), text.into());
+        if holes {
+            row.insert(
+                PROBLEMS.into(),
+                vec![format!("{key}: pages that could not be read")].into(),
+            );
+        }
+        sheet.rows.push(row);
+        style.print(&sheet)
     }
 
     fn numbers(
         &self,
-        global: &Global,
         session: &Session,
         start: u64,
         bytes: &[u8],
@@ -228,14 +254,12 @@ impl Read {
             As::U32 => 4,
             _ => 8,
         };
-        let columns: &[&str] = if self.shape == As::Pointer {
-            &["address", "value", "symbol"]
+        let mut sheet = if self.shape == As::Pointer {
+            let keys = ["address", "value", "decimal", "symbol", PROBLEMS];
+            Sheet::with_keys(&keys, &["address", "value", "symbol"])
         } else {
-            &["address", "value", "decimal"]
-        };
-        let mut sheet = Sheet {
-            columns,
-            ..Sheet::default()
+            let keys = ["address", "value", "decimal", PROBLEMS];
+            Sheet::with_keys(&keys, &["address", "value", "decimal"])
         };
         for (i, piece) in bytes.chunks_exact(width).enumerate() {
             let value = piece.iter().rev().fold(0u64, |v, b| (v << 8) | u64::from(*b));
@@ -245,20 +269,19 @@ impl Read {
                 format!("{:#x}", start.wrapping_add((i * width) as u64)).into(),
             );
             if missing(i * width) || missing(i * width + width - 1) {
-                row.insert("value".into(), Value::Null);
+                row.insert(PROBLEMS.into(), vec!["value: its page could not be read"].into());
             } else {
                 row.insert("value".into(), format!("{value:#x}").into());
                 row.insert("decimal".into(), value.into());
-                if self.shape == As::Pointer {
-                    row.insert(
-                        "symbol".into(),
-                        session.name_of(Gva(value)).map_or(Value::Null, Value::from),
-                    );
+                if self.shape == As::Pointer
+                    && let Some(name) = session.name_of(Gva(value))
+                {
+                    row.insert("symbol".into(), name.into());
                 }
             }
             sheet.rows.push(row);
         }
-        global.style().print(&sheet)
+        session.style().print(&sheet)
     }
 
     fn object(&self, global: &Global, type_name: &str) -> Result<Outcome> {
@@ -268,38 +291,40 @@ impl Read {
         );
         let session = Session::open(global, &self.target)?;
         let space = self.space.address_space(&session)?;
-        let at = session.gva(&self.place)?;
-        let rows = crate::session::typed::read(&session, &space, at, type_name, &self.fields)?;
-        if global.output == Format::Table {
-            let columns: &[&str] = &["address", "member", "type", "value"];
-            global.style().print(&Sheet {
-                rows,
-                columns,
-                warnings: Vec::new(),
-            })?;
+        let at = session.gva(&self.place, self.space.cpu)?;
+        let source = typed::Source {
+            types: session.kernel()?.types(),
+            read: &|at, buf| space.read(at, buf),
+            name_of: &|at| session.name_of(at),
+        };
+        let object = typed::read(&source, at, type_name, &self.fields)?;
+        let sheet = Sheet {
+            rows: object.rows,
+            warnings: object.warnings,
+            ..Sheet::with_keys(typed::COLUMNS, &["address", "member", "type", "value", "symbol"])
+        };
+        session.style().print(&sheet)?;
+        session.finish(object.unreadable)?;
+        Ok(if object.unreadable {
+            Outcome::Nothing
         } else {
-            // For programs the object is an object: member name to value.
-            let mut object = Map::new();
-            object.insert("address".into(), format!("{at:#x}").into());
-            for mut row in rows {
-                if let (Some(Value::String(name)), Some(value)) = (row.remove("member"), row.remove("value"))
-                {
-                    object.insert(name, value);
-                }
-            }
-            global.style().print(&Sheet {
-                rows: vec![object],
-                columns: &["address"],
-                warnings: Vec::new(),
-            })?;
-        }
-        Ok(Outcome::Fine)
+            Outcome::Fine
+        })
+    }
+}
+
+/// A byte in hexadecimal, `??` where nothing could be read.
+fn hex_or_hole(byte: u8, missing: bool) -> String {
+    if missing {
+        "??".to_owned()
+    } else {
+        format!("{byte:02x}")
     }
 }
 
 /// Sixteen bytes a line, `??` where nothing could be read.
-fn hex_dump(start: u64, bytes: &[u8], missing: &dyn Fn(usize) -> bool) -> Result<()> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
+fn hex_dump(style: &Style, start: u64, bytes: &[u8], missing: &dyn Fn(usize) -> bool) -> Result<()> {
+    let mut out = style.out()?;
     for (line, piece) in bytes.chunks(16).enumerate() {
         write!(out, "{:016x} ", start.wrapping_add(line as u64 * 16))?;
         for i in 0..16 {
@@ -327,164 +352,4 @@ fn hex_dump(start: u64, bytes: &[u8], missing: &dyn Fn(usize) -> bool) -> Result
     }
     out.flush()?;
     Ok(())
-}
-
-/// Write guest memory of a live VM.
-#[derive(Args, Debug)]
-#[command(after_help = "\
-Writing changes a running guest and can crash it; nothing is written without --write. What was there before is
-printed, so that it can be put back. The pages' own protection does not matter: this writes as the hardware would.
-Examples:
-  vmsight write --write T hostname_buf --string web1
-  vmsight write --write T 0xffff888003a41000 --hex 90909090
-  vmsight write --write T phys:0x7000 --number 1 --width 4")]
-pub(crate) struct Write {
-    /// What to write to: a live VM
-    target: String,
-    /// Where: SYMBOL, SYMBOL+0x10, 0xffff…, phys:0x1000
-    place: Place,
-    #[command(flatten)]
-    space: Where,
-    #[command(flatten)]
-    data: Data,
-    /// Bytes that --number is written as, little-endian: 1, 2, 4 or 8
-    #[arg(long, value_name = "N", default_value_t = 8, requires = "number")]
-    width: u8,
-    /// Yes, change the guest
-    #[arg(long)]
-    write: bool,
-    /// Write only if these bytes (hexadecimal) are there now
-    #[arg(long, value_name = "HEX")]
-    expect: Option<String>,
-}
-
-/// What is written.
-#[derive(Args, Debug)]
-#[group(required = true, multiple = false)]
-struct Data {
-    /// Bytes in hexadecimal
-    #[arg(long, value_name = "HEX")]
-    hex: Option<String>,
-    /// Text, with a zero byte at its end
-    #[arg(long, value_name = "TEXT")]
-    string: Option<String>,
-    /// A number
-    #[arg(long, value_name = "N", value_parser = |t: &str| number(t).ok_or("not a number"))]
-    number: Option<u64>,
-    /// The contents of a file, at most 1 MiB
-    #[arg(long, value_name = "FILE")]
-    file: Option<PathBuf>,
-}
-
-impl Write {
-    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
-        let bytes = self.bytes()?;
-        ensure!(!bytes.is_empty(), "there is nothing to write");
-        ensure!(
-            self.write,
-            "this would change {} bytes of a running guest; say --write if that is wanted",
-            bytes.len()
-        );
-        let session = Session::for_writing(global, &self.target, !self.place.physical)?;
-        let mut before = vec![0; bytes.len()];
-        let address;
-        if self.place.physical {
-            let gpa = session.gpa(&self.place)?;
-            address = gpa.0;
-            session
-                .memory()
-                .read(gpa, &mut before)
-                .with_context(|| format!("reading what is at {}", self.place))?;
-            self.expected(&before)?;
-            session
-                .memory()
-                .write(gpa, &bytes)
-                .with_context(|| format!("writing to {}", self.place))?;
-        } else {
-            let gva = session.gva(&self.place)?;
-            address = gva.0;
-            let space = self.space.address_space(&session)?;
-            space
-                .read(gva, &mut before)
-                .with_context(|| format!("reading what is at {}", self.place))?;
-            self.expected(&before)?;
-            space
-                .write(gva, &bytes)
-                .with_context(|| format!("writing to {}", self.place))?;
-        }
-        let hex = |b: &[u8]| b.iter().map(|b| format!("{b:02x}")).collect::<String>();
-        let mut row = Map::new();
-        row.insert("place".into(), self.place.to_string().into());
-        row.insert("address".into(), format!("{address:#x}").into());
-        row.insert("length".into(), bytes.len().into());
-        row.insert("before".into(), hex(&before).into());
-        row.insert("after".into(), hex(&bytes).into());
-        global.style().print(&Sheet {
-            rows: vec![row],
-            columns: &["address", "length", "before", "after"],
-            warnings: Vec::new(),
-        })?;
-        Ok(Outcome::Fine)
-    }
-
-    fn expected(&self, before: &[u8]) -> Result<()> {
-        let Some(expect) = &self.expect else { return Ok(()) };
-        let expect = parse_hex(expect)?;
-        ensure!(
-            before.starts_with(&expect),
-            "nothing written: {} does not hold what --expect says but {}",
-            self.place,
-            before
-                .iter()
-                .take(expect.len())
-                .map(|b| format!("{b:02x}"))
-                .collect::<String>()
-        );
-        Ok(())
-    }
-
-    fn bytes(&self) -> Result<Vec<u8>> {
-        let data = &self.data;
-        if let Some(hex) = &data.hex {
-            return parse_hex(hex);
-        }
-        if let Some(text) = &data.string {
-            let mut bytes = text.clone().into_bytes();
-            bytes.push(0);
-            return Ok(bytes);
-        }
-        if let Some(n) = data.number {
-            let width = usize::from(self.width);
-            ensure!(matches!(width, 1 | 2 | 4 | 8), "--width is 1, 2, 4 or 8");
-            ensure!(
-                width == 8 || n >> (width * 8) == 0,
-                "{n:#x} does not fit into {width} bytes"
-            );
-            return Ok(n.to_le_bytes()[..width].to_vec());
-        }
-        if let Some(file) = &data.file {
-            let bytes = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
-            ensure!(bytes.len() <= 1 << 20, "{} is larger than 1 MiB", file.display());
-            return Ok(bytes);
-        }
-        bail!("say what to write: --hex, --string, --number or --file")
-    }
-}
-
-fn parse_hex(text: &str) -> Result<Vec<u8>> {
-    let digits: Vec<u8> = text
-        .trim_start_matches("0x")
-        .chars()
-        .filter(|c| !c.is_whitespace() && *c != ':')
-        .map(|c| {
-            c.to_digit(16)
-                .and_then(|d| u8::try_from(d).ok())
-                .with_context(|| format!("{c:?} is no hexadecimal digit"))
-        })
-        .collect::<Result<_>>()?;
-    ensure!(
-        digits.len().is_multiple_of(2),
-        "an odd number of hexadecimal digits"
-    );
-    Ok(digits.chunks_exact(2).map(|d| d[0] << 4 | d[1]).collect())
 }

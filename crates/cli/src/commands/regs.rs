@@ -57,19 +57,20 @@ impl Cmd {
                 rows.push(row);
             }
         }
-        let found = !rows.is_empty();
-        let warnings = self
+        let warnings: Vec<String> = self
             .names
             .iter()
             .filter(|n| !vcpus.iter().any(|r| r.by_name(&n.to_lowercase()).is_some()))
             .map(|n| format!("no register {n:?} in what this target gives"))
             .collect();
+        let found = !rows.is_empty() && warnings.is_empty();
+        let columns = &["vcpu", "register", "value", "flags"];
         let sheet = Sheet {
             rows,
-            columns: &["vcpu", "register", "value", "flags"],
             warnings,
+            ..Sheet::with_keys(columns, columns)
         };
-        global.style().print(&sheet)?;
+        session.style().print(&sheet)?;
         Ok(if found { Outcome::Fine } else { Outcome::Nothing })
     }
 }

@@ -1,6 +1,6 @@
 //! What the shell and `man` need, made from the same definitions as the command line itself.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -21,7 +21,12 @@ pub(crate) struct Completions {
 
 impl Completions {
     pub(crate) fn run(&self) -> Result<Outcome> {
-        clap_complete::generate(self.shell, &mut Cli::command(), "vmsight", &mut io::stdout());
+        // Into memory first: the generators panic where they cannot write.
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "vmsight", &mut script);
+        let mut out = io::stdout().lock();
+        out.write_all(&script)?;
+        out.flush()?;
         Ok(Outcome::Fine)
     }
 }

@@ -1,6 +1,6 @@
 //! `vmsight strings`: printable text in physical, kernel or process memory.
 
-use std::io::{self, BufWriter, Write};
+use std::io::Write;
 
 use anyhow::Result;
 use clap::Args;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, escape},
+    output::{Format, escape, field, json},
     session::Session,
 };
 
@@ -41,7 +41,11 @@ const LONGEST: usize = 64 << 10;
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
-        let mut out = BufWriter::with_capacity(1 << 16, io::stdout().lock());
+        let style = global.style();
+        let mut out = style.out()?;
+        if style.format == Format::Csv && !style.no_headers {
+            writeln!(out, "address,text")?;
+        }
         let mut finder = Finder::new(self.min.max(1), self.utf16);
         let mut found = false;
         let mut first = true;
@@ -54,13 +58,14 @@ impl Cmd {
                 Format::Table => writeln!(out, "{address:#018x}  {}", escape(text))?,
                 Format::Csv => {
                     let mut csv = csv::Writer::from_writer(&mut out);
-                    csv.write_record([format!("{address:#x}"), escape(text)])?;
+                    csv.write_record([format!("{address:#x}"), field(text)])?;
+                    csv.flush()?;
                 }
                 Format::Json | Format::Jsonl => {
                     if global.output == Format::Json {
                         out.write_all(if first { b"[\n" } else { b",\n" })?;
                     }
-                    serde_json::to_writer(
+                    json::write(
                         &mut out,
                         &json!({ "address": format!("{address:#x}"), "text": text }),
                     )?;

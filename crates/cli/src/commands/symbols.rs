@@ -10,7 +10,16 @@ use serde_json::{Map, Value};
 use vmsight_symbols::export;
 use vmsight_symbols::layout::matches;
 
-use crate::{Outcome, args::Global, output::Sheet, place::Place, session::Session};
+use crate::{
+    Outcome,
+    args::Global,
+    output::{Progress, Sheet},
+    place::Place,
+    session::{
+        Session,
+        symbol::{PerCpuSymbols, is_in_image},
+    },
+};
 
 /// Kernel symbols, read out of the guest's own memory.
 #[derive(Args, Debug)]
@@ -21,7 +30,8 @@ Examples:
   vmsight symbols T tcp_v4 '*_ops'         those that contain tcp_v4 or end in _ops
   vmsight symbols T --at 0xffffffff8a2b3c4d
   vmsight symbols export T --isf kernel.json.xz
-Addresses are where this boot has them (KASLR applied); `linked` is where vmlinux has them.
+Addresses are where this boot has them (KASLR applied); `linked` is where vmlinux has them. A per-CPU variable has an
+address for each CPU: vmsight read NAME --cpu N reads one.
 Exit code 1 if nothing matches.")]
 pub(crate) struct Cmd {
     #[command(subcommand)]
@@ -57,6 +67,11 @@ struct Export {
 }
 
 impl Cmd {
+    /// Whether it writes a file.
+    pub(crate) fn exports(&self) -> bool {
+        self.action.is_some()
+    }
+
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         if let Some(Action::Export(export)) = &self.action {
             return export.run(global);
@@ -64,41 +79,58 @@ impl Cmd {
         let session = Session::open(global, self.target.as_deref().unwrap_or_default())?;
         let kernel = session.kernel()?;
         if !self.at.is_empty() {
-            return self.addresses(global, &session);
+            return self.addresses(&session);
         }
         let wanted = |name: &str| self.patterns.is_empty() || self.patterns.iter().any(|p| matches(p, name));
-        let mut sheet = Sheet {
-            columns: &["address", "kind", "name", "module"],
-            ..Sheet::default()
-        };
-        let mut push = |address: u64, linked: Option<u64>, kind: u8, name: &str, module: Option<&str>| {
+        let keys = ["address", "kind", "name", "module", "linked", "per_cpu"];
+        let mut sheet = Sheet::with_keys(&keys, &["address", "kind", "name", "module"]);
+        let hex = |a: Option<u64>| a.map_or(Value::Null, |a| format!("{a:#018x}").into());
+        let mut push = |address: Option<u64>,
+                        linked: Option<u64>,
+                        kind: u8,
+                        name: &str,
+                        module: Option<&str>,
+                        per_cpu: bool| {
             let mut row = Map::new();
-            row.insert("address".into(), format!("{address:#018x}").into());
+            row.insert("address".into(), hex(address));
             row.insert("kind".into(), char::from(kind).to_string().into());
             row.insert("name".into(), name.into());
             row.insert("module".into(), module.map_or(Value::Null, Value::from));
-            row.insert(
-                "linked".into(),
-                linked.map_or(Value::Null, |a| format!("{a:#018x}").into()),
-            );
+            row.insert("linked".into(), hex(linked));
+            row.insert("per_cpu".into(), per_cpu.into());
             sheet.rows.push(row);
         };
-        for symbol in kernel.profile().symbols.iter().filter(|s| wanted(s.name)) {
-            let runtime = kernel.image().runtime(symbol.address);
-            push(runtime.0, Some(symbol.address), symbol.kind, symbol.name, None);
+        let symbols = &kernel.profile().symbols;
+        let per_cpu = PerCpuSymbols::of(symbols);
+        for symbol in symbols.iter().filter(|s| wanted(s.name)) {
+            let per_cpu = per_cpu.has(&symbol);
+            let address = match (is_in_image(&symbol), per_cpu) {
+                (_, true) => None,
+                (true, false) => Some(kernel.image().runtime(symbol.address).0),
+                (false, false) => Some(symbol.address),
+            };
+            push(
+                address,
+                Some(symbol.address),
+                symbol.kind,
+                symbol.name,
+                None,
+                per_cpu,
+            );
         }
         if !self.no_modules {
             for symbol in session.modules()?.iter().filter(|s| wanted(&s.name)) {
                 push(
-                    symbol.address.0,
+                    Some(symbol.address.0),
                     None,
                     symbol.kind as u8,
                     &symbol.name,
                     Some(&symbol.module),
+                    false,
                 );
             }
         }
-        global.style().print(&sheet)?;
+        session.print(&sheet)?;
         Ok(if sheet.rows.is_empty() {
             Outcome::Nothing
         } else {
@@ -106,14 +138,12 @@ impl Cmd {
         })
     }
 
-    fn addresses(&self, global: &Global, session: &Session) -> Result<Outcome> {
-        let mut sheet = Sheet {
-            columns: &["address", "symbol"],
-            ..Sheet::default()
-        };
+    fn addresses(&self, session: &Session) -> Result<Outcome> {
+        let columns = &["address", "symbol"];
+        let mut sheet = Sheet::with_keys(columns, columns);
         let mut unknown = false;
         for place in &self.at {
-            let at = session.gva(place)?;
+            let at = session.gva(place, None)?;
             let name = session.name_of(at);
             unknown |= name.is_none();
             let mut row = Map::new();
@@ -121,7 +151,7 @@ impl Cmd {
             row.insert("symbol".into(), name.map_or(Value::Null, Value::from));
             sheet.rows.push(row);
         }
-        global.style().print(&sheet)?;
+        session.print(&sheet)?;
         Ok(if unknown { Outcome::Nothing } else { Outcome::Fine })
     }
 }
@@ -135,9 +165,11 @@ impl Export {
         let file = File::create(&part).with_context(|| format!("creating {}", part.display()))?;
         let xz = self.isf.extension().is_some_and(|e| e == "xz");
         let mut out = BufWriter::new(file);
+        let progress = Progress::spinner(global.quiet, "writing the symbol table");
         let written = export::isf(kernel.profile(), &mut out, xz.then_some(export::XZ_LEVEL))
             .context("writing the symbol table")
             .and_then(|_| Ok(out.into_inner()?.sync_all()?));
+        drop(progress);
         if let Err(error) = written {
             let _ = std::fs::remove_file(&part);
             return Err(error);
@@ -149,11 +181,10 @@ impl Export {
         row.insert("release".into(), kernel.profile().release.as_str().into());
         row.insert("symbols".into(), kernel.profile().symbols.len().into());
         row.insert("types".into(), kernel.profile().types.len().into());
-        global.style().print(&Sheet {
-            rows: vec![row],
-            columns: &["file", "release", "symbols", "types"],
-            warnings: Vec::new(),
-        })?;
+        let columns = &["file", "release", "symbols", "types"];
+        let mut sheet = Sheet::with_keys(columns, columns);
+        sheet.rows.push(row);
+        session.print(&sheet)?;
         Ok(Outcome::Fine)
     }
 }

@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 use clap::Args;
-use serde_json::{Map, Value, json};
-use vmsight_arch::paging::{PageFault, Steps};
+use serde_json::{Map, Value};
+use vmsight_arch::Gva;
+use vmsight_arch::paging::{PageFault, Steps, Translation};
 
 use crate::{
     Outcome,
@@ -17,8 +18,9 @@ use crate::{
 /// Translate virtual addresses and show the walk.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Exit code 1 if an address is not mapped. In JSON each address is one object with its `steps`; in a table each
-entry read is a row.")]
+Exit code 1 if an address is not mapped. A table has a row for each entry read. JSON, CSV and --columns have a row for
+each address: pml5 to pt are the values of the entries met (null where the walk did not come there), `entries` their
+physical addresses from the top down.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,
@@ -29,89 +31,131 @@ pub(crate) struct Cmd {
     space: Where,
 }
 
-/// Names of the x86 table levels, PTE first.
-const LEVELS: [&str; 5] = ["pte", "pmd", "pud", "p4d", "pgd"];
+/// The processor's names of the x86 tables, the last one's first: those of Linux change with the number of levels.
+const LEVELS: [&str; 5] = ["pt", "pd", "pdpt", "pml4", "pml5"];
+
+/// One row an address, as programs want it: the entries by the names of their levels.
+const COLUMNS: &[&str] = &[
+    "place",
+    "gva",
+    "gpa",
+    "page_size",
+    "write",
+    "user",
+    "execute",
+    "accessed",
+    "dirty",
+    "global",
+    "fault",
+    "pml5",
+    "pml4",
+    "pdpt",
+    "pd",
+    "pt",
+    "entries",
+];
+
+/// One row an entry, as people want it.
+const WALK: &[&str] = &["gva", "level", "entry", "value", "result"];
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let space = self.space.address_space(&session)?;
-        let mut sheet = Sheet {
-            columns: &["gva", "level", "entry", "value", "result"],
-            ..Sheet::default()
+        let as_walk = global.output == Format::Table && global.columns.is_none();
+        let mut sheet = match as_walk {
+            true => Sheet::with_keys(WALK, WALK),
+            false => Sheet::with_keys(COLUMNS, &["gva", "gpa"]),
         };
         let mut missing = false;
         for place in &self.places {
-            let gva = session.gva(place)?;
+            let gva = session.gva(place, self.space.cpu)?;
             let outcome = space.translate(gva);
-            let (steps, result): (Steps, Value) = match &outcome {
-                Ok(t) => (t.steps, format!("{:#x}", t.gpa).into()),
-                Err(PageFault { steps, .. }) => {
-                    missing = true;
-                    (*steps, Value::Null)
-                }
-            };
-            let detail = match &outcome {
-                Ok(t) => format!(
-                    "{:#x}, {} page, {}",
-                    t.gpa,
-                    human_size(1u64.checked_shl(u32::from(t.page_shift)).unwrap_or(0)),
-                    rights(&t.access)
-                ),
-                Err(fault) => fault.to_string(),
-            };
-            if global.output == Format::Table {
-                for step in steps.iter() {
-                    sheet.rows.push(row([
-                        ("gva", format!("{gva:#x}").into()),
-                        ("level", level(step.level).into()),
-                        ("entry", format!("{:#x}", step.entry_gpa).into()),
-                        ("value", format!("{:#x}", step.value).into()),
-                        ("result", "".into()),
-                    ]));
-                }
-                if let Some(last) = sheet.rows.last_mut().filter(|_| !steps.is_empty()) {
-                    last.insert("result".into(), detail.into());
-                } else {
-                    sheet.rows.push(row([
-                        ("gva", format!("{gva:#x}").into()),
-                        ("result", detail.into()),
-                    ]));
-                }
-                continue;
-            }
-            let mut object = row([
-                ("place", place.to_string().into()),
-                ("gva", format!("{gva:#x}").into()),
-            ]);
-            object.insert("gpa".into(), result);
-            if let Ok(t) = &outcome {
-                object.insert(
-                    "page_size".into(),
-                    1u64.checked_shl(u32::from(t.page_shift)).into(),
-                );
-                object.insert("write".into(), t.access.write.into());
-                object.insert("user".into(), t.access.user.into());
-                object.insert("execute".into(), t.access.execute.into());
-                object.insert("accessed".into(), t.access.accessed.into());
-                object.insert("dirty".into(), t.access.dirty.into());
-                object.insert("global".into(), t.access.global.into());
+            missing |= outcome.is_err();
+            if as_walk {
+                sheet.rows.extend(walk(gva, &outcome));
             } else {
-                object.insert("fault".into(), detail.into());
+                sheet.rows.push(object(place, gva, &outcome));
             }
-            let steps: Vec<Value> = steps
-                .iter()
-                .map(|s| {
-                    json!({ "level": level(s.level), "entry": format!("{:#x}", s.entry_gpa),
-                            "value": format!("{:#x}", s.value) })
-                })
-                .collect();
-            object.insert("steps".into(), steps.into());
-            sheet.rows.push(object);
         }
-        global.style().print(&sheet)?;
+        session.print(&sheet)?;
         Ok(if missing { Outcome::Nothing } else { Outcome::Fine })
     }
+}
+
+fn steps(outcome: &Result<Translation, PageFault>) -> Steps {
+    match outcome {
+        Ok(translation) => translation.steps,
+        Err(fault) => fault.steps,
+    }
+}
+
+/// A row for each entry read, the result in the last one's.
+fn walk(gva: Gva, outcome: &Result<Translation, PageFault>) -> Vec<Map<String, Value>> {
+    let result = match outcome {
+        Ok(t) => format!(
+            "{:#x}, {} page, {}",
+            t.gpa,
+            human_size(1u64.checked_shl(u32::from(t.page_shift)).unwrap_or(0)),
+            rights(&t.access)
+        ),
+        Err(fault) => fault.to_string(),
+    };
+    let mut rows: Vec<_> = steps(outcome)
+        .iter()
+        .map(|step| {
+            row([
+                ("gva", format!("{gva:#x}").into()),
+                ("level", level(step.level).into()),
+                ("entry", format!("{:#x}", step.entry_gpa).into()),
+                ("value", format!("{:#x}", step.value).into()),
+                ("result", "".into()),
+            ])
+        })
+        .collect();
+    match rows.last_mut() {
+        Some(last) => {
+            last.insert("result".into(), result.into());
+        }
+        None => rows.push(row([
+            ("gva", format!("{gva:#x}").into()),
+            ("result", result.into()),
+        ])),
+    }
+    rows
+}
+
+/// One flat object: what the address leads to or why it does not, and the entries met.
+fn object(place: &Place, gva: Gva, outcome: &Result<Translation, PageFault>) -> Map<String, Value> {
+    let mut object = row([
+        ("place", place.to_string().into()),
+        ("gva", format!("{gva:#x}").into()),
+    ]);
+    match outcome {
+        Ok(t) => object.extend(row([
+            ("gpa", format!("{:#x}", t.gpa).into()),
+            ("page_size", 1u64.checked_shl(u32::from(t.page_shift)).into()),
+            ("write", t.access.write.into()),
+            ("user", t.access.user.into()),
+            ("execute", t.access.execute.into()),
+            ("accessed", t.access.accessed.into()),
+            ("dirty", t.access.dirty.into()),
+            ("global", t.access.global.into()),
+        ])),
+        Err(fault) => {
+            object.insert("fault".into(), fault.to_string().into());
+        }
+    }
+    let steps = steps(outcome);
+    for step in steps.iter() {
+        object.insert(level(step.level).into(), format!("{:#x}", step.value).into());
+    }
+    let entries: Vec<Value> = steps
+        .iter()
+        .map(|s| format!("{:#x}", s.entry_gpa).into())
+        .collect();
+    object.insert("entries".into(), entries.into());
+    object
 }
 
 fn row<const N: usize>(pairs: [(&str, Value); N]) -> Map<String, Value> {
@@ -161,4 +205,18 @@ pub(crate) fn human_size(bytes: u64) -> String {
         }
     }
     format!("{bytes} B")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_a_column_for_every_level() {
+        for number in 1..=5 {
+            assert!(COLUMNS.contains(&level(number)));
+        }
+        assert_eq!((level(0), level(6)), ("?", "?"));
+        assert_eq!(level(4), "pml4");
+    }
 }

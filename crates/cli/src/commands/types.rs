@@ -4,15 +4,16 @@ use std::io::Write;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use serde_json::{Map, Value};
 use vmsight_symbols::{
     Kinds,
-    layout::{self, LayoutOptions},
+    layout::{self, Layout, LayoutOptions},
 };
 
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Sheet, View, escape},
+    output::{Format, PROBLEMS, Sheet, escape, to_map},
     session::{Session, closest},
 };
 
@@ -64,10 +65,8 @@ impl Cmd {
         }
         if let Some(pattern) = &self.search {
             let found: Vec<_> = layout::search(types, pattern, Kinds::all()).collect();
-            let view = View {
-                columns: &["kind", "name", "size", "members"],
-            };
-            global.style().print(&Sheet::new(view, &found, Vec::new())?)?;
+            let columns = &["kind", "name", "size", "members"];
+            session.print(&Sheet::new(columns, &found, Vec::new())?)?;
             return Ok(if found.is_empty() {
                 Outcome::Nothing
             } else {
@@ -78,44 +77,196 @@ impl Cmd {
             expand: self.expand,
             cachelines: self.cachelines,
         };
+        let mut layouts = Vec::new();
+        let mut outcome = Outcome::Fine;
+        let mut warnings = Vec::new();
         for name in &self.names {
             let ids = layout::named(types, name);
             if ids.is_empty() {
                 let names = types.iter().map(|t| t.name()).filter(|n| !n.is_empty());
-                bail!("no type {name:?}{}", closest(name, names));
+                warnings.push(format!("no type {name:?}{}", closest(name, names)));
+                outcome = Outcome::Nothing;
             }
-            for id in ids {
-                let Some(layout) = layout::layout(types, id, &options) else {
-                    continue;
-                };
-                if global.output == Format::Table {
-                    for line in layout.to_string().lines() {
-                        writeln!(std::io::stdout(), "{}", escape(line).replace("\\t", "\t"))?;
-                    }
-                    continue;
-                }
-                let mut sheet = Sheet::new(
-                    View {
-                        columns: &["offset", "size", "type", "name"],
-                    },
-                    &layout.rows().collect::<Vec<_>>(),
-                    Vec::new(),
-                )?;
-                if layout.rows().next().is_none() {
-                    sheet = Sheet::new(
-                        View {
-                            columns: &["name", "value"],
-                        },
-                        &layout.values,
-                        Vec::new(),
-                    )?;
-                }
-                for row in &mut sheet.rows {
-                    row.shift_insert(0, "of".into(), layout.name.as_str().into());
-                }
-                global.style().print(&sheet)?;
+            layouts.extend(
+                ids.into_iter()
+                    .filter_map(|id| layout::layout(types, id, &options)),
+            );
+        }
+        for cut in layouts.iter().filter(|l| l.cut) {
+            warnings.push(format!(
+                "{} has more members than are shown: its type data is broken",
+                cut.name
+            ));
+        }
+        let style = session.style();
+        if style.format != Format::Table || style.columns.is_some() {
+            let sheet = Sheet {
+                rows: layouts.iter().map(rows).collect::<Result<Vec<_>>>()?.concat(),
+                warnings,
+                ..Sheet::with_keys(COLUMNS, &["of", "offset", "size", "type", "name", "value"])
+            };
+            session.print(&sheet)?;
+            return Ok(outcome);
+        }
+        let mut out = style.out()?;
+        for layout in &layouts {
+            for line in layout.to_string().lines() {
+                writeln!(out, "{}", escape(line).replace("\\t", "\t"))?;
             }
         }
-        Ok(Outcome::Fine)
+        out.flush()?;
+        drop(out);
+        warnings.iter().for_each(|w| style.warn(w));
+        session.finish(false)?;
+        Ok(outcome)
+    }
+}
+
+/// Members and values of all types asked for, in one listing: `id` tells apart types that share a name.
+const COLUMNS: &[&str] = &[
+    "of",
+    "id",
+    "offset",
+    "bit_offset",
+    "bit_size",
+    "size",
+    "type",
+    "name",
+    "value",
+    PROBLEMS,
+];
+
+/// A type as rows: its members, its values, or where it has neither, itself.
+fn rows(layout: &Layout) -> Result<Vec<Map<String, Value>>> {
+    let mut rows = layout.rows().map(to_map).collect::<Result<Vec<_>>>()?;
+    for value in &layout.values {
+        rows.push(to_map(value)?);
+    }
+    if rows.is_empty() {
+        let mut itself = Map::new();
+        itself.insert("size".into(), layout.size.into());
+        itself.insert("type".into(), layout.name.as_str().into());
+        rows.push(itself);
+    }
+    for row in &mut rows {
+        row.insert("of".into(), layout.name.as_str().into());
+        row.insert("id".into(), layout.id.0.into());
+    }
+    if let Some(last) = rows.last_mut().filter(|_| layout.cut) {
+        let problem = "of: it has more members than are shown";
+        last.insert(PROBLEMS.into(), vec![problem].into());
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmsight_symbols::{
+        TypeId,
+        types::{Builder, Def, MemberDef},
+    };
+
+    fn shown(builder: Builder, id: TypeId) -> Vec<Map<String, Value>> {
+        let types = builder.finish().unwrap();
+        let rows = rows(&layout::layout(&types, id, &LayoutOptions::default()).unwrap()).unwrap();
+        for key in rows.iter().flat_map(Map::keys) {
+            assert!(COLUMNS.contains(&key.as_str()), "{key}");
+        }
+        rows
+    }
+
+    #[test]
+    fn members_values_and_bare_types_have_the_same_columns() {
+        let mut b = Builder::new();
+        let int = b.add(&Def::Int {
+            name: "int",
+            size: 4,
+            signed: true,
+            is_char: false,
+            is_bool: false,
+        });
+        let members = [
+            MemberDef {
+                name: "a",
+                type_id: int,
+                bit_offset: 0,
+                bit_size: Some(3),
+            },
+            MemberDef {
+                name: "b",
+                type_id: int,
+                bit_offset: 32,
+                bit_size: None,
+            },
+        ];
+        let pair = b.add(&Def::Struct {
+            name: "pair",
+            size: 8,
+            members: &members,
+        });
+        let rows = shown(b, pair);
+        assert_eq!(
+            (&rows[0]["of"], &rows[0]["bit_size"]),
+            (&"struct pair".into(), &3.into())
+        );
+        assert_eq!(rows[1]["name"], "b");
+
+        let mut b = Builder::new();
+        let colour = b.add(&Def::Enum {
+            name: "colour",
+            size: 4,
+            signed: false,
+            values: &[("RED", 1)],
+        });
+        assert_eq!(shown(b, colour)[0]["value"], 1);
+
+        let mut b = Builder::new();
+        let int = b.add(&Def::Int {
+            name: "int",
+            size: 4,
+            signed: true,
+            is_char: false,
+            is_bool: false,
+        });
+        let rows = shown(b, int);
+        assert_eq!((rows.len(), &rows[0]["size"]), (1, &4.into()));
+    }
+
+    #[test]
+    fn a_type_that_is_cut_says_so_in_its_rows() {
+        let mut b = Builder::new();
+        let int = b.add(&Def::Int {
+            name: "int",
+            size: 4,
+            signed: true,
+            is_char: false,
+            is_bool: false,
+        });
+        let id = b.reserve();
+        let members = [
+            MemberDef {
+                name: "x",
+                type_id: int,
+                bit_offset: 0,
+                bit_size: None,
+            },
+            MemberDef {
+                name: "",
+                type_id: id,
+                bit_offset: 0,
+                bit_size: None,
+            },
+        ];
+        b.define(
+            id,
+            &Def::Struct {
+                name: "",
+                size: 8,
+                members: &members,
+            },
+        );
+        let rows = shown(b, id);
+        assert!(rows.last().unwrap()[PROBLEMS].is_array(), "{rows:?}");
     }
 }

@@ -5,6 +5,8 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
+use super::json;
+
 /// The text with every control, format and invisible character made visible as `\n`, `\x1b`, `\u{202e}` ….
 pub(crate) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -28,7 +30,7 @@ pub(crate) fn escape(text: &str) -> String {
 
 /// Characters that change how others look, or cannot be seen: C1 controls, bidirectional overrides, zero-width
 /// and line separators, variation selectors, tags, and private-use ones.
-fn is_deceptive(c: char) -> bool {
+pub(super) fn is_deceptive(c: char) -> bool {
     matches!(c as u32,
         0x80..=0x9f | 0xad | 0x34f | 0x61c | 0x115f..=0x1160 | 0x17b4..=0x17b5 | 0x180b..=0x180f
         | 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0x3164 | 0xfe00..=0xfe0f | 0xfeff | 0xffa0
@@ -57,16 +59,18 @@ pub(crate) fn shown(value: &Value) -> String {
 pub(crate) fn plain(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
-        Value::String(s) => {
-            let s = escape(s);
-            if s.starts_with(['=', '+', '-', '@']) && s.len() > 1 {
-                format!("'{s}")
-            } else {
-                s
-            }
-        }
-        other @ (Value::Array(_) | Value::Object(_)) => other.to_string(),
-        other => other.to_string(),
+        Value::String(s) => field(s),
+        other => json::text(other),
+    }
+}
+
+/// Text as one CSV field, also where it stands in the header.
+pub(crate) fn field(text: &str) -> String {
+    let text = escape(text);
+    if text.starts_with(['=', '+', '-', '@']) && text.len() > 1 {
+        format!("'{text}")
+    } else {
+        text
     }
 }
 
@@ -88,5 +92,11 @@ mod tests {
         assert_eq!(plain(&Value::from("=cmd|' /C calc'!A0")), "'=cmd|' /C calc'!A0");
         assert_eq!(plain(&Value::from(-3)), "-3");
         assert_eq!(plain(&Value::Null), "");
+        assert_eq!(field("=1+1"), "'=1+1");
+    }
+
+    #[test]
+    fn a_list_in_csv_steers_no_terminal_either() {
+        assert_eq!(plain(&Value::from(vec!["\u{9b}31m"])), "[\"\\u009b31m\"]");
     }
 }

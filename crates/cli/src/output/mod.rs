@@ -1,11 +1,14 @@
 //! What a person or a program gets to see: one listing model, four ways to print it.
 
 mod cell;
+pub(crate) mod json;
+mod progress;
 mod sheet;
 mod table;
 
-pub(crate) use cell::escape;
-pub(crate) use sheet::{Sheet, View};
+pub(crate) use cell::{escape, field};
+pub(crate) use progress::Progress;
+pub(crate) use sheet::{PROBLEMS, Row, Sheet, to_map};
 
 use std::io::{self, IsTerminal, Write};
 
@@ -61,19 +64,57 @@ pub(crate) struct Style {
     pub(crate) no_headers: bool,
     /// Never shorten cells to the terminal's width.
     pub(crate) wide: bool,
+    /// Errors only, no warnings.
+    pub(crate) quiet: bool,
+    /// Clear the terminal before anything is shown: `--watch`.
+    pub(crate) clear: bool,
 }
 
+/// Standard output for one command's results.
+pub(crate) type Out = io::BufWriter<io::StdoutLock<'static>>;
+
 impl Style {
+    /// Where a command's results go. What was shown last is cleared away only now that there is something new.
+    pub(crate) fn out(&self) -> io::Result<Out> {
+        let mut out = io::BufWriter::with_capacity(1 << 16, io::stdout().lock());
+        if self.clear && io::stdout().is_terminal() {
+            // Home and clear to the end: no flicker, and the scroll-back stays.
+            out.write_all(b"\x1b[H\x1b[2J")?;
+        }
+        Ok(out)
+    }
+
     /// Prints a sheet to standard output, its warnings to standard error.
     pub(crate) fn print(&self, sheet: &Sheet) -> Result<()> {
-        let mut out = io::BufWriter::new(io::stdout().lock());
+        // What is wrong with the columns asked for is said before anything is printed.
+        sheet.shown(self)?;
+        let mut out = self.out()?;
         self.write(sheet, &mut out)?;
         out.flush()?;
         drop(out);
-        for warning in &sheet.warnings {
-            warn(warning);
+        sheet.warnings.iter().for_each(|w| self.warn(w));
+        if self.format == Format::Table {
+            let shown = sheet.shown(self)?;
+            let marked = sheet
+                .rows
+                .iter()
+                .filter(|r| sheet::hides_problems(r, &shown))
+                .count();
+            if marked > 0 {
+                let rows = if marked == 1 { "row has" } else { "rows have" };
+                self.warn(&format!(
+                    "{marked} {rows} problems (marked !): -o json shows them, or --columns problems"
+                ));
+            }
         }
         Ok(())
+    }
+
+    /// Prints a warning on standard error unless only errors are wanted; results stay clean on standard output.
+    pub(crate) fn warn(&self, message: &str) {
+        if !self.quiet {
+            warn(message);
+        }
     }
 
     /// Writes a sheet in the chosen format.
@@ -82,32 +123,30 @@ impl Style {
             Format::Table => table::write(sheet, self, out)?,
             Format::Json => {
                 // One object a line inside the array: still one JSON document, yet diffable and greppable.
-                let keys = sheet.keys(self)?;
+                let keys = sheet.shown(self)?;
                 out.write_all(b"[")?;
                 for (i, row) in sheet.rows.iter().enumerate() {
                     out.write_all(if i == 0 { b"\n" } else { b",\n" })?;
-                    serde_json::to_writer(&mut *out, &sheet.pick(row, keys.as_deref()))?;
+                    json::write(out, &*sheet.pick(row, &keys))?;
                 }
                 out.write_all(b"\n]\n")?;
             }
             Format::Jsonl => {
-                let keys = sheet.keys(self)?;
+                let keys = sheet.shown(self)?;
                 for row in &sheet.rows {
-                    serde_json::to_writer(&mut *out, &sheet.pick(row, keys.as_deref()))?;
+                    json::write(out, &*sheet.pick(row, &keys))?;
                     out.write_all(b"\n")?;
                 }
             }
             Format::Csv => {
-                let keys = sheet.keys(self)?.unwrap_or_else(|| sheet.all_keys());
+                let keys = sheet.shown(self)?;
                 let mut csv = csv::Writer::from_writer(out);
                 if !self.no_headers {
-                    csv.write_record(&keys)?;
+                    csv.write_record(keys.iter().map(|k| field(k)))?;
                 }
                 for row in &sheet.rows {
-                    csv.write_record(
-                        keys.iter()
-                            .map(|k| row.get(k).map(cell::plain).unwrap_or_default()),
-                    )?;
+                    let row = sheet.pick(row, &keys);
+                    csv.write_record(row.values().map(cell::plain))?;
                 }
                 csv.flush()?;
             }
@@ -116,7 +155,7 @@ impl Style {
     }
 }
 
-/// Prints a warning on standard error; results stay clean on standard output.
+/// Prints a warning on standard error, for those who know that it is wanted.
 pub(crate) fn warn(message: &str) {
     let _ = writeln!(io::stderr(), "vmsight: warning: {}", escape(message));
 }

@@ -3,20 +3,23 @@
 use std::io::{self, IsTerminal, Write};
 
 use anyhow::Result;
-use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{Cell, CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
 use serde_json::Value;
 
 use super::{
     Style,
     cell::{escape, shown},
-    sheet::{Sheet, reason},
+    sheet::{Sheet, hides_problems, problems, reason},
 };
 
 /// No cell is longer than this, however wide the terminal; JSON has it whole.
 const CELL_LIMIT: usize = 4096;
 
 pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result<()> {
-    let keys = sheet.keys(style)?.unwrap_or_default();
+    let keys = sheet.shown(style)?;
+    let marks: Vec<bool> = sheet.rows.iter().map(|row| hides_problems(row, &keys)).collect();
+    // A column of its own for the marks, only where there are any.
+    let mark_column = marks.contains(&true);
     let color = style.color.enabled();
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
@@ -32,8 +35,9 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
         table.force_no_tty();
     }
     if !style.no_headers {
-        table.set_header(keys.iter().map(|k| {
-            let cell = Cell::new(k.to_uppercase());
+        let titles = keys.iter().map(|k| escape(&k.to_uppercase()));
+        table.set_header(titles.chain(mark_column.then(String::new)).map(|title| {
+            let cell = Cell::new(title);
             if color {
                 cell.add_attribute(comfy_table::Attribute::Bold)
             } else {
@@ -42,22 +46,23 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
         }));
     }
     let mut shortened = false;
-    for row in &sheet.rows {
-        let marked = row
-            .get("problems")
-            .and_then(Value::as_array)
-            .is_some_and(|p| !p.is_empty());
+    for (row, mark) in sheet.rows.iter().zip(&marks) {
+        let coloured = color && problems(row).next().is_some();
         let cells = keys.iter().map(|key| {
-            let text = match row.get(key) {
+            let text = match row.get(*key) {
                 None | Some(Value::Null) => match reason(row, key) {
                     Some(why) => format!("<{}>", escape(why)),
                     None => "-".to_owned(),
                 },
+                Some(Value::Array(none)) if none.is_empty() => "-".to_owned(),
                 Some(v) => shown(v),
             };
-            let text = limit(text, &mut shortened);
+            limit(text, &mut shortened)
+        });
+        let mark = mark_column.then(|| if *mark { "!" } else { "" }.to_owned());
+        let cells = cells.collect::<Vec<_>>().into_iter().chain(mark).map(|text| {
             let cell = Cell::new(text);
-            if color && marked {
+            if coloured {
                 cell.fg(comfy_table::Color::Yellow)
             } else {
                 cell
@@ -69,7 +74,8 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
         }
         table.add_row(line);
     }
-    for (i, key) in keys.iter().enumerate() {
+    let table_width = keys.len() + usize::from(mark_column);
+    for (i, key) in keys.iter().copied().chain(mark_column.then_some("")).enumerate() {
         let numeric = sheet
             .rows
             .iter()
@@ -79,7 +85,11 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
                 .iter()
                 .any(|r| matches!(r.get(key), Some(Value::Number(_))));
         if let Some(column) = table.column_mut(i) {
-            column.set_padding((0, if i + 1 == keys.len() { 0 } else { 2 }));
+            column.set_padding((0, if i + 1 == table_width { 0 } else { 2 }));
+            if i >= keys.len() {
+                // However narrow the terminal, the mark stays.
+                column.set_constraint(ColumnConstraint::Absolute(Width::Fixed(1)));
+            }
             if numeric {
                 column.set_cell_alignment(CellAlignment::Right);
             }

@@ -1,8 +1,10 @@
 //! One run's view of one target: attached, and the kernel found where the command needs it.
 
+pub(crate) mod symbol;
 pub(crate) mod typed;
 
 use std::cell::RefCell;
+use std::io::{self, IsTerminal};
 use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -13,13 +15,18 @@ use vmsight_linux::{AttachOptions as KernelOptions, Kernel, module::ModuleSymbol
 use vmsight_memory::{AddressSpace, GuestMemory, ScanOptions};
 use vmsight_symbols::cache::Cache;
 use vmsight_symbols::kernel::Hints;
-use vmsight_target::{AttachOptions, PauseGuard, Target, TargetSpec};
+use vmsight_target::{AttachOptions, PauseGuard, Target, TargetKind, TargetSpec};
 
 use crate::{
     args::Global,
-    output::warn,
+    output::{Progress, Sheet, Style, warn},
     place::{Base, Place},
 };
+
+/// What was asked for is not in the guest: exit code 1, not 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Missing(pub(crate) String);
 
 /// A target, and the kernel in it.
 pub(crate) struct Session {
@@ -28,7 +35,11 @@ pub(crate) struct Session {
     // Fields drop in order: the VM resumes before its connection goes.
     _pause: Option<PauseGuard>,
     target: Target,
-    quiet: bool,
+    style: Style,
+    /// What it finds will be written to: where a name is not clear, nothing is guessed.
+    writing: bool,
+    /// Names whose doubt was told.
+    told: RefCell<Vec<String>>,
 }
 
 impl Session {
@@ -68,6 +79,9 @@ impl Session {
         let target =
             vmsight_target::attach(&spec, &options).with_context(|| format!("attaching to {text}"))?;
         let quiet = global.quiet;
+        if global.watch.is_some() && matches!(target.kind, TargetKind::Dump(_)) {
+            bail!("--watch repeats what a running VM shows; {text} is a dump and does not change");
+        }
         for note in &target.notes {
             tracing::info!("{note}");
         }
@@ -82,8 +96,11 @@ impl Session {
             false => None,
             true => Some(match proven.into_inner() {
                 Some(kernel) => kernel,
-                None => find_kernel(global, &target.memory, hints(&target))
-                    .with_context(|| format!("looking for the kernel in {text}"))?,
+                None => {
+                    let _progress = Progress::spinner(quiet, "looking for the kernel");
+                    find_kernel(global, &target.memory, hints(&target))
+                        .with_context(|| format!("looking for the kernel in {text}"))?
+                }
             }),
         };
         Ok(Session {
@@ -91,8 +108,45 @@ impl Session {
             modules: OnceLock::new(),
             _pause: pause,
             target,
-            quiet,
+            style: global.style(),
+            writing: write,
+            told: RefCell::default(),
         })
+    }
+
+    /// Prints what was found, and says so where the VM ended meanwhile.
+    pub(crate) fn print(&self, sheet: &Sheet) -> Result<()> {
+        self.print_as(&self.style, sheet)
+    }
+
+    /// The same in another style than the command line's.
+    pub(crate) fn print_as(&self, style: &Style, sheet: &Sheet) -> Result<()> {
+        // Asked before it is printed: a VM that ends while its rows are written has done them no harm.
+        let ended = self.has_ended();
+        style.print(sheet)?;
+        self.tell(ended, sheet.is_doubtful())
+    }
+
+    /// For results that were printed by other means: what is to be said where the VM is gone by now, an error where
+    /// what was read of it is not whole.
+    pub(crate) fn finish(&self, doubtful: bool) -> Result<()> {
+        self.tell(self.has_ended(), doubtful)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.target.has_exited()
+    }
+
+    fn tell(&self, ended: bool, doubtful: bool) -> Result<()> {
+        if let Some(warning) = verdict(ended, doubtful)? {
+            self.style.warn(warning);
+        }
+        Ok(())
+    }
+
+    /// How results are printed.
+    pub(crate) fn style(&self) -> &Style {
+        &self.style
     }
 
     /// What the target is called.
@@ -117,14 +171,18 @@ impl Session {
         Ok(self.target.registers(vcpu)?)
     }
 
-    /// The virtual address an expression names.
-    pub(crate) fn gva(&self, place: &Place) -> Result<Gva> {
+    /// The virtual address an expression names; of a per-CPU variable, the copy of `cpu`.
+    pub(crate) fn gva(&self, place: &Place, cpu: Option<u32>) -> Result<Gva> {
         if place.physical {
             bail!("{place} is a physical address; this needs a virtual one");
         }
         let base = match &place.base {
-            Base::Number(n) => Gva(*n),
-            Base::Symbol(name) => self.symbol(name)?,
+            Base::Number(n) => match cpu {
+                // What a `__percpu` pointer out of a structure holds.
+                Some(cpu) => self.copy_of(Gva(*n), cpu)?,
+                None => Gva(*n),
+            },
+            Base::Symbol(name) => self.symbol(name, cpu)?,
         };
         Ok(base.wrapping_add(place.offset))
     }
@@ -138,24 +196,102 @@ impl Session {
     }
 
     /// A symbol of the kernel, or of a module as `module:symbol`.
-    fn symbol(&self, name: &str) -> Result<Gva> {
+    fn symbol(&self, name: &str, cpu: Option<u32>) -> Result<Gva> {
         let kernel = self.kernel()?;
-        if let Some((module, name)) = name.split_once(':') {
-            return self
-                .modules()?
-                .iter()
-                .find(|s| &*s.module == module && s.name == name)
-                .map(|s| s.address)
-                .with_context(|| format!("module {module:?} has no symbol {name:?}, or is not loaded"));
+        let symbols = &kernel.profile().symbols;
+        let found = symbol::named(symbols, name);
+        let Some(first) = found.first() else {
+            let at = self.module_symbol(name)?;
+            return match cpu {
+                Some(cpu) => self.copy_of(at, cpu),
+                None => Ok(at),
+            };
+        };
+        let addresses = || {
+            found.iter().map(|s| match symbol::is_in_image(s) {
+                true => format!("{:#x}", kernel.image().runtime(s.address)),
+                false => format!("{:#x}", s.address),
+            })
+        };
+        self.only_one(name, addresses().collect())?;
+        let base = match symbol::is_in_image(first) {
+            true => kernel.image().runtime(first.address),
+            false => Gva(first.address),
+        };
+        match (symbol::PerCpuSymbols::of(symbols).has(first), cpu) {
+            (true, Some(cpu)) => self.copy_of(base, cpu),
+            (true, None) => bail!(
+                "{name} is a per-CPU variable: say whose copy with --cpu N{}",
+                self.cpus()
+            ),
+            (false, Some(_)) => bail!("{name} is no per-CPU variable; leave --cpu out"),
+            (false, None) => Ok(base),
         }
-        if let Ok(at) = kernel.symbol(name) {
-            return Ok(at);
+    }
+
+    /// A symbol of a module, as `module:symbol` or by its name alone.
+    fn module_symbol(&self, text: &str) -> Result<Gva> {
+        let (module, name) = match text.split_once(':') {
+            Some((module, name)) => (Some(module), name),
+            None => (None, text),
+        };
+        let found: Vec<_> = self
+            .modules()?
+            .iter()
+            .filter(|s| s.name == name && module.is_none_or(|m| *s.module == *m))
+            .collect();
+        let Some(first) = found.first() else {
+            if let Some(module) = module {
+                bail!("module {module:?} has no symbol {name:?}, or is not loaded");
+            }
+            let hint = closest(name, self.kernel()?.profile().symbols.iter().map(|s| s.name));
+            bail!("this kernel has no symbol {name:?}{hint}")
+        };
+        let mut addresses: Vec<_> = found
+            .iter()
+            .map(|s| format!("{:#x} in {}", s.address, s.module))
+            .collect();
+        addresses.dedup();
+        self.only_one(text, addresses)?;
+        Ok(first.address)
+    }
+
+    /// Says so where a name stands for several addresses; an error where the first cannot just be taken.
+    fn only_one(&self, name: &str, addresses: Vec<String>) -> Result<()> {
+        if addresses.len() < 2 {
+            return Ok(());
         }
-        if let Some(found) = self.modules()?.iter().find(|s| s.name == name) {
-            return Ok(found.address);
+        let text = symbol::ambiguous(name, &addresses);
+        if self.writing {
+            bail!("{text}: give the address of the one that is meant");
         }
-        let hint = closest(name, kernel.profile().symbols.iter().map(|s| s.name));
-        bail!("this kernel has no symbol {name:?}{hint}")
+        let mut told = self.told.borrow_mut();
+        if !told.iter().any(|t| t == name) {
+            self.style.warn(&format!("{text}; the first is taken"));
+            told.push(name.to_owned());
+        }
+        Ok(())
+    }
+
+    /// A CPU's copy of what lies at a per-CPU address.
+    fn copy_of(&self, base: Gva, cpu: u32) -> Result<Gva> {
+        let per_cpu = self
+            .kernel()?
+            .per_cpu()
+            .context("reading where each CPU has its variables")?;
+        per_cpu
+            .copy(base, cpu)
+            .with_context(|| format!("the guest has no CPU {cpu}{}", self.cpus()))
+    }
+
+    /// ` (0 to 3)`: the CPUs there are.
+    fn cpus(&self) -> String {
+        let cpus = || Some(self.kernel().ok()?.per_cpu().ok()?.cpus());
+        match (cpus().and_then(|mut c| c.next()), cpus().and_then(Iterator::last)) {
+            (Some(first), Some(last)) if first != last => format!(" ({first} to {last})"),
+            (Some(only), _) => format!(" ({only})"),
+            _ => String::new(),
+        }
     }
 
     /// The modules' symbols, read once.
@@ -167,9 +303,7 @@ impl Session {
             .kernel()?
             .module_symbols()
             .context("reading the modules' symbols")?;
-        if !self.quiet {
-            listing.warnings.iter().for_each(|w| warn(w));
-        }
+        listing.warnings.iter().for_each(|w| self.style.warn(w));
         let mut symbols = listing.rows;
         symbols.sort_by_key(|s| s.address);
         Ok(self.modules.get_or_init(|| symbols))
@@ -239,12 +373,16 @@ impl Session {
     /// All of physical memory in pieces, in order.
     pub(crate) fn each_physical_chunk(&self, visit: &mut dyn FnMut(Gpa, &[u8]) -> Result<()>) -> Result<()> {
         let memory = self.memory();
+        // Results that scroll by are sign of life enough, and would be torn by a progress line.
+        let quiet = self.style.quiet || io::stdout().is_terminal();
+        let progress = Progress::bytes(quiet, "searching memory", memory.size());
         let mut scratch = Vec::new();
         for chunk in memory.chunks(&ScanOptions::default()) {
             let bytes = memory
                 .chunk_bytes(&chunk, &mut scratch)
                 .with_context(|| format!("reading memory at {}", chunk.gpa))?;
             visit(chunk.gpa, bytes)?;
+            progress.advance(bytes.len() as u64);
             memory.release(&chunk);
         }
         Ok(())
@@ -295,12 +433,23 @@ impl Session {
             }
             absent = absent.saturating_add(missing);
         }
-        if absent > 0 && !self.quiet {
-            warn(&format!(
+        if absent > 0 {
+            self.style.warn(&format!(
                 "{absent} mapped pages are not in memory (never touched, or in swap)"
             ));
         }
         Ok(())
+    }
+}
+
+/// What is to be said where a VM has ended: a warning if all that was wanted of it had been read, else an error.
+fn verdict(ended: bool, doubtful: bool) -> Result<Option<&'static str>> {
+    match (ended, doubtful) {
+        (false, _) => Ok(None),
+        (true, false) => Ok(Some(
+            "the VM ended while it was read; what is shown was whole by then",
+        )),
+        (true, true) => bail!("the VM ended while it was read: what is shown of it is not whole"),
     }
 }
 
@@ -402,6 +551,13 @@ fn edit_distance(a: &str, b: &str, limit: usize) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vm_that_ends_makes_doubtful_rows_an_error() {
+        assert_eq!(verdict(false, true).unwrap(), None);
+        assert!(verdict(true, false).unwrap().is_some());
+        assert!(verdict(true, true).is_err());
+    }
 
     #[test]
     fn hints_for_typing_errors() {

@@ -1,12 +1,14 @@
 //! Objects of kernel types as rows: member, type, value.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 use vmsight_arch::Gva;
-use vmsight_memory::AddressSpace;
+use vmsight_linux::Problem;
+use vmsight_memory::ReadError;
 use vmsight_symbols::{Kind, TypeId, Types, layout};
 
-use super::{Session, closest};
+use super::{Missing, closest};
+use crate::output::PROBLEMS;
 
 /// The most rows one object becomes; the largest kernel structures have some hundred members.
 const ROWS: usize = 4096;
@@ -14,25 +16,56 @@ const ROWS: usize = 4096;
 const DEPTH: usize = 6;
 /// Elements of an array that are shown.
 const ELEMENTS: u32 = 64;
+/// Bytes of text that are shown.
+const TEXT: u32 = 4096;
+/// How deep types may lie in each other, anonymous ones and arrays included. C code does not come near it; type data
+/// out of a hostile guest can have a structure that contains itself.
+const NESTING: usize = 32;
+/// Types that are visited for one object.
+const VISITS: usize = 1 << 16;
+
+/// The columns of an object's rows.
+pub(crate) const COLUMNS: &[&str] = &["address", "member", "type", "value", "symbol", PROBLEMS];
+
+/// Fills a buffer from an address on.
+pub(crate) type ReadMemory<'a> = dyn Fn(Gva, &mut [u8]) -> Result<(), ReadError> + 'a;
+
+/// What of a guest an object is read from.
+pub(crate) struct Source<'a> {
+    pub(crate) types: &'a Types,
+    /// Reads memory.
+    pub(crate) read: &'a ReadMemory<'a>,
+    /// The symbol at an address.
+    pub(crate) name_of: &'a dyn Fn(Gva) -> Option<String>,
+}
+
+/// An object's members.
+#[derive(Debug, Default)]
+pub(crate) struct Object {
+    pub(crate) rows: Vec<Map<String, Value>>,
+    /// What is not shown, and why.
+    pub(crate) warnings: Vec<String>,
+    /// Something could not be read.
+    pub(crate) unreadable: bool,
+}
 
 /// Reads an object: all its members, or those named.
-pub(crate) fn read(
-    session: &Session,
-    space: &AddressSpace,
-    at: Gva,
-    type_name: &str,
-    fields: &[String],
-) -> Result<Vec<Map<String, Value>>> {
-    let types = session.kernel()?.types();
+pub(crate) fn read(source: &Source<'_>, at: Gva, type_name: &str, fields: &[String]) -> Result<Object> {
+    let types = source.types;
     let id = find(types, type_name)?;
     let mut reader = Reader {
-        session,
-        types,
-        space,
-        rows: Vec::new(),
+        source,
+        object: Object::default(),
+        visits: 0,
+        cut: false,
     };
     if fields.is_empty() {
-        reader.value(String::new(), at, types.resolve(id), None, 0);
+        let place = Place {
+            at,
+            depth: 0,
+            nesting: 0,
+        };
+        reader.value(String::new(), place, types.resolve(id), None);
     }
     for path in fields {
         let field = types.member_of(id, path).with_context(|| {
@@ -41,15 +74,21 @@ pub(crate) fn read(
             format!("{type_name} of this kernel has no member {path:?}{hint}")
         })?;
         let bits = field.bit_size.map(|size| (field.bit_offset, size));
-        reader.value(
-            path.clone(),
-            at.wrapping_add(field.offset),
-            field.type_id,
-            bits,
-            DEPTH - 1,
-        );
+        let place = Place {
+            at: at.wrapping_add(field.offset),
+            depth: DEPTH - 1,
+            nesting: 0,
+        };
+        reader.value(path.clone(), place, field.type_id, bits);
     }
-    Ok(reader.rows)
+    let mut object = reader.object;
+    if reader.cut {
+        let shown = object.rows.len();
+        object.warnings.push(format!(
+            "{type_name} has more than the {shown} members shown: name those wanted with --fields"
+        ));
+    }
+    Ok(object)
 }
 
 /// A type by the name people give it: `task_struct`, `struct task_struct`, `pid_t`.
@@ -58,30 +97,98 @@ pub(crate) fn find(types: &Types, name: &str) -> Result<TypeId> {
         return Ok(*id);
     }
     let names = types.iter().map(|t| t.name()).filter(|n| !n.is_empty());
-    bail!("this kernel has no type {name:?}{}", closest(name, names))
+    Err(Missing(format!(
+        "this kernel has no type {name:?}{}",
+        closest(name, names)
+    ))
+    .into())
 }
 
 struct Reader<'k> {
-    session: &'k Session,
-    types: &'k Types,
-    space: &'k AddressSpace,
-    rows: Vec<Map<String, Value>>,
+    source: &'k Source<'k>,
+    object: Object,
+    visits: usize,
+    /// A bound was met.
+    cut: bool,
+}
+
+/// Where a value lies, in memory and in the object.
+#[derive(Clone, Copy)]
+struct Place {
+    at: Gva,
+    /// Named structures around it.
+    depth: usize,
+    /// Types of any kind around it.
+    nesting: usize,
+}
+
+impl Place {
+    fn inside(self, offset: u64, named: bool) -> Place {
+        Place {
+            at: self.at.wrapping_add(offset),
+            depth: self.depth + usize::from(named),
+            nesting: self.nesting + 1,
+        }
+    }
+}
+
+/// What was read of a value.
+struct Read {
+    value: Value,
+    symbol: Option<String>,
+    problem: Option<Problem>,
+}
+
+impl Read {
+    fn of(value: impl Into<Value>) -> Read {
+        Read {
+            value: value.into(),
+            symbol: None,
+            problem: None,
+        }
+    }
+
+    fn not(reason: &str) -> Read {
+        Read {
+            problem: Some(Problem::new("value", reason)),
+            ..Read::of(Value::Null)
+        }
+    }
+
+    fn failed(error: &ReadError) -> Read {
+        Read {
+            problem: Some(Problem::read("value", error)),
+            ..Read::of(Value::Null)
+        }
+    }
+
+    fn note(self, note: String) -> Read {
+        Read {
+            problem: self.problem.or_else(|| Some(Problem::new("value", note))),
+            ..self
+        }
+    }
 }
 
 impl Reader<'_> {
     /// Adds the rows of one value; structures are opened, members of anonymous ones named as the outer one's.
-    fn value(&mut self, name: String, at: Gva, type_id: TypeId, bits: Option<(u8, u8)>, depth: usize) {
-        if self.rows.len() >= ROWS {
+    fn value(&mut self, name: String, place: Place, type_id: TypeId, bits: Option<(u8, u8)>) {
+        self.visits += 1;
+        if self.object.rows.len() >= ROWS || self.visits > VISITS || place.nesting > NESTING {
+            self.cut = true;
             return;
         }
-        let id = self.types.resolve(type_id);
-        let Some(ty) = self.types.get(id) else {
-            return self.row(name, at, type_id, Value::Null);
+        let types = self.source.types;
+        let id = types.resolve(type_id);
+        let Some(ty) = types.get(id) else {
+            return self.row(name, place.at, type_id, Read::not("its type is not known"));
         };
         match ty.kind() {
-            Kind::Struct | Kind::Union if depth < DEPTH => {
-                let members: Vec<_> = ty.members().collect();
-                for m in members {
+            Kind::Struct | Kind::Union if place.depth < DEPTH => {
+                for m in ty.members() {
+                    if self.cut && (self.object.rows.len() >= ROWS || self.visits > VISITS) {
+                        return;
+                    }
                     let path = match (name.is_empty(), m.name.is_empty()) {
                         (true, _) => m.name.to_owned(),
                         (false, true) => name.clone(),
@@ -89,127 +196,167 @@ impl Reader<'_> {
                     };
                     let bits = m.bit_size.map(|size| ((m.bit_offset % 8) as u8, size));
                     // An anonymous structure is no level of its own.
-                    let depth = if m.name.is_empty() { depth } else { depth + 1 };
-                    self.value(path, at.wrapping_add(m.offset()), m.type_id, bits, depth);
+                    let inside = place.inside(m.offset(), !m.name.is_empty());
+                    self.value(path, inside, m.type_id, bits);
                 }
             }
-            Kind::Array => {
-                let Some(array) = ty.array() else { return };
-                let size = self.types.size_of(array.element).unwrap_or(0);
-                if size == 1 {
-                    let value = self.text(at, array.count.min(4096));
-                    return self.row(name, at, type_id, value);
-                }
-                let scalar = self
-                    .types
-                    .get(self.types.resolve(array.element))
-                    .is_some_and(|t| !t.kind().is_composite());
-                if scalar && size <= 8 {
-                    let values = (0..array.count.min(ELEMENTS))
-                        .map(|i| self.scalar(at.wrapping_add(u64::from(i) * size), array.element, None))
-                        .collect();
-                    return self.row(name, at, type_id, Value::Array(values));
-                }
-                for i in 0..array.count.min(ELEMENTS) {
-                    let element = at.wrapping_add(u64::from(i).wrapping_mul(size));
-                    self.value(format!("{name}[{i}]"), element, array.element, None, depth + 1);
-                }
+            Kind::Array => self.array(name, place, type_id, id),
+            Kind::Struct | Kind::Union => {
+                let note = "not opened here: name its members with --fields".to_owned();
+                self.row(name, place.at, type_id, Read::of("{…}").note(note));
             }
-            Kind::Struct | Kind::Union => self.row(name, at, type_id, Value::from("{…}")),
             _ => {
-                let value = self.scalar(at, type_id, bits);
-                self.row(name, at, type_id, value);
+                let read = self.scalar(place.at, type_id, bits);
+                self.row(name, place.at, type_id, read);
             }
         }
     }
 
-    fn row(&mut self, name: String, at: Gva, type_id: TypeId, value: Value) {
-        let mut row = Map::new();
-        row.insert("address".into(), format!("{at:#x}").into());
-        row.insert(
-            "member".into(),
-            if name.is_empty() {
-                "(itself)".into()
-            } else {
-                name.into()
-            },
-        );
-        row.insert("type".into(), self.types.type_name(type_id).into());
-        if value.is_null() {
-            row.insert("problems".into(), Value::from(vec!["value: unreadable"]));
+    /// Text in one row, numbers in one row, pointers and structures each in rows of their own.
+    fn array(&mut self, name: String, place: Place, type_id: TypeId, id: TypeId) {
+        let types = self.source.types;
+        let Some(array) = types.get(id).and_then(|t| t.array()) else {
+            return self.row(name, place.at, type_id, Read::not("its type is not known"));
+        };
+        let size = types.size_of(array.element).unwrap_or(0);
+        let element = types.get(types.resolve(array.element)).map(|t| t.kind());
+        let shown = array.count.min(ELEMENTS);
+        let cut = (shown < array.count).then(|| format!("the first {shown} of {} elements", array.count));
+        match element {
+            Some(kind) if size == 1 && !kind.is_composite() && kind != Kind::Array => {
+                let read = self.text(place.at, array.count);
+                self.row(name, place.at, type_id, read);
+            }
+            Some(kind) if size <= 8 && !kind.is_composite() && !matches!(kind, Kind::Array | Kind::Ptr) => {
+                let mut values = Vec::new();
+                let mut problem = None;
+                for i in 0..shown {
+                    let at = place.at.wrapping_add(u64::from(i) * size);
+                    let read = self.scalar(at, array.element, None);
+                    problem = problem.or(read.problem);
+                    values.push(read.value);
+                }
+                self.object.unreadable |= problem.is_some();
+                let read = Read {
+                    problem,
+                    ..Read::of(values)
+                };
+                let read = match cut {
+                    Some(cut) => read.note(cut),
+                    None => read,
+                };
+                self.row(name, place.at, type_id, read);
+            }
+            _ => {
+                for i in 0..shown {
+                    let inside = place.inside(u64::from(i).wrapping_mul(size), true);
+                    self.value(format!("{name}[{i}]"), inside, array.element, None);
+                }
+                if let Some(cut) = cut {
+                    self.row(format!("{name}[…]"), place.at, type_id, Read::of("…").note(cut));
+                }
+            }
         }
-        row.insert("value".into(), value);
-        self.rows.push(row);
     }
 
-    /// A number, flag, enumerator name or pointer with its symbol; null where it cannot be read.
-    fn scalar(&self, at: Gva, type_id: TypeId, bits: Option<(u8, u8)>) -> Value {
-        let id = self.types.resolve(type_id);
-        let Some(ty) = self.types.get(id) else {
-            return Value::Null;
+    fn row(&mut self, name: String, at: Gva, type_id: TypeId, read: Read) {
+        let name = if name.is_empty() {
+            "(itself)".to_owned()
+        } else {
+            name
         };
-        let size = match bits {
-            Some((low, width)) => usize::from(low + width).div_ceil(8),
-            None => self.types.size_of(id).unwrap_or(0) as usize,
-        };
-        let mut bytes = [0u8; 8];
-        let Some(buffer) = bytes.get_mut(..size).filter(|b| !b.is_empty()) else {
-            return Value::Null;
-        };
-        if self.space.read(at, buffer).is_err() {
-            return Value::Null;
+        self.object.unreadable |= read.value.is_null();
+        if let Some(problem) = read.problem.as_ref().filter(|_| !read.value.is_null()) {
+            self.object.warnings.push(format!("{name}: {}", problem.reason));
         }
-        let mut raw = u64::from_le_bytes(bytes);
-        let mut width = (size * 8) as u32;
-        if let Some((low, size)) = bits {
-            width = u32::from(size);
-            raw = raw.checked_shr(u32::from(low)).unwrap_or(0);
+        let problems = read.problem.iter().map(|p| p.to_string().into()).collect();
+        let row = [
+            ("address", format!("{at:#x}").into()),
+            ("member", name.into()),
+            ("type", self.source.types.type_name(type_id).into()),
+            ("value", read.value),
+            ("symbol", read.symbol.map_or(Value::Null, Value::from)),
+            (PROBLEMS, Value::Array(problems)),
+        ];
+        self.object
+            .rows
+            .push(row.into_iter().map(|(k, v)| (k.to_owned(), v)).collect());
+    }
+
+    /// A number, flag, enumerator's name or pointer with its symbol.
+    fn scalar(&self, at: Gva, type_id: TypeId, bits: Option<(u8, u8)>) -> Read {
+        let types = self.source.types;
+        let id = types.resolve(type_id);
+        let Some(ty) = types.get(id) else {
+            return Read::not("its type is not known");
+        };
+        // A bitfield of up to 64 bits may begin anywhere in its first byte.
+        let (low, width) = match bits {
+            Some((low, width)) => (u32::from(low), u32::from(width)),
+            None => (
+                0,
+                u32::try_from(types.size_of(id).unwrap_or(0).saturating_mul(8)).unwrap_or(u32::MAX),
+            ),
+        };
+        if width == 0 {
+            return Read::not("it has no size");
         }
+        if width > 64 || low > 7 {
+            return Read::not("it has more than 64 bits");
+        }
+        let mut bytes = [0u8; 16];
+        let Some(buffer) = bytes.get_mut(..(low + width).div_ceil(8) as usize) else {
+            return Read::not("it has more than 64 bits");
+        };
+        if let Err(error) = (self.source.read)(at, buffer) {
+            return Read::failed(&error);
+        }
+        let mut raw = (u128::from_le_bytes(bytes) >> low) as u64;
         if width < 64 {
             raw &= (1u64 << width) - 1;
         }
-        let signed = || {
-            let unused = 64 - width.clamp(1, 64);
-            ((raw << unused) as i64) >> unused
-        };
+        let signed = ((raw << (64 - width)) as i64) >> (64 - width);
         match ty.kind() {
-            Kind::Ptr => {
-                let mut text = format!("{raw:#x}");
-                if let Some(name) = self.session.name_of(Gva(raw)) {
-                    text = format!("{text} <{name}>");
-                }
-                text.into()
-            }
+            Kind::Ptr => Read {
+                symbol: (self.source.name_of)(Gva(raw)),
+                ..Read::of(format!("{raw:#x}"))
+            },
             Kind::Enum | Kind::Enum64 => {
-                let value = if ty.is_signed_enum() { signed() } else { raw as i64 };
-                match self.types.enumerators(id).find(|e| e.value == value) {
-                    Some(e) => format!("{} ({value})", e.name).into(),
-                    None => value.into(),
-                }
+                let value = if ty.is_signed_enum() { signed } else { raw as i64 };
+                let known = types.enumerators(id).find(|e| e.value == value);
+                Read::of(known.map_or_else(|| value.to_string(), |e| e.name.to_owned()))
             }
             Kind::Int => match ty.int() {
-                Some(int) if int.is_bool => (raw != 0).into(),
-                Some(int) if int.signed => signed().into(),
-                _ => raw.into(),
+                Some(int) if int.is_bool => Read::of(raw != 0),
+                Some(int) if int.signed => Read::of(signed),
+                _ => Read::of(raw),
             },
-            _ => format!("{raw:#x}").into(),
+            _ => Read::of(format!("{raw:#x}")),
         }
     }
 
     /// A char array as text up to its zero, or as hexadecimal where it is none.
-    fn text(&self, at: Gva, length: u32) -> Value {
-        let mut bytes = vec![0; length as usize];
-        if self.space.read(at, &mut bytes).is_err() {
-            return Value::Null;
+    fn text(&self, at: Gva, length: u32) -> Read {
+        let shown = length.min(TEXT);
+        let mut bytes = vec![0; shown as usize];
+        if let Err(error) = (self.source.read)(at, &mut bytes) {
+            return Read::failed(&error);
         }
-        let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-        match std::str::from_utf8(&bytes[..end]) {
-            Ok(text) if !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t') => text.into(),
-            _ => bytes
-                .iter()
-                .map(|b| format!("{b:02x}"))
-                .collect::<String>()
-                .into(),
+        let end = bytes.iter().position(|b| *b == 0);
+        let text = std::str::from_utf8(&bytes[..end.unwrap_or(bytes.len())]).ok();
+        let read = match text.filter(|t| !t.chars().any(|c| c.is_control() && c != '\n' && c != '\t')) {
+            // What is behind the zero of a text is no part of it.
+            Some(text) if end.is_some() => return Read::of(text),
+            Some(text) => Read::of(text),
+            None => Read::of(bytes.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+        };
+        if shown < length {
+            return read.note(format!("the first {shown} of {length} bytes"));
         }
+        read
     }
 }
+
+#[cfg(test)]
+#[path = "typed_tests.rs"]
+mod tests;

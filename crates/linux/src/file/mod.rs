@@ -72,7 +72,6 @@ pub struct OpenFile {
     /// Pid in the root namespace.
     pub pid: i32,
     /// The thread, where one has descriptors of its own.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub tid: Option<i32>,
     /// The process's name.
     pub name: Arc<str>,
@@ -106,19 +105,16 @@ pub struct OpenFile {
     /// Its path does not lead up to a root that is mounted anywhere.
     pub unreachable: bool,
     /// What a socket is bound and connected to.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
     /// Who holds the other end of a pipe or UNIX socket.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<Owner>,
     /// The `struct sock` of a socket: the key to the listing of sockets.
-    #[serde(serialize_with = "address::gva_opt", skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "address::gva_opt")]
     pub socket: Option<Gva>,
     /// The `struct file`; `None` for directories.
     #[serde(serialize_with = "address::gva_opt")]
     pub address: Option<Gva>,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

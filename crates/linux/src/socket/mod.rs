@@ -67,7 +67,6 @@ pub struct Socket {
     /// Cookie of `SO_COOKIE` and `sock_diag`, once one was asked for.
     pub cookie: Option<u64>,
     /// Netlink multicast groups joined, by number.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<u32>,
     /// Whether it was found in its protocol's tables: what the guest's own tools list. False for those only a descriptor leads to.
     pub listed: bool,
@@ -75,7 +74,6 @@ pub struct Socket {
     #[serde(serialize_with = "serial::gva")]
     pub address: Gva,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

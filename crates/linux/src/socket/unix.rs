@@ -90,7 +90,6 @@ pub struct UnixSocket {
     #[serde(serialize_with = "serial::gva_opt")]
     pub peer: Option<Gva>,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

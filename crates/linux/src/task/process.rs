@@ -191,7 +191,6 @@ pub struct Process {
     #[serde(serialize_with = "address::gva_opt")]
     pub mm: Option<Gva>,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

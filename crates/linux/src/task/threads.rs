@@ -55,7 +55,6 @@ pub struct Thread {
     #[serde(serialize_with = "address::gva")]
     pub task: Gva,
     /// What could not be read.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 

@@ -2,10 +2,20 @@
 
 use anyhow::{Context, Result};
 use clap::Args;
-use vmsight_linux::{file::FileFilter, module::ModuleFields};
+use serde_json::Value;
+use vmsight_linux::{
+    Listing,
+    file::{FileFilter, OpenFile},
+    module::ModuleFields,
+};
 
-use super::{found, print};
-use crate::{Outcome, args::Global, output::Format, session::Session};
+use super::{all_there, found, print};
+use crate::{
+    Outcome,
+    args::Global,
+    output::{Format, Sheet},
+    session::Session,
+};
 
 /// Open files.
 #[derive(Args, Debug)]
@@ -25,7 +35,7 @@ pub(crate) struct Lsof {
     /// Mapped files too
     #[arg(short, long)]
     mapped: bool,
-    /// Only sockets, with what they are bound and connected to
+    /// Only sockets: their protocol, what they are bound and connected to, and who is at the other end
     #[arg(short, long)]
     sockets: bool,
     /// Only files that are open but deleted
@@ -46,21 +56,52 @@ impl Lsof {
             pid: self.pid,
             directories: !self.descriptors,
             mapped: self.mapped,
-            peers: wanted("peers") || wanted("endpoint"),
+            peers: self.sockets || wanted("peers") || wanted("endpoint"),
         };
         let mut listing = session
             .kernel()?
             .open_files(filter)
             .context("listing open files")?;
-        if self.deleted {
-            listing.rows.retain(|f| f.deleted);
+        listing
+            .rows
+            .retain(|f| (f.deleted || !self.deleted) && (f.kind == SOCKET || !self.sockets));
+        let narrowed = self.deleted || self.sockets || self.pid.is_some();
+        let any = !listing.rows.is_empty() || !narrowed;
+        if !any {
+            listing.warn("the guest has no such files open");
         }
-        let any = !listing.rows.is_empty() || !self.deleted;
-        let columns = &[
-            "pid", "name", "fd", "type", "access", "device", "inode", "path", "endpoint", "peers",
-        ];
-        Ok(found(any, print(global, columns, listing)?))
+        if self.sockets {
+            session.print(&sockets(listing)?)?;
+        } else {
+            print(&session, LSOF, listing)?;
+        }
+        Ok(found(any))
     }
+}
+
+/// [`OpenFile::kind`] of a socket.
+const SOCKET: &str = "sock";
+
+pub(super) const LSOF: &[&str] = &[
+    "pid", "name", "fd", "type", "access", "device", "inode", "path", "endpoint", "peers",
+];
+
+/// Sockets as rows of their own columns: in front what tells one, then what it is connected to.
+fn sockets(listing: Listing<OpenFile>) -> Result<Sheet> {
+    let table = &[
+        "pid", "name", "fd", "protocol", "inode", "socket", "endpoint", "peers",
+    ];
+    let mut sheet = Sheet::new(table, &listing.rows, listing.warnings)?;
+    sheet.add_column("protocol", |row| {
+        let endpoint = row.get("endpoint").and_then(Value::as_str);
+        endpoint.and_then(protocol).into()
+    });
+    Ok(sheet)
+}
+
+/// An endpoint begins with its protocol: `tcp 10.0.0.1:22->…`, `unix /run/x`, `unix->/run/x`.
+fn protocol(endpoint: &str) -> Option<&str> {
+    endpoint.split(' ').next()?.split("->").next()
 }
 
 /// Mounts.
@@ -81,24 +122,31 @@ impl Mounts {
         let session = Session::open(global, &self.target)?;
         let kernel = session.kernel()?;
         let mut listing = kernel.mounts().context("listing mounts")?;
+        let mut any = true;
         if let Some(pid) = self.pid {
             let fields = vmsight_linux::ProcessFields::NAMESPACES;
             let namespace = kernel.process(pid, fields).context("finding the process")?.mnt_ns;
             listing.rows.retain(|m| Some(m.namespace) == namespace);
+            any = !listing.rows.is_empty();
+            if !any {
+                listing.warn(format!("no mounts of process {pid} were found"));
+            }
         }
-        let columns = &[
-            "namespace",
-            "processes",
-            "mount_id",
-            "fs_type",
-            "source",
-            "mount_point",
-            "options",
-            "propagation",
-        ];
-        print(global, columns, listing)
+        print(&session, MOUNTS, listing)?;
+        Ok(found(any))
     }
 }
+
+pub(super) const MOUNTS: &[&str] = &[
+    "namespace",
+    "processes",
+    "mount_id",
+    "fs_type",
+    "source",
+    "mount_point",
+    "options",
+    "propagation",
+];
 
 /// Loaded modules.
 #[derive(Args, Debug)]
@@ -112,7 +160,7 @@ pub(crate) struct Lsmod {
     names: Vec<String>,
 }
 
-const LSMOD: &[&str] = &["name", "size", "refcount", "used_by", "state", "taints", "base"];
+pub(super) const LSMOD: &[&str] = &["name", "size", "refcount", "used_by", "state", "taints", "base"];
 
 impl Lsmod {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
@@ -129,7 +177,85 @@ impl Lsmod {
         listing
             .rows
             .retain(|m| self.names.is_empty() || self.names.contains(&m.name));
-        let any = self.names.is_empty() || !listing.rows.is_empty();
-        Ok(found(any, print(global, LSMOD, listing)?))
+        let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
+        let all = all_there(
+            &names,
+            |name| listing.rows.iter().any(|m| m.name == name),
+            |name| format!("no module {name} is loaded"),
+            &mut listing.warnings,
+        );
+        print(&session, LSMOD, listing)?;
+        Ok(found(all))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmsight_linux::{Problem, file::Owner};
+
+    fn socket(endpoint: Option<&str>) -> OpenFile {
+        OpenFile {
+            pid: 7,
+            tid: None,
+            name: "sshd".into(),
+            fd: "3".into(),
+            kind: SOCKET,
+            access: "rw",
+            flags: None,
+            pos: None,
+            mount_id: None,
+            device: None,
+            rdev: None,
+            inode: Some(42),
+            links: None,
+            size: None,
+            path: Some("socket:[42]".into()),
+            deleted: false,
+            unreachable: false,
+            endpoint: endpoint.map(str::to_owned),
+            peers: vec![Owner {
+                pid: 8,
+                name: "ssh".into(),
+                fd: 4,
+            }],
+            socket: Some(vmsight_arch::Gva(0xffff_8880_0000_1000)),
+            address: None,
+            problems: Vec::<Problem>::new(),
+        }
+    }
+
+    #[test]
+    fn protocols() {
+        assert_eq!(protocol("unix"), Some("unix"));
+        assert_eq!(protocol("unix->/run/log sock"), Some("unix"));
+        assert_eq!(protocol("family-40 :1->:2"), Some("family-40"));
+    }
+
+    #[test]
+    fn a_socket_has_its_address_protocol_and_ends_in_every_row() {
+        let listing = Listing {
+            rows: vec![
+                socket(Some("tcp 127.0.0.1:22->127.0.0.1:4000 ESTABLISHED")),
+                socket(Some("unix /run/x y")),
+                socket(None),
+            ],
+            warnings: Vec::new(),
+        };
+        let sheet = sockets(listing).unwrap();
+        let of = |i: usize, key: &str| sheet.rows[i][key].clone();
+        for i in 0..3 {
+            assert_eq!(of(i, "socket"), "0xffff888000001000");
+            assert_eq!(
+                (of(i, "pid"), of(i, "fd"), of(i, "inode")),
+                (7.into(), "3".into(), 42.into())
+            );
+            assert_eq!(of(i, "peers"), serde_json::json!(["8/ssh/4"]));
+        }
+        assert_eq!(
+            (of(0, "protocol"), of(1, "protocol"), of(2, "protocol")),
+            ("tcp".into(), "unix".into(), Value::Null)
+        );
+        assert!(sheet.columns.iter().all(|c| sheet.keys.contains(c)));
     }
 }

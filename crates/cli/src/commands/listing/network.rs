@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use vmsight_linux::socket::SocketFilter;
 
-use super::print;
+use super::{found, must_exist, print};
 use crate::{Outcome, args::Global, session::Session};
 
 /// A family of sockets.
@@ -41,6 +41,19 @@ pub(crate) struct Net {
     pid: Option<i32>,
 }
 
+pub(super) const NET: &[&str] = &[
+    "protocol",
+    "state",
+    "local_address",
+    "local_port",
+    "remote_address",
+    "remote_port",
+    "uid",
+    "inode",
+    "namespace",
+    "owners",
+];
+
 impl Net {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
@@ -58,48 +71,46 @@ impl Net {
             (!self.listening || s.state == "LISTEN")
                 && self.pid.is_none_or(|p| s.owners.iter().any(|o| o.pid == p))
         });
-        let columns = &[
-            "protocol",
-            "state",
-            "local_address",
-            "local_port",
-            "remote_address",
-            "remote_port",
-            "uid",
-            "inode",
-            "namespace",
-            "owners",
-        ];
-        print(global, columns, listing)
+        if let Some(pid) = self.pid.filter(|_| listing.rows.is_empty()) {
+            must_exist(session.kernel()?, pid)?;
+        }
+        let any = !listing.rows.is_empty() || !(self.listening || self.pid.is_some() || !all);
+        if !any {
+            listing.warn("the guest has no such sockets");
+        }
+        print(&session, NET, listing)?;
+        Ok(found(any))
     }
 }
 
 /// UNIX sockets.
 #[derive(Args, Debug)]
-#[command(after_help = "`peer` is the inode at the other end. Names in the abstract namespace begin with @.")]
+#[command(after_help = "\
+`peer_inode` is the inode of the socket at the other end, `peer_owners` who has it open (PID/NAME/FD). Names in the
+abstract namespace begin with @.")]
 pub(crate) struct Unix {
     /// What to look into
     target: String,
 }
 
+pub(super) const UNIX: &[&str] = &[
+    "kind",
+    "state",
+    "inode",
+    "peer_inode",
+    "uid",
+    "namespace",
+    "path",
+    "owners",
+    "peer_owners",
+];
+
 impl Unix {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let listing = session.kernel()?.unix_sockets().context("listing UNIX sockets")?;
-        print(
-            global,
-            &[
-                "kind",
-                "state",
-                "inode",
-                "peer",
-                "uid",
-                "namespace",
-                "path",
-                "owners",
-            ],
-            listing,
-        )
+        print(&session, UNIX, listing)?;
+        Ok(Outcome::Fine)
     }
 }
 
@@ -110,23 +121,23 @@ pub(crate) struct Ifaces {
     target: String,
 }
 
+pub(super) const IFACES: &[&str] = &[
+    "namespace",
+    "index",
+    "name",
+    "type",
+    "flags",
+    "mtu",
+    "mac",
+    "ipv4",
+    "ipv6",
+];
+
 impl Ifaces {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let listing = session.kernel()?.interfaces().context("listing interfaces")?;
-        print(
-            global,
-            &[
-                "namespace",
-                "index",
-                "name",
-                "type",
-                "flags",
-                "mtu",
-                "mac",
-                "addresses",
-            ],
-            listing,
-        )
+        print(&session, IFACES, listing)?;
+        Ok(Outcome::Fine)
     }
 }

@@ -5,11 +5,11 @@ use clap::Args;
 use serde_json::{Map, Value};
 use vmsight_linux::{Listing, Process, ProcessFields, process_tree};
 
-use super::{found, print};
+use super::{all_there, found, no_process, print};
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Sheet},
+    output::{Format, PROBLEMS, Row, Sheet, to_map},
     session::Session,
 };
 
@@ -17,7 +17,8 @@ use crate::{
 #[derive(Args, Debug)]
 #[command(after_help = "\
 The kernel's task list is what is walked: a process that a rootkit has taken off it is not shown. Command line and
-environment are read from the process's own memory, which it can change. <paged out> means that the guest has it in
+environment are read from the process's own memory, which it can change: `kind` tells threads of the kernel from
+processes that call themselves like one. <paged out> means that the guest has it in
 swap, not that it is empty. JSON has every field unless --columns names some; only what is shown is read.")]
 pub(crate) struct Ps {
     /// What to look into
@@ -30,10 +31,14 @@ pub(crate) struct Ps {
     user: bool,
 }
 
-const PS: &[&str] = &[
+/// The column that says in a word whose thread or process it is: `kernel` or `user`.
+pub(super) const KIND: &str = "kind";
+
+pub(super) const PS: &[&str] = &[
     "pid",
     "ppid",
     "uid",
+    KIND,
     "state",
     "threads",
     "start_time",
@@ -51,7 +56,15 @@ impl Ps {
         listing.rows.retain(|p| {
             (self.pid.is_empty() || self.pid.contains(&p.pid)) && !(self.user && p.kernel_thread)
         });
-        let any = self.pid.is_empty() || !listing.rows.is_empty();
+        let all = all_there(
+            &self.pid,
+            |pid| listing.rows.iter().any(|p| p.pid == pid),
+            |pid| match self.user {
+                true => format!("the guest has no process {pid} in user space"),
+                false => no_process(pid),
+            },
+            &mut listing.warnings,
+        );
         // As ps does it: a process without a command line shows its name in brackets, in tables alone.
         if global.output == Format::Table {
             for row in &mut listing.rows {
@@ -60,7 +73,23 @@ impl Ps {
                 }
             }
         }
-        Ok(found(any, print(global, PS, listing)?))
+        session.print(&with_kind(PS, &listing.rows, listing.warnings)?)?;
+        Ok(found(all))
+    }
+}
+
+/// A sheet of processes or threads, with their kind.
+fn with_kind<T: Row>(columns: &'static [&'static str], rows: &[T], warnings: Vec<String>) -> Result<Sheet> {
+    let mut sheet = Sheet::new(columns, rows, warnings)?;
+    sheet.add_column(KIND, kind);
+    Ok(sheet)
+}
+
+fn kind(row: &Map<String, Value>) -> Value {
+    match row.get("kernel_thread") {
+        Some(Value::Bool(true)) => "kernel".into(),
+        Some(Value::Bool(false)) => "user".into(),
+        _ => Value::Null,
     }
 }
 
@@ -117,7 +146,7 @@ pub(crate) struct Pstree {
     user: bool,
 }
 
-const TREE: &[&str] = &["tree", "uid", "start_time", "cmdline"];
+const TREE: &[&str] = &["tree", "uid", KIND, "start_time", "cmdline"];
 
 impl Pstree {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
@@ -127,18 +156,15 @@ impl Pstree {
             .processes(fields(global, TREE))
             .context("listing processes")?;
         listing.rows.retain(|p| !(self.user && p.kernel_thread));
-        let mut sheet = Sheet {
-            columns: TREE,
-            warnings: listing.warnings,
-            ..Sheet::default()
-        };
+        let keys = [&["depth", "orphan", "tree"], Process::COLUMNS, &[KIND]].concat();
+        let mut sheet = Sheet::with_keys(&keys, TREE);
+        sheet.warnings = listing.warnings;
         for node in process_tree(&listing.rows) {
             let Some(process) = listing.rows.get(node.row) else {
                 continue;
             };
-            let Value::Object(fields) = serde_json::to_value(process)? else {
-                continue;
-            };
+            let fields = to_map(process)?;
+            let kind = kind(&fields);
             let mut row = Map::new();
             row.insert("depth".into(), node.depth.into());
             row.insert("orphan".into(), node.orphan.into());
@@ -149,9 +175,10 @@ impl Pstree {
                 format!("{branch}{mark}{} {}", process.pid, process.name).into(),
             );
             row.extend(fields);
+            row.insert(KIND.into(), kind);
             sheet.rows.push(row);
         }
-        global.style().print(&sheet)?;
+        session.print(&sheet)?;
         Ok(Outcome::Fine)
     }
 }
@@ -191,26 +218,29 @@ impl Threads {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let listing = session.kernel()?.threads(self.pid).context("listing threads")?;
-        print(
-            global,
-            &[
-                "tid",
-                "pid",
-                "state",
-                "cpu",
-                "policy",
-                "nice",
-                "start_time",
-                "name",
-            ],
-            listing,
-        )
+        let any = self.pid.is_none() || !listing.rows.is_empty();
+        session.print(&with_kind(THREADS, &listing.rows, listing.warnings)?)?;
+        Ok(found(any))
     }
 }
 
+pub(super) const THREADS: &[&str] = &[
+    "tid",
+    "pid",
+    KIND,
+    "state",
+    "cpu",
+    "policy",
+    "nice",
+    "start_time",
+    "name",
+];
+
 /// Memory maps.
 #[derive(Args, Debug)]
-#[command(after_help = "As /proc/PID/maps shows them. Kernel threads have none.")]
+#[command(
+    after_help = "As /proc/PID/maps shows them. Kernel threads have none: asked for one, the exit code is 1."
+)]
 pub(crate) struct Maps {
     /// What to look into
     target: String,
@@ -219,12 +249,33 @@ pub(crate) struct Maps {
     pid: Vec<i32>,
 }
 
+pub(super) const MAPS: &[&str] = &[
+    "pid", "start", "end", "perms", "offset", "device", "inode", "path",
+];
+
 impl Maps {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let kernel = session.kernel()?;
-        let mut all = Listing::default();
-        for pid in pids(kernel, &self.pid, &mut all)? {
+        let processes = kernel
+            .processes(ProcessFields::empty())
+            .context("listing processes")?;
+        let mut all = Listing {
+            rows: Vec::new(),
+            warnings: processes.warnings,
+        };
+        let with_memory = |pid: i32| processes.rows.iter().any(|p| p.pid == pid && p.mm.is_some());
+        let missing = |pid: i32| match processes.rows.iter().find(|p| p.pid == pid) {
+            None => no_process(pid),
+            Some(p) if p.kernel_thread => {
+                format!("process {pid} is a kernel thread: it has no memory of its own")
+            }
+            Some(_) => format!("process {pid} has no memory: it has ended"),
+        };
+        let complete = all_there(&self.pid, with_memory, missing, &mut all.warnings);
+        let wanted = |p: &&Process| p.mm.is_some() && (self.pid.is_empty() || self.pid.contains(&p.pid));
+        for process in processes.rows.iter().filter(wanted) {
+            let pid = process.pid;
             match kernel.maps(pid) {
                 Ok(listing) => {
                     all.rows.extend(listing.rows);
@@ -236,31 +287,9 @@ impl Maps {
                 }
             }
         }
-        print(
-            global,
-            &[
-                "pid", "start", "end", "perms", "offset", "device", "inode", "path",
-            ],
-            all,
-        )
+        print(&session, MAPS, all)?;
+        Ok(found(complete))
     }
-}
-
-/// The processes asked for, or all that have user memory.
-fn pids<T>(kernel: &vmsight_linux::Kernel, asked: &[i32], into: &mut Listing<T>) -> Result<Vec<i32>> {
-    if !asked.is_empty() {
-        return Ok(asked.to_vec());
-    }
-    let listing = kernel
-        .processes(ProcessFields::empty())
-        .context("listing processes")?;
-    listing.warnings.into_iter().for_each(|w| into.warn(w));
-    Ok(listing
-        .rows
-        .iter()
-        .filter(|p| p.mm.is_some())
-        .map(|p| p.pid)
-        .collect())
 }
 
 /// Environment of processes.
@@ -286,10 +315,8 @@ impl Env {
             .kernel()?
             .processes(ProcessFields::ENVIRON)
             .context("listing processes")?;
-        let mut sheet = Sheet {
-            columns: &["pid", "name", "variable", "value"],
-            ..Sheet::default()
-        };
+        let keys = ["pid", "name", "variable", "value", PROBLEMS];
+        let mut sheet = Sheet::with_keys(&keys, &["pid", "name", "variable", "value"]);
         sheet.warnings = listing.warnings;
         let mut seen = Vec::new();
         for process in listing
@@ -308,10 +335,7 @@ impl Env {
             };
             if let Some(problem) = process.problems.iter().find(|p| p.field == "environ") {
                 let mut marked = row(Value::Null, Value::Null);
-                marked.insert(
-                    "problems".into(),
-                    vec![format!("value: {}", problem.reason)].into(),
-                );
+                marked.insert(PROBLEMS.into(), vec![format!("value: {}", problem.reason)].into());
                 sheet.rows.push(marked);
             }
             for entry in process.environ.iter().flatten() {
@@ -321,11 +345,19 @@ impl Env {
                 }
             }
         }
-        for pid in self.pid.iter().filter(|p| !seen.contains(p)) {
-            sheet.warnings.push(format!("the guest has no process {pid}"));
+        let all = all_there(
+            &self.pid,
+            |pid| seen.contains(&pid),
+            no_process,
+            &mut sheet.warnings,
+        );
+        let narrowed = !self.pid.is_empty() || !self.names.is_empty();
+        let any = !sheet.rows.is_empty() || !narrowed;
+        if all && !any {
+            sheet.warnings.push("no such variables were found".to_owned());
         }
-        global.style().print(&sheet)?;
-        Ok(found(!sheet.rows.is_empty(), Outcome::Fine))
+        session.print(&sheet)?;
+        Ok(found(all && any))
     }
 }
 
@@ -340,20 +372,19 @@ impl Cgroups {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let listing = session.kernel()?.cgroups().context("listing control groups")?;
-        print(
-            global,
-            &[
-                "hierarchy",
-                "controllers",
-                "tasks",
-                "container_runtime",
-                "container",
-                "path",
-            ],
-            listing,
-        )
+        print(&session, CGROUPS, listing)?;
+        Ok(Outcome::Fine)
     }
 }
+
+pub(super) const CGROUPS: &[&str] = &[
+    "hierarchy",
+    "controllers",
+    "tasks",
+    "container_runtime",
+    "container",
+    "path",
+];
 
 #[cfg(test)]
 mod tests {
@@ -370,7 +401,7 @@ mod tests {
     #[test]
     fn every_column_of_the_table_is_read() {
         for column in PS {
-            if !["pid", "ppid", "state", "name"].contains(column) {
+            if !["pid", "ppid", "state", "name", KIND].contains(column) {
                 assert!(!field_of(column).is_empty(), "{column}");
             }
         }
