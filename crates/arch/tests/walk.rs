@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use vmsight_arch::paging::{FaultReason, PageFault, PagingMode, TableMemory, mappings, resolve, walk};
+use vmsight_arch::paging::{
+    Absent, FaultReason, PageFault, PagingMode, TableMemory, mappings, resolve, walk,
+};
 use vmsight_arch::{Dtb, Gpa, Gva};
 
 /// Memory of a few words; everything below `size` is backed.
@@ -267,4 +269,89 @@ fn pse_36_reaches_forty_bits() {
     .unwrap();
     // 0x00cb_4083: bits 31:22 are 3, bits 20:13 are 0x5a.
     assert_eq!((t.gpa, t.page_shift), (Gpa(0x5a_00ff_ffff), 22));
+}
+
+/// The address bits of an entry, inverted as Linux keeps them where it takes all rights away.
+fn inverted(address: u64, flags: u64) -> u64 {
+    !address & 0x000f_ffff_ffff_f000 | flags
+}
+
+#[test]
+fn a_page_without_rights_is_told_from_one_in_swap() {
+    const PROT_NONE: u64 = 0x100;
+    const LARGE: u64 = 0x80;
+    let page = |level, value| Absent::Linux.page(PagingMode::X86Level4, level, value);
+    assert_eq!(
+        page(1, inverted(0x1234_5000, PROT_NONE | 0x60)),
+        Some(Gpa(0x1234_5000))
+    );
+    assert_eq!(page(1, NX | inverted(0x1000, PROT_NONE)), Some(Gpa(0x1000)));
+    assert_eq!(
+        page(1, 0x1234_5000 | PROT_NONE),
+        Some(Gpa(0x1234_5000)),
+        "before 4.19"
+    );
+    assert_eq!(
+        page(2, inverted(0x4060_0000, PROT_NONE | LARGE)),
+        Some(Gpa(0x4060_0000))
+    );
+    assert_eq!(
+        page(2, inverted(0x60_0000, LARGE)),
+        Some(Gpa(0x60_0000)),
+        "being split"
+    );
+    assert_eq!(
+        page(3, inverted(0x4000_0000, PROT_NONE | LARGE)),
+        Some(Gpa(0x4000_0000))
+    );
+    // Swap and migration, whose offsets are inverted too; nothing; a table; a page that is present.
+    for (level, value) in [
+        (1, inverted(0x1234_5000, 0)),
+        (1, inverted(0x1234_5000, 2)),
+        (2, inverted(0x1234_5000, 0)),
+        (1, 0),
+        (2, inverted(0x1000, PROT_NONE)),
+        (3, inverted(0x4000_0000, LARGE)),
+        (4, inverted(0x1000, PROT_NONE | LARGE)),
+        (1, 0x1000 | PROT_NONE | 1),
+    ] {
+        assert_eq!(page(level, value), None, "level {level}: {value:#x}");
+    }
+    let value = inverted(0x1000, PROT_NONE);
+    assert_eq!(Absent::NoPage.page(PagingMode::X86Level4, 1, value), None);
+    assert_eq!(Absent::Linux.page(PagingMode::X86Pae, 1, value), None);
+}
+
+#[test]
+fn pages_without_rights_are_found_by_whoever_asks_for_them() {
+    let mut m = level4();
+    m.words.insert(0x4000 + 5 * 8, inverted(0x8_9000, 0x140));
+    m.words.insert(0x3000 + 5 * 8, inverted(0x20_0000, 0x180));
+    let fault = go(&m, 0xffff_8000_0020_5abc).unwrap_err();
+    let t = Absent::Linux.translation(PagingMode::X86Level4, &fault).unwrap();
+    assert_eq!((t.gpa, t.page_shift, t.steps), (Gpa(0x8_9abc), 12, fault.steps));
+    assert!(t.access.dirty && !t.access.user && !t.access.write && !t.access.execute && !t.access.global);
+    let hole = go(&m, 0xffff_8000_0020_4000).unwrap_err();
+    assert_eq!(Absent::Linux.translation(PagingMode::X86Level4, &hole), None);
+
+    let list = |absent| -> Vec<_> {
+        mappings(
+            PagingMode::X86Level4,
+            &m,
+            Dtb(0x1000),
+            Gva(0xffff_8000_0020_0000)..=Gva(0xffff_8000_3fff_ffff),
+            100,
+        )
+        .with_absent(absent)
+        .flatten()
+        .map(|page| (page.gva.0, page.translation.gpa.0, page.translation.page_shift))
+        .collect()
+    };
+    let present = list(Absent::NoPage);
+    assert!(!present.iter().any(|page| page.0 == 0xffff_8000_0020_5000));
+    let mut all = present.clone();
+    all.push((0xffff_8000_0020_5000, 0x8_9000, 12));
+    all.push((0xffff_8000_00a0_0000, 0x20_0000, 21));
+    all.sort_unstable();
+    assert_eq!(list(Absent::Linux), all);
 }

@@ -536,3 +536,37 @@ fn xarrays_that_lie_are_cut() {
     });
     assert!(endless.unwrap_err().to_string().contains("4294967295 bytes"));
 }
+
+#[test]
+fn a_process_that_takes_away_its_own_rights_hides_nothing() {
+    let (mut guest, [a, b, _]) = three();
+    // As mprotect(PROT_NONE) leaves the entry: not present, marked by the global bit, all bits of the address inverted.
+    let (_, entry) = guest.user_memory(a, b"/bin/hidden\0--key\0", b"SECRET=1\0");
+    let page = guest.get(entry) & 0x000f_ffff_ffff_f000;
+    guest.put(entry, !page & 0x000f_ffff_ffff_f000 | 0x160);
+    // An entry of swap has that bit clear, and its offset inverted too.
+    let (_, entry) = guest.user_memory(b, b"gone\0", b"");
+    guest.put(entry, !0x1234_5000 & 0x000f_ffff_ffff_f000 | 2);
+    let kernel = guest.kernel();
+    let listing = list(&kernel);
+    assert_eq!(listing.rows[0].cmdline.as_deref(), Some("/bin/hidden --key"));
+    assert_eq!(listing.rows[0].environ.as_ref().unwrap(), &["SECRET=1"]);
+    assert!(listing.rows[0].problems.is_empty());
+    assert!(
+        listing.rows[1]
+            .problems
+            .iter()
+            .any(|p| p.field == "cmdline" && p.reason == "paged out")
+    );
+    let space = kernel.process_space(1).unwrap().unwrap();
+    let mut bytes = [0; 11];
+    space.read(vmsight_arch::Gva(0x7fff_f000), &mut bytes).unwrap();
+    assert_eq!(&bytes, b"/bin/hidden");
+    let swapped = kernel.process_space(20).unwrap().unwrap();
+    assert!(
+        swapped
+            .read_u64(vmsight_arch::Gva(0x7fff_f000))
+            .unwrap_err()
+            .is_paged_out()
+    );
+}

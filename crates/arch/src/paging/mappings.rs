@@ -2,6 +2,7 @@
 
 use core::ops::RangeInclusive;
 
+use super::absent::{Absent, no_rights};
 use super::arm64::Vmsa;
 use super::format::{Entry, Format};
 use super::walk::with_format;
@@ -120,6 +121,7 @@ pub struct Mappings<'m, M: TableMemory + ?Sized> {
     tables: u64,
     max_tables: u64,
     broken: u64,
+    absent: Absent,
 }
 
 /// Lists the pages that `range` touches, in address order, at a cost proportional to the tables that are there.
@@ -148,6 +150,7 @@ pub fn mappings<M: TableMemory + ?Sized>(
         tables: 0,
         max_tables,
         broken: 0,
+        absent: Absent::NoPage,
     };
     with_format!(mode, format => {
         if let Some((start, end)) = format.clip(start, end) {
@@ -165,6 +168,12 @@ pub fn mappings<M: TableMemory + ?Sized>(
 }
 
 impl<M: TableMemory + ?Sized> Mappings<'_, M> {
+    /// Lists the pages too that absent entries keep, by what `absent` says of them.
+    #[must_use]
+    pub fn with_absent(self, absent: Absent) -> Self {
+        Self { absent, ..self }
+    }
+
     /// Entries met so far that are present and yet lead nowhere: reserved bits, or no memory behind them.
     pub fn broken(&self) -> u64 {
         self.broken
@@ -200,7 +209,15 @@ impl<M: TableMemory + ?Sized> Mappings<'_, M> {
                 self.depth -= 1;
                 continue;
             };
-            let entry = format.decode(level, value);
+            let mut entry = format.decode(level, value);
+            let mut absent = false;
+            if entry == Entry::NotPresent
+                && value != 0
+                && let Some(page) = self.absent.page(self.mode, level, value)
+            {
+                entry = Entry::Page(page);
+                absent = true;
+            }
             if let Entry::Table(_) | Entry::Page(_) = entry {
                 self.steps.truncate(self.depth - 1);
                 self.steps.push(entry_gpa, value);
@@ -226,7 +243,11 @@ impl<M: TableMemory + ?Sized> Mappings<'_, M> {
                     self.depth += 1;
                 }
                 Entry::Page(page) => {
-                    let access = format.leaf(level, value, above);
+                    let access = if absent {
+                        no_rights(value)
+                    } else {
+                        format.leaf(level, value, above)
+                    };
                     let translation = Translation {
                         gpa: page,
                         page_shift: shift,

@@ -3,6 +3,7 @@
 //! Every walk is bounded by the number of levels of its mode, whatever the guest wrote into its tables, and
 //! [`mappings`] by a number of tables that the caller sets.
 
+mod absent;
 mod arm64;
 mod cursor;
 mod format;
@@ -10,6 +11,7 @@ mod mappings;
 mod walk;
 mod x86;
 
+pub use absent::Absent;
 pub use cursor::{Cursor, Progress};
 pub use mappings::{Mapping, Mappings, TableLimit, mappings};
 pub use walk::{Resolved, resolve, walk};
@@ -258,7 +260,8 @@ impl PageFault {
     }
 
     /// Whether the entry that failed is not present and yet holds something: a page that the guest has put
-    /// elsewhere (swap, migration, a mapping without access rights), as against one that never was.
+    /// elsewhere (swap, migration), as against one that never was. To the processor a mapping without access rights
+    /// looks the same: [`Absent`] tells it apart.
     pub fn is_paged_out(&self) -> bool {
         self.reason == FaultReason::NotPresent && self.entry().is_some_and(|v| v != 0)
     }

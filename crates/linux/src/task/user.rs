@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vmsight_arch::paging::{self, PageFault, PagingMode};
+use vmsight_arch::paging::{self, Absent, PageFault, PagingMode};
 use vmsight_arch::{Dtb, Gva};
 use vmsight_memory::{AddressSpace, GuestMemory, ReadCause, ReadError};
 
@@ -48,7 +48,7 @@ pub(crate) struct UserMemory<'k> {
 }
 
 impl UserMemory<'_> {
-    /// Reads `buf.len()` bytes at `gva`.
+    /// Reads `buf.len()` bytes at `gva`. Pages that the process has taken its own rights to away are read like others.
     pub(crate) fn read(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
         let mut at = gva;
         let mut rest = buf;
@@ -57,6 +57,7 @@ impl UserMemory<'_> {
             let step = (4096 - at.page_offset()).min(rest.len());
             let (piece, after) = rest.split_at_mut(step);
             let found = paging::walk(self.mode, self.memory, self.dtb, at)
+                .or_else(|fault| Absent::Linux.translation(self.mode, &fault).ok_or(fault))
                 .map_err(|fault| fail(ReadCause::Fault(Box::new(fault))))?;
             self.memory
                 .read(found.gpa, piece)
@@ -88,7 +89,7 @@ impl Kernel {
 
 impl Kernel {
     /// The address space of the process `pid` (root namespace); `None` for a kernel thread, and for a process that
-    /// has given its memory back.
+    /// has given its memory back. Pages that are there and without rights (`PROT_NONE`) can be read in it.
     ///
     /// # Errors
     /// If there is no such process, or its `mm_struct` or top-level table cannot be read.
@@ -110,7 +111,7 @@ impl Kernel {
             what: format!("the page tables of process {pid}"),
             reason: fault.to_string(),
         })?;
-        Ok(Some(self.space().with_dtb(root)))
+        Ok(Some(self.space().with_absent(root, Absent::Linux)))
     }
 }
 

@@ -28,7 +28,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vmsight_arch::paging::{self, Mappings, PageFault, PagingMode, Translation};
+use vmsight_arch::paging::{self, Absent, Mappings, PageFault, PagingMode, Translation};
 use vmsight_arch::{Dtb, Gva};
 
 use crate::GuestMemory;
@@ -55,6 +55,8 @@ struct Inner {
     memory: GuestMemory,
     mode: PagingMode,
     dtb: Dtb,
+    /// What an entry that is not present means.
+    absent: Absent,
     /// Whether tables can change.
     live: bool,
     /// See [`GuestMemory::keeps_order`].
@@ -84,6 +86,10 @@ impl AddressSpace {
 
     /// The same with 2^`bits` slots (128 bytes each, at most 2^20) to remember walks in.
     pub fn with_slots(memory: GuestMemory, mode: PagingMode, dtb: Dtb, bits: u8) -> Self {
+        Self::make(memory, mode, dtb, Absent::NoPage, bits)
+    }
+
+    fn make(memory: GuestMemory, mode: PagingMode, dtb: Dtb, absent: Absent, bits: u8) -> Self {
         let inner = Inner {
             live: memory.is_live(),
             ordered: memory.keeps_order(),
@@ -97,6 +103,7 @@ impl AddressSpace {
             memory,
             mode,
             dtb,
+            absent,
         };
         Self {
             inner: Arc::new(inner),
@@ -106,7 +113,13 @@ impl AddressSpace {
     /// Another address space of the same guest: that of a process. Shares the memory and nothing else; cheap enough
     /// to make one for each process of a listing.
     pub fn with_dtb(&self, dtb: Dtb) -> Self {
-        Self::with_slots(self.inner.memory.clone(), self.inner.mode, dtb, FEW_SLOTS_BITS)
+        self.with_absent(dtb, Absent::NoPage)
+    }
+
+    /// The same, with the pages that the guest's system keeps behind entries that are not present: `absent` says how.
+    pub fn with_absent(&self, dtb: Dtb, absent: Absent) -> Self {
+        let memory = self.inner.memory.clone();
+        Self::make(memory, self.inner.mode, dtb, absent, FEW_SLOTS_BITS)
     }
 
     /// The root of the tables.
@@ -142,6 +155,7 @@ impl AddressSpace {
             range,
             max_tables,
         )
+        .with_absent(self.inner.absent)
     }
 
     /// Fills `buf` from `gva` on, across pages.

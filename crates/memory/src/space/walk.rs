@@ -29,6 +29,7 @@ impl Inner {
 
     pub(super) fn walk(&self, gva: Gva) -> Result<Translation, PageFault> {
         paging::walk(self.mode, &self.memory, self.dtb, gva)
+            .or_else(|fault| self.absent.translation(self.mode, &fault).ok_or(fault))
     }
 
     /// Whether the entries of a walk still hold what it read.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+mod absent;
 mod changing;
 mod image;
 mod model;
