@@ -23,7 +23,7 @@ fn check(found: &Found, k: &Kernel) {
     let image = found.image();
     assert_eq!(image.text, Gva(k.text));
     assert_eq!(image.phys, Gpa(k.phys));
-    assert_eq!(image.len, 8 * MIB);
+    assert_eq!(image.len, k.len());
     assert_eq!(image.slide, k.text - LINK);
     assert_eq!(image.dtb, k.dtb(), "{:?}", image.evidence);
     assert_eq!(image.mode, k.mode());
@@ -135,6 +135,54 @@ fn every_translation_of_the_found_table_leads_home() {
             assert_eq!((part.write, part.execute), (t.access.write, t.access.execute));
         }
     }
+}
+
+/// Under page-table isolation the kernel unmaps the memory of its init code, and the image goes on behind the hole.
+#[test]
+fn init_memory_that_is_unmapped_does_not_end_the_image() {
+    for mut k in kernels() {
+        k.isolated = true;
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        let memory = ram.frozen();
+        let found = find(&memory, &Hints::default()).unwrap();
+        check(&found, &k);
+        assert!(
+            found
+                .image()
+                .parts
+                .iter()
+                .all(|p| p.start + p.len <= 8 * MIB || p.start >= 10 * MIB),
+            "the hole is no part: {:?}",
+            found.image().parts
+        );
+        let profile = Profile::from_memory(&memory, found.image()).unwrap();
+        assert_eq!(profile.symbols.address("_end"), Some(LINK + 12 * MIB));
+    }
+}
+
+/// A guest that fills its image with pages that look like top-level tables is refused soon.
+#[test]
+fn endless_top_level_tables_are_not_all_tried() {
+    let k = Kernel::new(16 * MIB, 0x1280_0000);
+    let mut ram = Ram::new(64);
+    ram.install(&k);
+    ram.trampoline(&k, TRAMPOLINE);
+    // No direct map in the true one, so that none will do.
+    (256..511).for_each(|i| ram.entry(k.dtb().0, i, 0));
+    let last = ram.read(k.dtb().0 + 0xff8);
+    for page in (k.phys..k.phys + 2 * MIB)
+        .chain(k.phys + 5 * MIB..k.phys + 8 * MIB)
+        .step_by(0x1000)
+    {
+        ram.entry(page, 511, last);
+    }
+    let FindError::NotFound { tried } = find(&ram.frozen(), &Hints::default()).unwrap_err();
+    assert!(
+        tried.contains("more than 1024 pages lead to level3_kernel_pgt"),
+        "{tried}"
+    );
 }
 
 fn two_kernels() -> (Kernel, Kernel, Ram) {

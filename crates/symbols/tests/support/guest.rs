@@ -57,6 +57,8 @@ pub struct Kernel {
     /// Built without CONFIG_KALLSYMS_ALL: functions only, and what is exported to modules, in entries of so many bytes.
     pub exports: Option<u64>,
     pub preferred: u64,
+    /// With page-table isolation: behind the data are 2 MiB of init code that are no longer mapped, then 2 MiB more.
+    pub isolated: bool,
 }
 
 impl Kernel {
@@ -76,6 +78,7 @@ impl Kernel {
             percpu: true,
             exports: None,
             preferred: 0x100_0000,
+            isolated: false,
         }
     }
 
@@ -83,6 +86,11 @@ impl Kernel {
         self.levels = 5;
         self.direct_map = 0xff11_0000_4000_0000;
         self
+    }
+
+    /// Bytes from `_text` to the end of the image.
+    pub fn len(&self) -> u64 {
+        if self.isolated { IMAGE + 2 * LARGE } else { IMAGE }
     }
 
     pub fn mode(&self) -> PagingMode {
@@ -116,7 +124,7 @@ impl Kernel {
     }
 
     pub fn symbol_list(&self) -> Vec<Sym> {
-        let mut all = kernel_symbols(self.text, self.text + IMAGE, self.symbols, self.percpu);
+        let mut all = kernel_symbols(self.text, self.text + self.len(), self.symbols, self.percpu);
         let at = |offset: u64, kind: char, name: &str| sym(self.text + offset, kind, name);
         all.extend([
             at(BANNER, 'D', "linux_banner"),
@@ -303,6 +311,14 @@ impl Ram {
         }
         self.entry(at(LEVEL2), first + 2, at(DATA) | 0x1e3 | NX);
         self.entry(at(LEVEL2), first + 3, at(3 * LARGE) | 0x1e3 | NX);
+        if k.isolated {
+            // What Linux leaves of an entry that is no longer present, as seen on 6.12.
+            self.entry(at(LEVEL2), first + 4, 0x800f_fffc_cbff_f062);
+            self.entry(at(LEVEL2), first + 5, at(5 * LARGE) | 0x1e3 | NX);
+        }
+        // A module, unloaded, and another: behind a hole, but not where the image would go on.
+        self.entry(at(LEVEL2), first + 40, at(ROPAGES + PAGE) | TABLE);
+        self.entry(at(LEVEL2), first + 41, (k.phys + 50 * LARGE) | 0x1e3 | NX);
         self.entry(at(LEVEL3), 510, at(LEVEL2) | TABLE);
         self.entry(at(LEVEL3), 511, at(FIXMAP) | USER_TABLE);
         let above = if k.levels == 5 { LEVEL4 } else { LEVEL3 };

@@ -37,7 +37,9 @@ impl Extent {
 /// Reads the extent out of `level2_kernel_pgt`.
 ///
 /// After boot it maps from `_text` to the end of the brk area and nothing else (`cleanup_highmap`); where the whole
-/// gigabyte is not the image's, modules come behind. So: the first run of entries that continue one another.
+/// gigabyte is not the image's, modules come behind. So: the first run of entries that continue one another. Holes are stepped
+/// over where what follows continues the run at its distance: page-table isolation takes the freed memory of init code
+/// out of these tables, whole entries included (`free_kernel_image_pages`, arch/x86/mm/init.c, since 4.19).
 pub(super) fn of(memory: &GuestMemory, level2: Gpa) -> Result<Extent, String> {
     let table = read_table(memory, level2).ok_or_else(|| format!("no memory at {level2}"))?;
     let (first, entry) = table
@@ -55,11 +57,13 @@ pub(super) fn of(memory: &GuestMemory, level2: Gpa) -> Result<Extent, String> {
         len: 0,
         segments: Vec::new(),
     };
-    for (_, entry) in table.entries().skip(first) {
-        if !image.add(memory, entry) {
-            break;
+    for (i, entry) in table.entries().skip(first) {
+        let offset = (i - first) as u64 * LARGE;
+        match image.add(memory, entry, offset) {
+            Entered::Continues => image.len = offset + LARGE,
+            Entered::Hole => {}
+            Entered::Ends => break,
         }
-        image.len += LARGE;
     }
     if image.len < LARGE {
         return Err(format!(
@@ -77,24 +81,38 @@ fn begin(memory: &GuestMemory, entry: Entry) -> Option<Gpa> {
     }
 }
 
+/// What an entry is to the image.
+enum Entered {
+    /// It maps the image's next 2 MiB, or some of their pages.
+    Continues,
+    /// It maps nothing. It lies within the image only if a later entry continues it.
+    Hole,
+    /// It maps something else.
+    Ends,
+}
+
 impl Extent {
-    /// Adds the next 2 MiB; false if the entry does not continue the image.
-    fn add(&mut self, memory: &GuestMemory, entry: Entry) -> bool {
-        let want = Gpa(self.phys.0.wrapping_add(self.len));
+    /// Adds the 2 MiB `offset` bytes from `_text`, if the entry maps them where the image goes on.
+    fn add(&mut self, memory: &GuestMemory, entry: Entry, offset: u64) -> Entered {
+        if !entry.is_present() {
+            return Entered::Hole;
+        }
+        let want = Gpa(self.phys.0.wrapping_add(offset));
         if let Some(page) = entry.large_page() {
-            if page == want {
-                self.push(self.len, LARGE, entry);
+            if page != want {
+                return Entered::Ends;
             }
-            return page == want;
+            self.push(offset, LARGE, entry);
+            return Entered::Continues;
         }
         // Split where rights change within 2 MiB, and where the memory of init code was given back.
         let Some(table) = entry.table().and_then(|t| read_table(memory, t)) else {
-            return false;
+            return Entered::Ends;
         };
-        self.add_pages(&table, want)
+        self.add_pages(&table, want, offset)
     }
 
-    fn add_pages(&mut self, table: &Table, want: Gpa) -> bool {
+    fn add_pages(&mut self, table: &Table, want: Gpa, offset: u64) -> Entered {
         let expected = |i: usize| Gpa(want.0.wrapping_add(i as u64 * PAGE));
         let right = table
             .entries()
@@ -104,16 +122,19 @@ impl Extent {
             .entries()
             .filter(|&(i, e)| e.page().is_some_and(|p| p != expected(i)))
             .count();
-        // All pages unmapped is a hole within the image: pages given back. Others' pages are a module's.
+        // Others' pages are a module's.
         if wrong > right / 8 {
-            return false;
+            return Entered::Ends;
+        }
+        if right == 0 {
+            return Entered::Hole;
         }
         for (i, entry) in table.entries() {
             if entry.page() == Some(expected(i)) {
-                self.push(self.len + i as u64 * PAGE, PAGE, entry);
+                self.push(offset + i as u64 * PAGE, PAGE, entry);
             }
         }
-        true
+        Entered::Continues
     }
 
     fn push(&mut self, start: u64, len: u64, entry: Entry) {

@@ -10,6 +10,10 @@ use super::extent::Extent;
 const PAGE: u64 = 0x1000;
 const GIB: u64 = 1 << 30;
 
+/// Pages that lead to `level3_kernel_pgt` and are looked into. A kernel has two or three, and some of processes whose tables
+/// came to lie in memory of init code; more are a guest's attempt to keep us busy.
+const MAX_CHECKED: usize = 1024;
+
 /// The top-level table.
 pub(super) struct Top {
     pub(super) dtb: Dtb,
@@ -50,6 +54,11 @@ pub(super) fn find(memory: &GuestMemory, image: &Extent, level3: Gpa) -> Result<
                     continue;
                 };
                 checked += 1;
+                if checked > MAX_CHECKED {
+                    return Err(format!(
+                        "more than {MAX_CHECKED} pages lead to level3_kernel_pgt{why}"
+                    ));
+                }
                 match check(memory, image, page, mode, level3) {
                     Ok(top) => return Ok(top),
                     Err(e) => why = format!("; {page}: {e}"),
