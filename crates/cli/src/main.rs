@@ -166,3 +166,45 @@ fn complain(error: &anyhow::Error) {
     }
     let _ = writeln!(io::stderr(), "{text}");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::{Context, anyhow};
+
+    fn pipe() -> io::Error {
+        io::Error::from(io::ErrorKind::BrokenPipe)
+    }
+
+    #[test]
+    fn a_reader_that_went_away_whatever_was_written() {
+        assert!(is_broken_pipe(&anyhow::Error::from(pipe())));
+        assert!(is_broken_pipe(&anyhow::Error::from(csv::Error::from(pipe()))));
+        assert!(is_broken_pipe(&anyhow::Error::from(
+            serde_json::Error::io(pipe())
+        )));
+        let full = io::Error::from(io::ErrorKind::StorageFull);
+        assert!(!is_broken_pipe(&anyhow::Error::from(csv::Error::from(full))));
+    }
+
+    #[test]
+    fn what_is_not_in_the_guest_is_no_failure() {
+        let missing = Err::<(), _>(LinuxError::NotFound("no process 7".into())).context("listing threads");
+        assert!(is_missing(&missing.unwrap_err()));
+        assert!(is_missing(&Missing("no type x".into()).into()));
+        assert!(!is_missing(&anyhow!("no process 7")));
+    }
+
+    #[test]
+    fn watching_ends_with_the_vm_and_not_with_an_error() {
+        let over = |error: TargetError| is_over(&anyhow::Error::from(error).context("attaching to x"));
+        assert!(over(TargetError::Exited { pid: 7 }));
+        assert!(over(TargetError::NoProcess { pid: 7 }));
+        assert!(!over(TargetError::NoLayout {
+            pid: 7,
+            reason: "it moved".into(),
+            monitor: None,
+        }));
+        assert!(!is_over(&anyhow!("cannot read init_task")));
+    }
+}

@@ -397,3 +397,27 @@ fn nothing_but_results_on_standard_output_and_no_progress_where_nobody_watches()
     let out = vmsight(&["strings", f.path().to_str().unwrap()]);
     assert!(out.stderr.is_empty(), "{}", text(&out.stderr));
 }
+
+#[test]
+fn raw_bytes_go_to_a_terminal_only_when_forced() {
+    let f = file(&vec![b'Q'; 1 << 16]);
+    let on_a_terminal = |more: &str| {
+        let command = format!(
+            "{} read {} phys:0 8 --as bytes {more}",
+            env!("CARGO_BIN_EXE_vmsight"),
+            f.path().display()
+        );
+        let out = Command::new("script")
+            .args(["-qec", &command, "/dev/null"])
+            .output();
+        let out = out.expect("script(1) of bsdutils, which every Debian has");
+        (out.status.code(), text(&out.stdout))
+    };
+    let (code, out) = on_a_terminal("");
+    assert_eq!(code, Some(2));
+    assert!(out.contains("--force") && !out.contains("QQQQQQQQ"), "{out}");
+    assert_eq!(on_a_terminal("--force"), (Some(0), "QQQQQQQQ".to_owned()));
+    // A pipe is none.
+    let out = vmsight(&["read", f.path().to_str().unwrap(), "phys:0", "8", "--as", "bytes"]);
+    assert_eq!(text(&out.stdout), "QQQQQQQQ");
+}

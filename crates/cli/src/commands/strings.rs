@@ -57,7 +57,10 @@ impl Cmd {
             match global.output {
                 Format::Table => writeln!(out, "{address:#018x}  {}", escape(text))?,
                 Format::Csv => {
-                    let mut csv = csv::Writer::from_writer(&mut out);
+                    // For one row no more room than a row needs: there may be millions.
+                    let mut csv = csv::WriterBuilder::new()
+                        .buffer_capacity(256)
+                        .from_writer(&mut out);
                     csv.write_record([format!("{address:#x}"), field(text)])?;
                     csv.flush()?;
                 }
@@ -81,10 +84,12 @@ impl Cmd {
             None => {
                 let session = Session::without_kernel(global, &self.target)?;
                 session.each_physical_chunk(&mut |gpa, bytes| finder.feed(gpa.0, bytes, &mut print))?;
+                session.finish(false)?;
             }
             Some(pid) => {
                 let session = Session::open(global, &self.target)?;
                 session.each_process_chunk(pid, &mut |gva, bytes| finder.feed(gva.0, bytes, &mut print))?;
+                session.finish(false)?;
             }
         }
         finder.finish(&mut print)?;

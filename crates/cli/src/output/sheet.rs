@@ -210,7 +210,7 @@ mod tests {
         sheet.rows.push(hidden);
         assert_eq!(
             written(&sheet, &Style::default()),
-            "PID  NAME\n  1  good\n  1  a     !\n"
+            "PID  NAME\n  1  good\n  1  a  !\n"
         );
     }
 }

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 
 use anyhow::Result;
-use comfy_table::{Cell, CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
+use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 use serde_json::Value;
 
 use super::{
@@ -15,17 +15,23 @@ use super::{
 /// No cell is longer than this, however wide the terminal; JSON has it whole.
 const CELL_LIMIT: usize = 4096;
 
+/// Stands behind a row that has problems which no column shows.
+const MARK: &str = "  !";
+
 pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result<()> {
     let keys = sheet.shown(style)?;
     let marks: Vec<bool> = sheet.rows.iter().map(|row| hides_problems(row, &keys)).collect();
-    // A column of its own for the marks, only where there are any.
-    let mark_column = marks.contains(&true);
     let color = style.color.enabled();
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     if io::stdout().is_terminal() && !style.wide {
         table.set_content_arrangement(ContentArrangement::Dynamic);
         table.set_truncation_indicator("…");
+        if marks.contains(&true)
+            && let Some(width) = table.width()
+        {
+            table.set_width(width.saturating_sub(MARK.len() as u16));
+        }
     } else {
         table.set_content_arrangement(ContentArrangement::Disabled);
     }
@@ -36,7 +42,7 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
     }
     if !style.no_headers {
         let titles = keys.iter().map(|k| escape(&k.to_uppercase()));
-        table.set_header(titles.chain(mark_column.then(String::new)).map(|title| {
+        table.set_header(titles.map(|title| {
             let cell = Cell::new(title);
             if color {
                 cell.add_attribute(comfy_table::Attribute::Bold)
@@ -46,7 +52,7 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
         }));
     }
     let mut shortened = false;
-    for (row, mark) in sheet.rows.iter().zip(&marks) {
+    for row in &sheet.rows {
         let coloured = color && problems(row).next().is_some();
         let cells = keys.iter().map(|key| {
             let text = match row.get(*key) {
@@ -59,8 +65,7 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
             };
             limit(text, &mut shortened)
         });
-        let mark = mark_column.then(|| if *mark { "!" } else { "" }.to_owned());
-        let cells = cells.collect::<Vec<_>>().into_iter().chain(mark).map(|text| {
+        let cells = cells.map(|text| {
             let cell = Cell::new(text);
             if coloured {
                 cell.fg(comfy_table::Color::Yellow)
@@ -74,8 +79,7 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
         }
         table.add_row(line);
     }
-    let table_width = keys.len() + usize::from(mark_column);
-    for (i, key) in keys.iter().copied().chain(mark_column.then_some("")).enumerate() {
+    for (i, key) in keys.iter().copied().enumerate() {
         let numeric = sheet
             .rows
             .iter()
@@ -85,18 +89,17 @@ pub(super) fn write(sheet: &Sheet, style: &Style, out: &mut dyn Write) -> Result
                 .iter()
                 .any(|r| matches!(r.get(key), Some(Value::Number(_))));
         if let Some(column) = table.column_mut(i) {
-            column.set_padding((0, if i + 1 == table_width { 0 } else { 2 }));
-            if i >= keys.len() {
-                // However narrow the terminal, the mark stays.
-                column.set_constraint(ColumnConstraint::Absolute(Width::Fixed(1)));
-            }
+            column.set_padding((0, if i + 1 == keys.len() { 0 } else { 2 }));
             if numeric {
                 column.set_cell_alignment(CellAlignment::Right);
             }
         }
     }
-    for line in table.lines() {
-        writeln!(out, "{}", line.trim_end())?;
+    // Every row is one line: cells have no line breaks, and on a terminal their height is limited.
+    let header = (!style.no_headers).then_some(&false);
+    for (line, mark) in table.lines().zip(header.into_iter().chain(&marks)) {
+        let mark = if *mark { MARK } else { "" };
+        writeln!(out, "{}{mark}", line.trim_end())?;
     }
     if shortened {
         writeln!(

@@ -96,11 +96,8 @@ impl Session {
             false => None,
             true => Some(match proven.into_inner() {
                 Some(kernel) => kernel,
-                None => {
-                    let _progress = Progress::spinner(quiet, "looking for the kernel");
-                    find_kernel(global, &target.memory, hints(&target))
-                        .with_context(|| format!("looking for the kernel in {text}"))?
-                }
+                None => find_kernel(global, &target.memory, hints(&target))
+                    .with_context(|| format!("looking for the kernel in {text}"))?,
             }),
         };
         Ok(Session {
@@ -370,12 +367,15 @@ impl Session {
         }
     }
 
+    /// Results that scroll by are sign of life enough, and would be torn by a progress line.
+    fn is_quiet(&self) -> bool {
+        self.style.quiet || io::stdout().is_terminal()
+    }
+
     /// All of physical memory in pieces, in order.
     pub(crate) fn each_physical_chunk(&self, visit: &mut dyn FnMut(Gpa, &[u8]) -> Result<()>) -> Result<()> {
         let memory = self.memory();
-        // Results that scroll by are sign of life enough, and would be torn by a progress line.
-        let quiet = self.style.quiet || io::stdout().is_terminal();
-        let progress = Progress::bytes(quiet, "searching memory", memory.size());
+        let progress = Progress::bytes(self.is_quiet(), "searching memory", memory.size());
         let mut scratch = Vec::new();
         for chunk in memory.chunks(&ScanOptions::default()) {
             let bytes = memory
@@ -403,6 +403,9 @@ impl Session {
         let mut left = self.memory().size().saturating_mul(4);
         let mut page = [0; 0x1000];
         let mut absent = 0u64;
+        let mapped = listing.rows.iter().map(|m| m.end.0.saturating_sub(m.start.0));
+        let total = mapped.fold(0, u64::saturating_add);
+        let progress = Progress::bytes(self.is_quiet(), "searching the process", total);
         for map in &listing.rows {
             let Some(last) = map.end.0.checked_sub(1).filter(|last| *last >= map.start.0) else {
                 continue;
@@ -432,7 +435,9 @@ impl Session {
                 }
             }
             absent = absent.saturating_add(missing);
+            progress.advance(map.end.0 - map.start.0);
         }
+        drop(progress);
         if absent > 0 {
             self.style.warn(&format!(
                 "{absent} mapped pages are not in memory (never touched, or in swap)"
@@ -480,7 +485,11 @@ fn find_kernel(global: &Global, memory: &GuestMemory, hints: Hints) -> Result<Ke
         cache: cache(global),
         symbols: global.symbols.clone(),
     };
-    let kernel = Kernel::attach(memory.clone(), options)?;
+    let progress = Progress::spinner(global.quiet, "looking for the kernel");
+    let kernel = Kernel::attach(memory.clone(), options);
+    // Gone before anything else is said.
+    drop(progress);
+    let kernel = kernel?;
     if !global.quiet {
         kernel.profile().warnings.iter().for_each(|w| warn(w));
     }

@@ -57,6 +57,7 @@ pub(crate) fn read(source: &Source<'_>, at: Gva, type_name: &str, fields: &[Stri
         source,
         object: Object::default(),
         visits: 0,
+        partial: 0,
         cut: false,
     };
     if fields.is_empty() {
@@ -82,6 +83,12 @@ pub(crate) fn read(source: &Source<'_>, at: Gva, type_name: &str, fields: &[Stri
         reader.value(path.clone(), place, field.type_id, bits);
     }
     let mut object = reader.object;
+    if reader.partial > 0 {
+        object.warnings.push(format!(
+            "{} of the values are not shown whole; the column problems says what is left out",
+            reader.partial
+        ));
+    }
     if reader.cut {
         let shown = object.rows.len();
         object.warnings.push(format!(
@@ -108,6 +115,8 @@ struct Reader<'k> {
     source: &'k Source<'k>,
     object: Object,
     visits: usize,
+    /// Values that are shown in part.
+    partial: usize,
     /// A bound was met.
     cut: bool,
 }
@@ -266,9 +275,7 @@ impl Reader<'_> {
             name
         };
         self.object.unreadable |= read.value.is_null();
-        if let Some(problem) = read.problem.as_ref().filter(|_| !read.value.is_null()) {
-            self.object.warnings.push(format!("{name}: {}", problem.reason));
-        }
+        self.partial += usize::from(read.problem.is_some() && !read.value.is_null());
         let problems = read.problem.iter().map(|p| p.to_string().into()).collect();
         let row = [
             ("address", format!("{at:#x}").into()),

@@ -217,7 +217,11 @@ fn what_is_cut_says_so() {
         value(&object, "many[…]")["problems"][0],
         "value: the first 64 of 70 elements"
     );
-    assert_eq!(object.warnings.len(), 3);
+    assert!(
+        object.warnings[0].starts_with("3 of the values"),
+        "{:?}",
+        object.warnings
+    );
     assert!(!object.unreadable);
 }
 

@@ -398,6 +398,18 @@ mod tests {
         assert!(branch(&vec![true; 100_000], 100_000).len() < 1000);
     }
 
+    /// A process may call itself what it likes: whose thread it is, is another column.
+    #[test]
+    fn a_process_named_like_a_kernel_thread_is_still_a_process() {
+        let row = |kernel: bool| {
+            let row = serde_json::json!({"cmdline": "[kworker/0:1]", "kernel_thread": kernel});
+            row.as_object().cloned().unwrap()
+        };
+        assert_eq!(kind(&row(true)), "kernel");
+        assert_eq!(kind(&row(false)), "user");
+        assert!(PS.contains(&KIND) && THREADS.contains(&KIND) && TREE.contains(&KIND));
+    }
+
     #[test]
     fn every_column_of_the_table_is_read() {
         for column in PS {
