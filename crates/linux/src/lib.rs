@@ -1,6 +1,7 @@
 //! The Linux view of a guest: processes, modules, sockets, files.
 
 mod attach;
+pub(crate) mod budget;
 pub mod clock;
 mod error;
 pub mod file;
@@ -20,6 +21,7 @@ pub mod socket;
 pub(crate) mod structures;
 pub mod task;
 pub mod text;
+mod warnings;
 
 pub use attach::{AttachError, AttachOptions};
 pub use error::LinuxError;

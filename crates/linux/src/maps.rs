@@ -6,6 +6,7 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::Budget;
 use crate::layout::{Buffer, Extent, Field, Place, Spans, layout};
 use crate::listing::{Listing, Problem, address};
 use crate::structures::{maple, rbtree};
@@ -174,11 +175,11 @@ impl MapReader {
         })
     }
 
-    /// The addresses of the `vm_area_struct`s of the `mm_struct` at `mm`, and what kept the walk from its end.
-    fn areas(&self, mm: Gva) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
+    /// The addresses of the `vm_area_struct`s of the `mm_struct` at `mm`, `limit` at most, and what kept the walk from its end.
+    fn areas(&self, mm: Gva, limit: usize) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
         let what = "tree of mappings";
         if let Some(tree) = &self.mm.mm_mt {
-            let walk = maple::walk(&self.kernel, tree.at(mm), MAX_MAPPINGS)?;
+            let walk = maple::walk(&self.kernel, tree.at(mm), limit)?;
             return Ok((
                 walk.items.iter().map(|entry| entry.value).collect(),
                 walk.end.warning(what),
@@ -191,7 +192,7 @@ impl MapReader {
                 release: self.kernel.release().to_owned(),
             });
         };
-        let walk = rbtree::walk(self.kernel.space(), tree.at(mm), MAX_MAPPINGS);
+        let walk = rbtree::walk(self.kernel.space(), tree.at(mm), limit);
         Ok((
             walk.items.iter().map(|&at| node.container(at)).collect(),
             walk.end.warning(what),
@@ -199,8 +200,9 @@ impl MapReader {
     }
 
     /// The `struct file`s that the `mm_struct` at `mm` has mapped, each once, and what kept the walk from its end.
-    pub(crate) fn files(&self, mm: Gva) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
-        let (areas, warning) = self.areas(mm)?;
+    pub(crate) fn files(&self, mm: Gva, budget: &Budget) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
+        let (areas, warning) = self.areas(mm, budget.limit(MAX_MAPPINGS))?;
+        budget.walked(areas.len());
         let mut seen = rustc_hash::FxHashSet::default();
         let files = areas
             .iter()
@@ -226,11 +228,8 @@ impl MapReader {
             brk: self.mm.brk.read(space, mm).map_err(bounds)?,
             start_stack: self.mm.start_stack.read(space, mm).map_err(bounds)?,
         };
-        let (areas, warning) = self.areas(mm)?;
-        let mut out = Listing {
-            rows: Vec::with_capacity(areas.len()),
-            warnings: warning.into_iter().collect(),
-        };
+        let (areas, warning) = self.areas(mm, MAX_MAPPINGS)?;
+        let mut out = Listing::new(Vec::with_capacity(areas.len()), warning.into_iter().collect());
         let mut buffer = self.spans.buffer();
         let mut cache = PlaceCache::default();
         for area in areas {

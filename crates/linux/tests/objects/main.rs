@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod cgroups;
 mod files;
 mod guest;
 mod layout;
