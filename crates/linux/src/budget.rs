@@ -233,6 +233,20 @@ impl Share<'_> {
             None => self.budget.rows.take(1),
         }
     }
+
+    /// Rows that can still be taken, `most` at most.
+    pub(crate) fn rows_left(&self, most: usize) -> usize {
+        self.own.rows.saturating_add(self.budget.rows.left()).min(most)
+    }
+
+    /// Takes rows, of which there were so many left.
+    pub(crate) fn rows(&mut self, taken: usize) {
+        let own = self.own.rows.min(taken);
+        self.own.rows -= own;
+        if taken > own {
+            self.budget.rows.take_some(taken - own);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -276,11 +290,14 @@ mod tests {
         let mut greedy = budget.share();
         assert_eq!(greedy.some_bytes(usize::MAX), 4096 + BYTES);
         assert_eq!((greedy.some_bytes(1), greedy.bytes(1)), (0, false));
+        greedy.rows(ROWS + 4);
+        assert_eq!(greedy.rows_left(100), 0);
         let mut modest = budget.share();
         assert!(modest.bytes(1000) && modest.bytes(3096) && !modest.bytes(1));
+        assert_eq!(modest.rows_left(100), 4);
         let mut last = budget.own();
-        assert!((0..4).all(|_| budget.row_of(&mut last, 0)));
-        assert!(budget.row_of(&mut last, 0), "of those that all have together");
+        assert!((0..4).all(|_| budget.row_of(&mut last, 1024)));
+        assert!(!budget.row_of(&mut last, 0));
         // So many that their own must be less: all of it comes to no more than the common part.
         let budget = Budget::shared_by(BYTES, own);
         assert_eq!(budget.own.bytes, 1);

@@ -11,7 +11,7 @@ use vmsight_memory::ReadError;
 
 use crate::budget::{Budget, ROWS};
 use crate::layout::{Extent, Field, Place, Spans, layout};
-use crate::listing::{Listing, Problem};
+use crate::listing::{Listing, Problem, settled};
 use crate::text::{guest_array_text, guest_text};
 use crate::{Kernel, LinuxError};
 
@@ -108,6 +108,14 @@ impl Kernel {
     /// # Errors
     /// If the ring cannot be found, or its head cannot be read or makes no sense.
     pub fn kmsg(&self) -> Result<Listing<KernelMessage>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &KernelMessage| row.problems.len(),
+            || self.list_kmsg(),
+        )
+    }
+
+    fn list_kmsg(&self) -> Result<Listing<KernelMessage>, LinuxError> {
         let ring = Ring::open(self)?;
         let mut listing = Listing::default();
         let budget = Budget::default();

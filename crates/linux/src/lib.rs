@@ -28,6 +28,6 @@ pub use error::LinuxError;
 pub use info::Info;
 pub use kernel::Kernel;
 pub use listing::{Listing, Problem};
-pub use maps::Mapping;
+pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
 pub use task::{Cgroup, Process, ProcessFields, Thread, TreeNode, process_tree};

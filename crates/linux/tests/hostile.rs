@@ -723,3 +723,88 @@ fn unreadable_memory_is_said_of_every_field_that_comes_from_it() {
         assert_eq!(fields, ["environ"]);
     }
 }
+
+/// Gives the `mm_struct` one mapping from `start` on.
+fn one_mapping(guest: &mut Guest, mm: u64, start: u64) {
+    let area = guest.alloc("vm_area_struct");
+    guest.set(area, "vm_area_struct", "vm_start", start);
+    guest.set(area, "vm_area_struct", "vm_end", start + 0x1000);
+    guest.set(area, "vm_area_struct", "vm_flags", 0x75);
+    guest.set(area, "vm_area_struct", "vm_mm", mm);
+    let leaf = guest.space(256, 256);
+    for (index, (pivot, slot)) in [(start - 1, 0), (start + 0xfff, area), (u64::MAX, 0)]
+        .iter()
+        .enumerate()
+    {
+        guest.put(leaf + 8 + index as u64 * 8, *pivot);
+        guest.put(leaf + 128 + index as u64 * 8, *slot);
+    }
+    guest.put(
+        mm + offset("mm_struct", "mm_mt") + offset("maple_tree", "ma_root"),
+        maple(leaf, 1),
+    );
+}
+
+#[test]
+fn of_two_processes_with_one_pid_both_are_mapped() {
+    let (mut guest, [a, b, c]) = three();
+    for (task, start) in [(a, 0x1_0000), (c, 0x3_0000)] {
+        let (mm, _) = guest.user_memory(task, b"x\0", b"");
+        one_mapping(&mut guest, mm, start);
+    }
+    guest.set(b, "task_struct", "mm", 0xdead_0000_0000_0100);
+    guest.set(c, "task_struct", "pid", 1);
+    let kernel = guest.kernel();
+    let all = kernel.all_maps().unwrap();
+    assert!(all.warnings.is_empty(), "{:?}", all.warnings);
+    let found: Vec<_> = all
+        .rows
+        .iter()
+        .map(|process| {
+            let starts: Vec<_> = process.maps.rows.iter().map(|row| row.start.0).collect();
+            (process.pid, process.name.as_str(), starts)
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            (1, "init", vec![0x1_0000]),
+            (20, "b", vec![]),
+            (1, "c", vec![0x3_0000])
+        ]
+    );
+    assert!(
+        all.rows[1].maps.warnings[0].contains("maps of process 20"),
+        "{:?}",
+        all.rows[1].maps.warnings
+    );
+    let maps = kernel.maps(1).unwrap();
+    assert_eq!(
+        maps.rows.iter().map(|row| row.start.0).collect::<Vec<_>>(),
+        [0x1_0000, 0x3_0000]
+    );
+    assert!(
+        maps.warnings
+            .iter()
+            .any(|w| w.contains("2 processes have the pid 1")),
+        "{:?}",
+        maps.warnings
+    );
+}
+
+#[test]
+fn mappings_that_came_out_marked_are_read_again() {
+    let (mut guest, [a, ..]) = three();
+    let (mm, _) = guest.user_memory(a, b"x\0", b"");
+    one_mapping(&mut guest, mm, 0x1_0000);
+    let leaf = guest.get(mm + offset("mm_struct", "mm_mt") + offset("maple_tree", "ma_root")) & !0xff;
+    let (pivot, area) = (leaf + 8, guest.get(leaf + 136));
+    for (at, value) in [(pivot, 1 << 60), (area, 0x9_0000)] {
+        let maps = guest.flickering(at, value).maps(1).unwrap();
+        assert!(maps.warnings.is_empty(), "{:?}", maps.warnings);
+        assert_eq!((maps.rows.len(), maps.rows[0].start.0), (1, 0x1_0000));
+        let all = guest.flickering(at, value).all_maps().unwrap();
+        assert!(all.rows[0].maps.warnings.is_empty());
+        assert_eq!(all.rows[0].maps.rows[0].start.0, 0x1_0000);
+    }
+}

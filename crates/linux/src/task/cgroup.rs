@@ -10,7 +10,7 @@ use vmsight_memory::ReadError;
 use super::container::{self, Container};
 use crate::budget::{Budget, NO_ROOM, Share};
 use crate::layout::{Field, Place, layout};
-use crate::listing::{Listing, Problem, address};
+use crate::listing::{Listing, Problem, address, settled};
 use crate::structures::list;
 use crate::{Kernel, LinuxError};
 
@@ -341,6 +341,14 @@ impl Kernel {
     /// # Errors
     /// If the hierarchies cannot be listed or the kernel's types lack a member.
     pub fn cgroups(&self) -> Result<Listing<Cgroup>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &Cgroup| row.problems.len(),
+            || self.list_cgroups(),
+        )
+    }
+
+    fn list_cgroups(&self) -> Result<Listing<Cgroup>, LinuxError> {
         let reader = CgroupReader::new(self)?;
         let budget = Budget::default();
         let mut out = Listing::new(Vec::new(), reader.warnings.clone());

@@ -8,7 +8,7 @@ use crate::guest::{Guest, offset};
 use crate::timed;
 
 /// The unified hierarchy with one group below its root, and two processes in that.
-fn one() -> Guest {
+fn one() -> (Guest, u64) {
     let mut guest = Guest::new();
     let roots = guest.space(16);
     let root = guest.make("cgroup_root", &[("hierarchy_id", 0)]);
@@ -43,12 +43,12 @@ fn one() -> Guest {
         let task = guest.process(pid, "web");
         guest.set(task, "task_struct", "cgroups", set);
     }
-    guest
+    (guest, node)
 }
 
 #[test]
 fn processes_of_one_group_share_its_name() {
-    let guest = one();
+    let (guest, _) = one();
     let kernel = guest.kernel();
     let listing = timed(|| kernel.processes(ProcessFields::CGROUP).unwrap());
     assert!(listing.warnings.is_empty(), "{:?}", listing.warnings);
@@ -64,4 +64,21 @@ fn processes_of_one_group_share_its_name() {
         a.cgroup.as_ref().unwrap(),
         b.cgroup.as_ref().unwrap()
     ));
+}
+
+#[test]
+fn groups_that_came_out_marked_are_read_again() {
+    let (guest, node) = one();
+    let groups = |kernel: &vmsight_linux::Kernel| timed(|| kernel.cgroups().unwrap());
+    let listing = groups(&guest.kernel());
+    let paths: Vec<_> = listing
+        .rows
+        .iter()
+        .map(|row| (row.path.as_str(), row.tasks))
+        .collect();
+    assert_eq!(paths, [("/", Some(0)), ("/web.service", Some(2))]);
+    let name = node + offset("kernfs_node", "name");
+    let listing = groups(&guest.flickering(name, 0xdead_0000_0000_0100));
+    assert!(listing.rows.iter().all(|row| row.problems.is_empty()));
+    assert_eq!(listing.rows[1].path, "/web.service");
 }

@@ -5,6 +5,8 @@
 
 mod cgroups;
 mod files;
+#[path = "../flicker/mod.rs"]
+mod flicker;
 mod guest;
 mod layout;
 mod log;
