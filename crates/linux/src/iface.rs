@@ -9,6 +9,7 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::Budget;
 use crate::file::holder;
 use crate::layout::{Buffer, Field, Place, Spans, layout};
 use crate::listing::{Listing, Problem, address, settled};
@@ -192,6 +193,14 @@ pub struct Interface {
     pub problems: Vec<Problem>,
 }
 
+impl Interface {
+    /// Bytes of its addresses, of which it can have very many.
+    fn bytes(&self) -> usize {
+        let text = |text: &String| size_of::<String>() + text.len();
+        self.ipv4.iter().chain(&self.ipv6).map(text).sum()
+    }
+}
+
 impl Kernel {
     /// The interfaces of all network namespaces, by namespace and in the kernel's order.
     ///
@@ -210,17 +219,25 @@ impl Kernel {
         let reader = DeviceReader::new(self)?;
         let (holders, warnings) = holder::all(self)?;
         let namespaces = namespace::all(self, &holders)?;
-        let mut listing = Listing {
-            rows: Vec::new(),
-            warnings,
-        };
-        listing.warnings.extend(namespaces.warnings);
-        for namespace in &namespaces.rows {
-            let found = list::walk(self.space(), net.devices.at(namespace.address), MAX_INTERFACES);
+        let mut listing = Listing::new(Vec::new(), warnings);
+        for warning in namespaces.warnings.into_vec() {
+            listing.warn(warning);
+        }
+        let budget = Budget::default();
+        'all: for (nth, namespace) in namespaces.rows.iter().enumerate() {
+            let limit = budget.limit(MAX_INTERFACES);
+            let found = list::walk(self.space(), net.devices.at(namespace.address), limit);
+            budget.walked(found.walk.items.len());
             for node in found.walk.items {
-                listing
-                    .rows
-                    .push(reader.device(reader.device.list.container(node), namespace));
+                let row = reader.device(reader.device.list.container(node), namespace, &budget);
+                if !budget.row(row.bytes()) {
+                    listing.warn(format!(
+                        "interfaces: those of the last {} namespaces are left out, at least in part",
+                        namespaces.rows.len() - nth
+                    ));
+                    break 'all;
+                }
+                listing.rows.push(row);
             }
             if let Some(warning) = found
                 .walk
@@ -230,6 +247,10 @@ impl Kernel {
                 listing.warn(warning);
             }
         }
+        budget
+            .warning("interfaces")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         Ok(listing)
     }
 }
@@ -280,7 +301,7 @@ impl DeviceReader {
         })
     }
 
-    fn device(&self, at: Gva, namespace: &Namespace) -> Interface {
+    fn device(&self, at: Gva, namespace: &Namespace, budget: &Budget) -> Interface {
         let mut row = Interface {
             namespace: namespace.inum,
             pid: namespace.pid,
@@ -346,11 +367,12 @@ impl DeviceReader {
             self.counters.read(at).map(|counters| row.counters = counters),
         );
         let mut notes = Vec::new();
-        problem("ipv4", self.ipv4(&object, &mut row.ipv4, &mut notes));
-        problem("ipv6", self.ipv6(&object, &mut row.ipv6, &mut notes));
+        problem("ipv4", self.ipv4(&object, &mut row.ipv4, &mut notes, budget));
+        problem("ipv6", self.ipv6(&object, &mut row.ipv6, &mut notes, budget));
         problem(
             "master",
-            self.master(at, &mut notes).map(|master| row.master = master),
+            self.master(at, &mut notes, budget)
+                .map(|master| row.master = master),
         );
         row.problems.extend(notes);
         row
@@ -394,6 +416,7 @@ impl DeviceReader {
         object: &Buffer,
         out: &mut Vec<String>,
         notes: &mut Vec<Problem>,
+        budget: &Budget,
     ) -> Result<(), ReadError> {
         let device = self.device.ip.of(object);
         if device.is_null() {
@@ -401,7 +424,9 @@ impl DeviceReader {
         }
         let space = self.kernel.space();
         let first = self.in_device.addresses.read(space, device)?;
-        let found = hlist::walk_next(space, first, self.in_address.next.extent().offset, MAX_ADDRESSES);
+        let limit = budget.limit(MAX_ADDRESSES);
+        let found = hlist::walk_next(space, first, self.in_address.next.extent().offset, limit);
+        budget.walked(found.items.len());
         for at in found.items {
             let mut bytes = [0u8; 4];
             space.read(self.in_address.local.at(at), &mut bytes)?;
@@ -425,6 +450,7 @@ impl DeviceReader {
         object: &Buffer,
         out: &mut Vec<String>,
         notes: &mut Vec<Problem>,
+        budget: &Budget,
     ) -> Result<(), ReadError> {
         let (Some(field), Some(device), Some(address)) =
             (&self.device.ip6, &self.in6_device, &self.in6_address)
@@ -436,7 +462,8 @@ impl DeviceReader {
             return Ok(());
         }
         let space = self.kernel.space();
-        let found = list::walk(space, device.addresses.at(at), MAX_ADDRESSES);
+        let found = list::walk(space, device.addresses.at(at), budget.limit(MAX_ADDRESSES));
+        budget.walked(found.walk.items.len());
         for node in found.walk.items {
             let at = address.list.container(node);
             let mut bytes = [0u8; 16];
@@ -457,9 +484,15 @@ impl DeviceReader {
         Ok(())
     }
 
-    fn master(&self, at: Gva, notes: &mut Vec<Problem>) -> Result<Option<String>, ReadError> {
+    fn master(
+        &self,
+        at: Gva,
+        notes: &mut Vec<Problem>,
+        budget: &Budget,
+    ) -> Result<Option<String>, ReadError> {
         let space = self.kernel.space();
-        let found = list::walk(space, self.device.upper.at(at), MAX_INTERFACES);
+        let found = list::walk(space, self.device.upper.at(at), budget.limit(MAX_INTERFACES));
+        budget.walked(found.walk.items.len());
         notes.extend(
             found
                 .walk

@@ -9,8 +9,9 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::{Budget, ROWS};
 use crate::layout::{Extent, Field, Place, Spans, layout};
-use crate::listing::{Listing, Problem};
+use crate::listing::{Listing, Problem, settled};
 use crate::text::{guest_array_text, guest_text};
 use crate::{Kernel, LinuxError};
 
@@ -105,8 +106,17 @@ impl Kernel {
     /// # Errors
     /// If the ring cannot be found, or its head cannot be read or makes no sense.
     pub fn kmsg(&self) -> Result<Listing<KernelMessage>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &KernelMessage| row.problems.len(),
+            || self.list_kmsg(),
+        )
+    }
+
+    fn list_kmsg(&self) -> Result<Listing<KernelMessage>, LinuxError> {
         let ring = Ring::open(self)?;
         let mut listing = Listing::default();
+        let budget = Budget::default();
         let count = 1u64 << ring.count_bits;
         let span = ring.head_id.wrapping_sub(ring.tail_id) & ID_MASK;
         let first = if span < count {
@@ -117,10 +127,24 @@ impl Kernel {
             );
             ring.head_id.wrapping_sub(count - 1) & ID_MASK
         };
+        let last = span.min(count - 1);
+        // What came last matters most.
+        let skipped = (last + 1).saturating_sub(ROWS as u64);
+        if skipped > 0 {
+            listing.warn(format!(
+                "kernel log: the oldest {skipped} of {} descriptors were not looked at",
+                last + 1
+            ));
+        }
         let mut lost = 0u64;
-        for step in 0..=span.min(count - 1) {
+        for step in skipped..=last {
             match ring.record(first.wrapping_add(step) & ID_MASK) {
-                Ok(Record::Message(message)) => listing.rows.push(message),
+                Ok(Record::Message(message)) => {
+                    if !budget.row(message.text.as_ref().map_or(0, String::len)) {
+                        break;
+                    }
+                    listing.rows.push(message);
+                }
                 Ok(Record::Empty) => {}
                 Ok(Record::Changing) => lost += 1,
                 Err(error) => {
@@ -139,6 +163,10 @@ impl Kernel {
                 "kernel log: {lost} records were being rewritten or unreadable and are missing"
             ));
         }
+        budget
+            .warning("kernel log")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         Ok(listing)
     }
 }

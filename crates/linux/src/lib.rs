@@ -1,6 +1,7 @@
 //! The Linux view of a guest: processes, modules, sockets, files.
 
 mod attach;
+pub(crate) mod budget;
 pub mod clock;
 mod error;
 pub mod file;
@@ -20,12 +21,13 @@ pub mod socket;
 pub(crate) mod structures;
 pub mod task;
 pub mod text;
+mod warnings;
 
 pub use attach::{AttachError, AttachOptions};
 pub use error::LinuxError;
 pub use info::Info;
 pub use kernel::Kernel;
 pub use listing::{Listing, Problem};
-pub use maps::Mapping;
+pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
 pub use task::{Cgroup, Process, ProcessFields, Thread, TreeNode, process_tree};

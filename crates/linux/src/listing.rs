@@ -6,31 +6,40 @@ use serde::{Serialize, Serializer};
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::warnings::Told;
+
 /// The rows of a listing and its warnings. Rows are whole unless a row or a warning says otherwise.
 #[derive(Clone, Debug, Serialize)]
 pub struct Listing<T> {
     /// One per object, in the kernel's own order.
     pub rows: Vec<T>,
     /// What may be missing and why: lists cut at a cycle or a bound, lists that changed while they were read.
+    ///
+    /// At most some hundreds: the last says how many more there would be.
     pub warnings: Vec<String>,
+    #[serde(skip)]
+    told: Told,
 }
 
 impl<T> Default for Listing<T> {
     fn default() -> Self {
-        Self {
-            rows: Vec::new(),
-            warnings: Vec::new(),
-        }
+        Self::new(Vec::new(), Vec::new())
     }
 }
 
 impl<T> Listing<T> {
-    /// Notes something that the reader of the rows must know. The same sentence is kept once.
-    pub fn warn(&mut self, warning: impl Into<String>) {
-        let warning = warning.into();
-        if !self.warnings.contains(&warning) {
-            self.warnings.push(warning);
+    /// Rows with their warnings.
+    pub fn new(rows: Vec<T>, warnings: Vec<String>) -> Self {
+        Self {
+            rows,
+            warnings,
+            told: Told::default(),
         }
+    }
+
+    /// Notes something that the reader of the rows must know. The same sentence is kept once, and of very many the first.
+    pub fn warn(&mut self, warning: impl Into<String>) {
+        self.told.add(&mut self.warnings, warning.into());
     }
 }
 
@@ -144,10 +153,7 @@ mod tests {
             || {
                 let rows = vec![marks.get(calls).copied().unwrap_or(9)];
                 calls += 1;
-                Ok::<_, ()>(Listing {
-                    rows,
-                    warnings: Vec::new(),
-                })
+                Ok::<_, ()>(Listing::new(rows, Vec::new()))
             },
         );
         (listing.unwrap().rows[0], calls)

@@ -6,11 +6,14 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::{Budget, NO_ROOM, Own, Share};
 use crate::layout::{Buffer, Extent, Field, Place, Spans, layout};
-use crate::listing::{Listing, Problem, address};
+use crate::listing::{Listing, Problem, address, settled};
 use crate::structures::{maple, rbtree};
 use crate::task::layouts::{MmLayout, TaskLayout};
 use crate::task::places::{PlaceCache, PlaceReader};
+use crate::task::walk;
+use crate::text::guest_array_text;
 use crate::{Kernel, LinuxError};
 
 layout! {
@@ -61,6 +64,12 @@ layout! {
     }
 }
 
+/// What a process has to itself of the rows of a listing of all.
+const OWN: Own = Own {
+    rows: 1024,
+    bytes: 64 << 10,
+};
+
 /// More than any process has: `vm.max_map_count` is 65,530 by default, some 1 Mi where it was raised.
 const MAX_MAPPINGS: usize = 4 << 20;
 
@@ -104,19 +113,96 @@ pub struct Mapping {
     pub problems: Vec<Problem>,
 }
 
+/// The mappings of one process.
+#[derive(Clone, Debug)]
+pub struct ProcessMaps {
+    /// Pid in the root namespace.
+    pub pid: i32,
+    /// The process's name.
+    pub name: String,
+    /// Its `task_struct`: what tells two processes from one another that say they have the same pid.
+    pub task: Gva,
+    /// Its mappings by rising address, and what may be missing of them.
+    pub maps: Listing<Mapping>,
+}
+
 impl Kernel {
-    /// The mappings of the process `pid`, by rising address.
+    /// The mappings of the process `pid`, by rising address; none of a kernel thread. Where the guest lies and several processes have
+    /// that pid, those of all of them, and a warning.
+    ///
+    /// # Errors
+    /// If there is no such process, its `mm_struct` cannot be read, or the kernel's types lack a member.
     pub fn maps(&self, pid: i32) -> Result<Listing<Mapping>, LinuxError> {
-        let task: Arc<TaskLayout> = self.layout()?;
-        let address = self.task(pid)?;
-        let mm = task
-            .mm
-            .read(self.space(), address)
-            .map_err(LinuxError::read("task_struct.mm", address))?;
-        if mm.is_null() {
-            return Ok(Listing::default());
+        let layout: Arc<TaskLayout> = self.layout()?;
+        let first = self.task(pid)?;
+        let mut tasks = walk::task_list(self)?.tasks;
+        tasks.retain(|&task| task != first && layout.pid.read(self.space(), task).is_ok_and(|p| p == pid));
+        tasks.insert(0, first);
+        let reader = MapReader::new(self)?;
+        let budget = Budget::shared_by(tasks.len(), OWN);
+        let mut out = Listing::default();
+        if tasks.len() > 1 {
+            out.warn(format!(
+                "{} processes have the pid {pid}; the mappings of all are shown",
+                tasks.len()
+            ));
         }
-        MapReader::new(self)?.mappings(pid, mm)
+        for task in tasks {
+            let maps = reader.of_task(pid, task, &budget)?;
+            out.rows.extend(maps.rows);
+            maps.warnings.into_iter().for_each(|warning| out.warn(warning));
+        }
+        Ok(out)
+    }
+
+    /// The mappings of all processes that have any, in the kernel's order of processes, in one walk of their list.
+    ///
+    /// What cannot be read of one process is a warning of its own mappings; the outer warnings are about the list of processes.
+    ///
+    /// # Errors
+    /// If the processes cannot be listed or the kernel's types lack a member.
+    pub fn all_maps(&self) -> Result<Listing<ProcessMaps>, LinuxError> {
+        let layout: Arc<TaskLayout> = self.layout()?;
+        let list = walk::task_list(self)?;
+        let reader = MapReader::new(self)?;
+        let budget = Budget::shared_by(list.tasks.len(), OWN);
+        let space = self.space();
+        let mut out = Listing::new(Vec::new(), list.warnings());
+        let mut comm = vec![0; layout.comm.size().min(64) as usize];
+        for task in list.tasks {
+            let facts = layout.pid.read(space, task).and_then(|pid| {
+                space.read(layout.comm.at(task), &mut comm)?;
+                Ok((pid, layout.mm.read(space, task)?))
+            });
+            let (pid, mm) = match facts {
+                Ok(facts) => facts,
+                Err(error) => {
+                    out.warn(format!("the process at {task} cannot be read: {error}"));
+                    continue;
+                }
+            };
+            if mm.is_null() {
+                continue;
+            }
+            let maps = reader.of_task(pid, task, &budget).unwrap_or_else(|error| {
+                let mut source = String::new();
+                if let Some(cause) = std::error::Error::source(&error) {
+                    source = format!(": {cause}");
+                }
+                Listing::new(
+                    Vec::new(),
+                    vec![format!("maps of process {pid}: {error}{source}")],
+                )
+            });
+            out.rows.push(ProcessMaps {
+                pid,
+                name: guest_array_text(&comm),
+                task,
+                maps,
+            });
+        }
+        budget.warning("mappings").into_iter().for_each(|w| out.warn(w));
+        Ok(out)
     }
 }
 
@@ -173,11 +259,11 @@ impl MapReader {
         })
     }
 
-    /// The addresses of the `vm_area_struct`s of the `mm_struct` at `mm`, and what kept the walk from its end.
-    fn areas(&self, mm: Gva) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
+    /// The addresses of the `vm_area_struct`s of the `mm_struct` at `mm`, `limit` at most, and what kept the walk from its end.
+    fn areas(&self, mm: Gva, limit: usize) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
         let what = "tree of mappings";
         if let Some(tree) = &self.mm.mm_mt {
-            let walk = maple::walk(&self.kernel, tree.at(mm), MAX_MAPPINGS)?;
+            let walk = maple::walk(&self.kernel, tree.at(mm), limit)?;
             return Ok((
                 walk.items.iter().map(|entry| entry.value).collect(),
                 walk.end.warning(what),
@@ -190,7 +276,7 @@ impl MapReader {
                 release: self.kernel.release().to_owned(),
             });
         };
-        let walk = rbtree::walk(self.kernel.space(), tree.at(mm), MAX_MAPPINGS);
+        let walk = rbtree::walk(self.kernel.space(), tree.at(mm), limit);
         Ok((
             walk.items.iter().map(|&at| node.container(at)).collect(),
             walk.end.warning(what),
@@ -198,8 +284,9 @@ impl MapReader {
     }
 
     /// The `struct file`s that the `mm_struct` at `mm` has mapped, each once, and what kept the walk from its end.
-    pub(crate) fn files(&self, mm: Gva) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
-        let (areas, warning) = self.areas(mm)?;
+    pub(crate) fn files(&self, mm: Gva, budget: &Budget) -> Result<(Vec<Gva>, Option<String>), LinuxError> {
+        let (areas, warning) = self.areas(mm, budget.limit(MAX_MAPPINGS))?;
+        budget.walked(areas.len());
         let mut seen = rustc_hash::FxHashSet::default();
         let files = areas
             .iter()
@@ -212,8 +299,40 @@ impl MapReader {
         ))
     }
 
-    /// The mappings of the `mm_struct` at `mm`.
-    pub(crate) fn mappings(&self, pid: i32, mm: Gva) -> Result<Listing<Mapping>, LinuxError> {
+    /// The mappings of the process `pid` whose `task_struct` is at `task`, made again where a live guest changed them meanwhile.
+    fn of_task(&self, pid: i32, task: Gva, budget: &Budget) -> Result<Listing<Mapping>, LinuxError> {
+        let layout: Arc<TaskLayout> = self.kernel.layout()?;
+        let mm = layout
+            .mm
+            .read(self.kernel.space(), task)
+            .map_err(LinuxError::read("task_struct.mm", task))?;
+        if mm.is_null() {
+            return Ok(Listing::default());
+        }
+        let limit = budget.share().rows_left(MAX_MAPPINGS);
+        let listing = settled(
+            self.kernel.memory().is_live(),
+            |row: &Mapping| row.problems.len(),
+            || self.mappings(pid, mm, limit),
+        )?;
+        let mut share = budget.share();
+        share.rows(listing.rows.len());
+        Ok(self.affordable(listing, &mut share))
+    }
+
+    /// The listing without the paths that there is no room for.
+    fn affordable(&self, mut listing: Listing<Mapping>, share: &mut Share<'_>) -> Listing<Mapping> {
+        for row in &mut listing.rows {
+            if !share.bytes(row.path.as_ref().map_or(0, String::len)) {
+                row.path = None;
+                row.problems.push(Problem::new("path", NO_ROOM));
+            }
+        }
+        listing
+    }
+
+    /// The first `limit` mappings of the `mm_struct` at `mm`.
+    fn mappings(&self, pid: i32, mm: Gva, limit: usize) -> Result<Listing<Mapping>, LinuxError> {
         let space = self.kernel.space();
         let bounds = |error: ReadError| LinuxError::Read {
             what: "mm_struct".to_owned(),
@@ -225,11 +344,8 @@ impl MapReader {
             brk: self.mm.brk.read(space, mm).map_err(bounds)?,
             start_stack: self.mm.start_stack.read(space, mm).map_err(bounds)?,
         };
-        let (areas, warning) = self.areas(mm)?;
-        let mut out = Listing {
-            rows: Vec::with_capacity(areas.len()),
-            warnings: warning.into_iter().collect(),
-        };
+        let (areas, warning) = self.areas(mm, limit)?;
+        let mut out = Listing::new(Vec::with_capacity(areas.len()), warning.into_iter().collect());
         let mut buffer = self.spans.buffer();
         let mut cache = PlaceCache::default();
         for area in areas {

@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::{Budget, NO_ROOM, Own, Share};
 use crate::layout::{Buffer, Field, Place, Spans, layout};
 use crate::listing::{Listing, Problem, address, settled};
 use crate::structures::list;
@@ -22,6 +23,12 @@ pub use symbols::ModuleSymbol;
 
 /// More modules than any kernel holds; the largest distribution kernels have some 6,000 to load at all.
 const MAX_MODULES: usize = 1 << 16;
+
+/// What a module has to itself for its users, sections and parameters.
+const OWN: Own = Own {
+    rows: 0,
+    bytes: 64 << 10,
+};
 
 layout! {
     /// `struct module` (include/linux/module.h).
@@ -169,10 +176,15 @@ impl Kernel {
         let reader = ModuleReader::new(self)?;
         let mut listing = Listing::default();
         let found = addresses(self, &reader.layout)?;
-        listing.warnings.extend(found.warnings);
+        found.warnings.into_iter().for_each(|w| listing.warn(w));
+        let budget = Budget::shared_by(found.rows.len(), OWN);
         for address in found.rows {
-            listing.rows.push(reader.module(address, fields));
+            listing.rows.push(reader.module(address, fields, &budget));
         }
+        budget
+            .warning("modules")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         Ok(listing)
     }
 
@@ -288,7 +300,8 @@ impl<'k> ModuleReader<'k> {
         })
     }
 
-    fn module(&self, address: Gva, fields: ModuleFields) -> Module {
+    fn module(&self, address: Gva, fields: ModuleFields, budget: &Budget) -> Module {
+        let mut share = budget.share();
         let l = &self.layout;
         let mut module = Module {
             name: String::new(),
@@ -350,7 +363,7 @@ impl<'k> ModuleReader<'k> {
         module.arguments = text("arguments", l.args.of(&object), 4096).filter(|a| !a.is_empty());
         module.problems.append(&mut problems);
         module.build_id = l.build_id.and_then(|place| hex(place.of(&object)));
-        match self.used_by(address) {
+        match self.used_by(address, budget, &mut share) {
             Ok((names, warning)) => {
                 module.used_by = names;
                 module
@@ -361,7 +374,7 @@ impl<'k> ModuleReader<'k> {
         }
         let needs_sections = fields.sections || module.build_id.is_none();
         if needs_sections && let Some(attrs) = l.sect_attrs.map(|f| f.of(&object)).filter(|a| !a.is_null()) {
-            match section::read(self.kernel, attrs) {
+            match section::read(self.kernel, attrs, &mut share) {
                 Ok((sections, problem)) => {
                     if module.build_id.is_none() {
                         module.build_id = self.build_id_note(&sections);
@@ -378,7 +391,9 @@ impl<'k> ModuleReader<'k> {
             }
         }
         if fields.parameters {
-            let (parameters, problem) = self.parameters.all(l.kp.of(&object), l.num_kp.of(&object));
+            let (parameters, problem) =
+                self.parameters
+                    .all(l.kp.of(&object), l.num_kp.of(&object), &mut share);
             module.parameters = Some(parameters);
             module.problems.extend(problem);
         }
@@ -431,11 +446,18 @@ impl<'k> ModuleReader<'k> {
         module.base = base;
     }
 
-    fn used_by(&self, address: Gva) -> Result<(Vec<String>, Option<String>), ReadError> {
+    fn used_by(
+        &self,
+        address: Gva,
+        budget: &Budget,
+        share: &mut Share<'_>,
+    ) -> Result<(Vec<String>, Option<String>), ReadError> {
         let (Some(head), Some(uses)) = (&self.layout.source_list, &self.uses) else {
             return Ok((Vec::new(), None));
         };
-        let found = list::walk(self.kernel.space(), head.at(address), MAX_MODULES);
+        let limit = budget.limit(MAX_MODULES);
+        let found = list::walk(self.kernel.space(), head.at(address), limit);
+        budget.walked(found.walk.items.len());
         let mut names = Vec::new();
         for node in found.walk.items {
             let user = uses
@@ -443,7 +465,11 @@ impl<'k> ModuleReader<'k> {
                 .read(self.kernel.space(), uses.source_list.container(node))?;
             let mut bytes = vec![0; self.layout.name.size().min(256) as usize];
             self.kernel.space().read(self.layout.name.at(user), &mut bytes)?;
-            names.push(guest_array_text(&bytes));
+            let name = guest_array_text(&bytes);
+            if !share.bytes(size_of::<String>() + name.len()) {
+                return Ok((names, Some(NO_ROOM.to_owned())));
+            }
+            names.push(name);
         }
         Ok((names, found.walk.end.warning("list of users")))
     }

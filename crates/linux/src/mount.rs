@@ -11,6 +11,7 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::Budget;
 use crate::layout::{Buffer, Field, Place, Spans, layout};
 use crate::listing::{Listing, Problem, address, settled};
 use crate::path::{Location, PathResolver};
@@ -105,6 +106,21 @@ pub struct Mount {
     pub problems: Vec<Problem>,
 }
 
+impl Mount {
+    /// Bytes of its strings.
+    fn bytes(&self) -> usize {
+        let texts = [
+            &self.root,
+            &self.mount_point,
+            &self.options,
+            &self.source,
+            &self.super_options,
+        ];
+        texts.into_iter().flatten().map(String::len).sum::<usize>()
+            + self.propagation.iter().map(String::len).sum::<usize>()
+    }
+}
+
 impl Kernel {
     /// The mounts of all mount namespaces, namespace by namespace, the first process's first.
     ///
@@ -121,21 +137,24 @@ impl Kernel {
     fn list_mounts(&self) -> Result<Listing<Mount>, LinuxError> {
         let reader = MountReader::new(self)?;
         let (namespaces, warnings) = namespace::all(self)?;
-        let mut listing = Listing {
-            rows: Vec::new(),
-            warnings,
-        };
-        for namespace in &namespaces {
+        let mut listing = Listing::new(Vec::new(), warnings);
+        let budget = Budget::default();
+        for (nth, namespace) in namespaces.iter().enumerate() {
             let what = format!("mounts of namespace {}", namespace.inum);
             let (mounts, warning) =
-                namespace::mounts(self, namespace, reader.layout.list, reader.layout.node);
+                namespace::mounts(self, namespace, reader.layout.list, reader.layout.node, &budget);
             if let Some(warning) = warning.warning(&what) {
                 listing.warn(warning);
             }
             let first = listing.rows.len();
             let mut groups = Vec::new();
+            let mut full = false;
             for mount in mounts {
                 if let Some((row, chain)) = reader.mount(mount, namespace) {
+                    full = !budget.row(row.bytes());
+                    if full {
+                        break;
+                    }
                     groups.push(chain);
                     listing.rows.push(row);
                 }
@@ -144,7 +163,18 @@ impl Kernel {
             for (row, groups) in listing.rows.iter_mut().skip(first).zip(&groups) {
                 groups.dominating(row, &here);
             }
+            if full {
+                listing.warn(format!(
+                    "mounts: those of the last {} namespaces are left out, at least in part",
+                    namespaces.len() - nth
+                ));
+                break;
+            }
         }
+        budget
+            .warning("mounts")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         Ok(listing)
     }
 }

@@ -12,8 +12,14 @@ use crate::{Kernel, LinuxError};
 /// Descriptors that are looked at in one table. `fs.nr_open` is 2^20 unless an administrator raised it.
 const MAX_FDS: u32 = 1 << 21;
 
-/// Descriptors that are looked at in all tables together.
+/// Descriptors that are read of all tables together.
 const MAX_TOTAL: usize = 4 << 20;
+
+/// Descriptors that are given out in all, where many share a table each time anew, and words of the tables' bitmaps.
+const MAX_LOOKS: usize = 8 << 20;
+
+/// Descriptors of every table that are read whatever others have.
+const OWN: usize = 1024;
 
 /// Tables up to this long are kept; of longer ones only the last.
 const SMALL: usize = 1024;
@@ -60,10 +66,13 @@ pub(crate) struct FdReader {
     small: FxHashMap<Gva, Arc<OpenFds>>,
     last: Option<(Gva, Arc<OpenFds>)>,
     budget: usize,
+    looks: usize,
+    own: usize,
 }
 
 impl FdReader {
-    pub(crate) fn new(kernel: &Kernel) -> Result<Self, LinuxError> {
+    /// For the tables of so many holders.
+    pub(crate) fn new(kernel: &Kernel, holders: usize) -> Result<Self, LinuxError> {
         Ok(Self {
             kernel: kernel.clone(),
             files: kernel.layout()?,
@@ -71,6 +80,8 @@ impl FdReader {
             small: FxHashMap::default(),
             last: None,
             budget: MAX_TOTAL,
+            looks: MAX_LOOKS,
+            own: OWN.min(MAX_TOTAL / holders.max(1)),
         })
     }
 
@@ -84,17 +95,17 @@ impl FdReader {
             .as_ref()
             .filter(|(at, _)| *at == files)
             .map(|(_, table)| table);
-        if let Some(known) = self.small.get(&files).or(last) {
-            return Ok(known.clone());
+        let known = self.small.get(&files).or(last).cloned();
+        if let Some(known) = known
+            && (self.looks > 0 || known.fds.len() <= self.own)
+        {
+            self.looks = self.looks.saturating_sub(known.fds.len());
+            return Ok(known);
         }
-        if self.budget == 0 {
-            return Ok(Arc::new(OpenFds {
-                fds: Vec::new(),
-                cut: Some(format!("not read, after {MAX_TOTAL} in all")),
-            }));
-        }
-        let (fds, cut) = self.read(files)?;
+        let left = if self.looks == 0 { 0 } else { self.budget };
+        let (fds, words, cut) = self.read(files, self.own.max(left))?;
         self.budget = self.budget.saturating_sub(fds.len());
+        self.looks = self.looks.saturating_sub(fds.len() + words);
         let table = Arc::new(OpenFds { fds, cut });
         if table.fds.len() <= SMALL {
             self.small.insert(files, table.clone());
@@ -104,14 +115,18 @@ impl FdReader {
         Ok(table)
     }
 
-    fn read(&self, files: Gva) -> Result<(Vec<OpenFd>, Option<String>), ReadError> {
+    /// The open descriptors, the words of bitmaps looked at, and why there may be more.
+    fn read(&self, files: Gva, most: usize) -> Result<(Vec<OpenFd>, usize, Option<String>), ReadError> {
         let space = self.kernel.space();
         let table = self.files.fdt.read(space, files)?;
         let claimed = self.table.max_fds.read(space, table)?;
         let fd = self.table.fd.read(space, table)?;
         let open = self.table.open_fds.read(space, table)?;
         let exec = self.table.close_on_exec.read(space, table)?;
-        let max = claimed.min(MAX_FDS) as usize;
+        // Where only few are wanted, not all of a table that claims to be large is looked through for them.
+        let max = claimed
+            .min(MAX_FDS)
+            .min(most.saturating_mul(64).try_into().unwrap_or(u32::MAX)) as usize;
         let mut cut = (claimed > MAX_FDS)
             .then(|| format!("cut after {MAX_FDS} descriptors; the table claims {claimed}"));
         let mut out = Vec::new();
@@ -140,6 +155,12 @@ impl FdReader {
                 match pointers.get(&self.kernel, number) {
                     // A descriptor that is reserved and not yet filled.
                     Ok(0) => {}
+                    Ok(_) if out.len() >= most => {
+                        cut = Some(format!(
+                            "cut at descriptor {number}, those of others are too many already"
+                        ));
+                        break 'words;
+                    }
                     Ok(file) => {
                         out.push(OpenFd {
                             fd: number as u32,
@@ -154,7 +175,7 @@ impl FdReader {
                 }
             }
         }
-        Ok((out, cut))
+        Ok((out, max.div_ceil(64), cut))
     }
 }
 

@@ -6,10 +6,12 @@ use rustc_hash::FxHashSet;
 use serde::{Serialize, Serializer};
 use vmsight_arch::Gva;
 
+use crate::budget::{Budget, Own};
 use crate::layout::{Field, Place, Spans, layout};
 use crate::structures::list;
 use crate::task::walk::task_list;
 use crate::text::guest_array_text;
+use crate::warnings::Warnings;
 use crate::{Kernel, LinuxError};
 
 /// More threads than one process can have.
@@ -91,7 +93,13 @@ pub(crate) fn all(kernel: &Kernel) -> Result<(Vec<Holder>, Vec<String>), LinuxEr
     )?;
     let space = kernel.space();
     let tasks = task_list(kernel)?;
-    let mut warnings = tasks.warnings();
+    // Every process is a holder, however many threads of others are.
+    let budget = Budget::shared_by(tasks.tasks.len(), Own { rows: 1, bytes: 0 });
+    let mut warnings = Warnings::default();
+    warnings.extend(tasks.warnings());
+    // Processes have lists of threads of their own: one that many say is theirs is followed once.
+    let mut signals: FxHashSet<Gva> = FxHashSet::default();
+    let mut sharing = 0usize;
     let mut holders = Vec::with_capacity(tasks.tasks.len());
     let mut object = spans.buffer();
     let mut broken = 0usize;
@@ -112,12 +120,21 @@ pub(crate) fn all(kernel: &Kernel) -> Result<(Vec<Holder>, Vec<String>), LinuxEr
         let signal = l.signal.of(&object);
         let known = (leader.files, leader.fs, leader.nsproxy);
         let pid = leader.pid;
+        if !budget.row_of(&mut budget.own(), 0) {
+            break;
+        }
         holders.push(leader);
         // Most processes have one thread: nothing to look for.
         if signal.is_null() || threads.nr_threads.read(space, signal).is_ok_and(|n| n == 1) {
             continue;
         }
-        let found = list::walk(space, threads.thread_head.at(signal), MAX_THREADS);
+        if !signals.insert(signal) {
+            sharing += 1;
+            continue;
+        }
+        let limit = budget.limit(MAX_THREADS);
+        let found = list::walk(space, threads.thread_head.at(signal), limit);
+        budget.walked(found.walk.items.len());
         let mut seen: FxHashSet<(Gva, Gva, Gva)> = [known].into_iter().collect();
         for node in found.walk.items {
             let thread = l.thread_node.container(node);
@@ -127,6 +144,9 @@ pub(crate) fn all(kernel: &Kernel) -> Result<(Vec<Holder>, Vec<String>), LinuxEr
             let own = (l.files.of(&object), l.fs.of(&object), l.nsproxy.of(&object));
             if own.0.is_null() && own.1.is_null() && own.2.is_null() || !seen.insert(own) {
                 continue;
+            }
+            if !budget.row(0) {
+                break;
             }
             holders.push(Holder {
                 pid,
@@ -139,11 +159,17 @@ pub(crate) fn all(kernel: &Kernel) -> Result<(Vec<Holder>, Vec<String>), LinuxEr
             });
         }
         if let Some(warning) = found.walk.end.warning(&format!("threads of process {pid}")) {
-            warnings.push(warning);
+            warnings.add(warning);
         }
     }
     if broken > 0 {
-        warnings.push(format!("{broken} processes could not be read"));
+        warnings.add(format!("{broken} processes could not be read"));
     }
-    Ok((holders, warnings))
+    if sharing > 0 {
+        warnings.add(format!(
+            "{sharing} processes have a list of threads that is another's: its threads were looked at once"
+        ));
+    }
+    warnings.extend(budget.warning("processes and threads"));
+    Ok((holders, warnings.into_vec()))
 }

@@ -11,6 +11,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
 use vmsight_arch::Gva;
 
+use crate::budget::{Budget, Own};
 use crate::layout::{Field, Place, layout};
 use crate::listing::{Listing, Problem, address, settled};
 use crate::maps::MapReader;
@@ -19,9 +20,6 @@ use crate::{Kernel, LinuxError};
 use facts::{FactReader, Facts};
 use holder::Holder;
 pub use holder::Owner;
-
-/// Rows after which the listing is cut: a guest's tables can claim more than fits any memory.
-const MAX_ROWS: usize = 1 << 20;
 
 /// Descriptors of one process that lead to no file at all before the rest of its table is given up.
 const MAX_BROKEN: usize = 256;
@@ -168,18 +166,16 @@ impl Kernel {
 
     fn list_files(&self, filter: FileFilter) -> Result<Listing<OpenFile>, LinuxError> {
         let (holders, warnings) = holder::all(self)?;
-        let mut listing = Listing {
-            rows: Vec::new(),
-            warnings,
-        };
+        let mut listing = Listing::new(Vec::new(), warnings);
         let wanted = |holder: &Holder| filter.pid.is_none_or(|pid| pid == holder.pid);
         if let Some(pid) = filter.pid
             && !holders.iter().any(wanted)
         {
             return Err(LinuxError::NotFound(format!("no process {pid}")));
         }
-        let mut lister = Lister::new(self)?;
+        let mut lister = Lister::new(self, holders.len())?;
         for holder in holders.iter().filter(|h| wanted(h)) {
+            lister.begin();
             if filter.directories {
                 lister.directories(holder, &mut listing);
             }
@@ -187,11 +183,18 @@ impl Kernel {
             if filter.mapped {
                 lister.mapped(holder, &mut listing);
             }
-            if listing.rows.len() >= MAX_ROWS {
-                listing.warn(format!("cut after {MAX_ROWS} open files"));
-                break;
+            if lister.full {
+                let pid = holder.pid;
+                listing.warn(format!(
+                    "open files of process {pid}: cut, the listing holds too many already"
+                ));
             }
         }
+        lister
+            .budget
+            .warning("open files")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         if filter.peers {
             peer::fill(self, &holders, &mut lister, &mut listing)?;
         }
@@ -208,18 +211,33 @@ pub(super) struct Lister {
     mm: Arc<MmFilesLayout>,
     maps: Option<Result<MapReader, LinuxError>>,
     facts: FxHashMap<Gva, Arc<Facts>>,
+    budget: Budget,
+    /// What is left of what the process at hand has to itself.
+    own: Own,
+    /// No row more of that process finds room.
+    full: bool,
 }
 
+/// What a process has to itself of the rows.
+const OWN: Own = Own {
+    rows: 1024,
+    bytes: 64 << 10,
+};
+
 impl Lister {
-    fn new(kernel: &Kernel) -> Result<Self, LinuxError> {
+    /// For so many holders of files.
+    fn new(kernel: &Kernel, holders: usize) -> Result<Self, LinuxError> {
         Ok(Self {
             kernel: kernel.clone(),
             reader: FactReader::new(kernel)?,
-            fds: fd::FdReader::new(kernel)?,
+            fds: fd::FdReader::new(kernel, holders)?,
             fs: kernel.layout()?,
             mm: kernel.layout()?,
             maps: None,
             facts: FxHashMap::default(),
+            budget: Budget::shared_by(holders, OWN),
+            own: Own::default(),
+            full: false,
         })
     }
 
@@ -230,6 +248,21 @@ impl Lister {
         let facts = Arc::new(self.reader.file(file));
         self.facts.insert(file, facts.clone());
         facts
+    }
+
+    /// Goes on to the next process.
+    fn begin(&mut self) {
+        (self.own, self.full) = (self.budget.own(), false);
+    }
+
+    /// Adds a row; false where it finds no room.
+    fn add(&mut self, row: OpenFile, listing: &mut Listing<OpenFile>) -> bool {
+        let bytes = row.path.as_ref().map_or(0, String::len);
+        self.full = self.full || !self.budget.row_of(&mut self.own, bytes);
+        if !self.full {
+            listing.rows.push(row);
+        }
+        !self.full
     }
 
     fn descriptors(&mut self, holder: &Holder, listing: &mut Listing<OpenFile>) {
@@ -250,7 +283,7 @@ impl Lister {
         for entry in &open.fds {
             let facts = self.facts(entry.file);
             broken += usize::from(facts.flags.is_none());
-            if broken > MAX_BROKEN || listing.rows.len() >= MAX_ROWS {
+            if broken > MAX_BROKEN {
                 listing.warn(format!(
                     "file descriptors of process {}: cut at {}, after {broken} that lead to no file",
                     holder.pid, entry.fd
@@ -263,7 +296,9 @@ impl Lister {
                 let own = if entry.close_on_exec { O_CLOEXEC } else { 0 };
                 format!("0{:o}", flags & !O_CLOEXEC | own)
             });
-            listing.rows.push(row);
+            if !self.add(row, listing) {
+                return;
+            }
         }
         if let Some(cut) = &open.cut {
             listing.warn(format!("file descriptors of process {}: {cut}", holder.pid));
@@ -274,9 +309,9 @@ impl Lister {
         if !holder.fs.is_null() {
             for (fd, place) in [("cwd", self.fs.pwd), ("rtd", self.fs.root)] {
                 match self.reader.directory(place.at(holder.fs)) {
-                    Ok(facts) => listing
-                        .rows
-                        .push(OpenFile::new(holder, fd.to_owned(), None, &facts)),
+                    Ok(facts) => {
+                        self.add(OpenFile::new(holder, fd.to_owned(), None, &facts), listing);
+                    }
                     Err(error) => {
                         listing.warn(format!(
                             "the {fd} of process {} cannot be read: {error}",
@@ -292,9 +327,10 @@ impl Lister {
             && !file.is_null()
         {
             let facts = self.facts(file);
-            listing
-                .rows
-                .push(OpenFile::new(holder, "txt".to_owned(), Some(file), &facts));
+            self.add(
+                OpenFile::new(holder, "txt".to_owned(), Some(file), &facts),
+                listing,
+            );
         }
     }
 
@@ -306,7 +342,7 @@ impl Lister {
             .maps
             .get_or_insert_with(|| MapReader::new(&self.kernel))
             .as_ref()
-            .map(|maps| maps.files(holder.mm));
+            .map(|maps| maps.files(holder.mm, &self.budget));
         match found {
             Ok(Ok((files, cut))) => {
                 // lsof shows each file once, and not the executable again. On an overlay what is mapped is the file below it: another
@@ -322,10 +358,14 @@ impl Lister {
                     let is_exe = exe
                         .as_ref()
                         .is_some_and(|exe| exe.path.is_some() && exe.path == facts.path);
-                    if seen.insert(facts.inode_address) && !is_exe {
-                        listing
-                            .rows
-                            .push(OpenFile::new(holder, "mem".to_owned(), Some(file), &facts));
+                    if seen.insert(facts.inode_address)
+                        && !is_exe
+                        && !self.add(
+                            OpenFile::new(holder, "mem".to_owned(), Some(file), &facts),
+                            listing,
+                        )
+                    {
+                        return;
                     }
                 }
                 if let Some(cut) = cut {

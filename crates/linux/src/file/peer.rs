@@ -6,6 +6,7 @@ use vmsight_arch::Gva;
 use super::facts::Facts;
 use super::holder::{Holder, Owner};
 use super::{Lister, OpenFile};
+use crate::budget::Budget;
 use crate::listing::{Listing, Problem};
 use crate::socket::{SockReader, SocketOwners, UnixReader, namespace};
 use crate::{Kernel, LinuxError};
@@ -32,6 +33,8 @@ pub(super) fn fill(
     let sockets = SockReader::new(kernel)?;
     let unix = UnixReader::new(kernel).ok();
     let namespaces = namespace::all(kernel, holders)?;
+    // Only endpoints are kept of the rows of sockets.
+    let budget = &Budget::default();
     for row in &mut listing.rows {
         let Some(address) = row.address else { continue };
         let known = facts.facts(address);
@@ -40,7 +43,7 @@ pub(super) fn fill(
                 others(ends, &known, row);
             }
         } else if let Some(sock) = known.sock
-            && let Err(error) = socket(row, sock, &sockets, unix.as_ref(), &owners, &namespaces)
+            && let Err(error) = socket(row, sock, &sockets, unix.as_ref(), (&owners, &namespaces, budget))
         {
             row.problems.push(Problem::read("endpoint", &error));
         }
@@ -115,8 +118,7 @@ fn socket(
     sock: Gva,
     sockets: &SockReader,
     unix: Option<&UnixReader>,
-    owners: &SocketOwners,
-    namespaces: &namespace::Namespaces,
+    (owners, namespaces, budget): (&SocketOwners, &namespace::Namespaces, &Budget),
 ) -> Result<(), vmsight_memory::ReadError> {
     if sockets.is_unix(sock)? {
         let Some(unix) = unix else { return Ok(()) };
@@ -133,7 +135,7 @@ fn socket(
         }
         row.endpoint = Some(endpoint);
     } else {
-        row.endpoint = Some(sockets.row(sock, owners, namespaces).endpoint());
+        row.endpoint = Some(sockets.row(sock, owners, namespaces, budget).endpoint());
     }
     Ok(())
 }

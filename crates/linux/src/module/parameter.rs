@@ -8,6 +8,7 @@ use serde::{Serialize, Serializer};
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::{NO_ROOM, Share};
 use crate::layout::{Field, layout};
 use crate::listing::Problem;
 use crate::{Kernel, LinuxError};
@@ -62,6 +63,12 @@ pub struct Parameter {
     pub kind: String,
     /// Mode of its file in sysfs; 0 if it has none.
     pub mode: u16,
+}
+
+impl Parameter {
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + self.name.len() + self.value.as_ref().map_or(0, String::len)
+    }
 }
 
 impl Serialize for Parameter {
@@ -130,13 +137,22 @@ impl<'k> ParameterReader<'k> {
     }
 
     /// The `count` parameters of the array at `first`.
-    pub(super) fn all(&self, first: Gva, count: u32) -> (Vec<Parameter>, Option<Problem>) {
+    pub(super) fn all(
+        &self,
+        first: Gva,
+        count: u32,
+        share: &mut Share<'_>,
+    ) -> (Vec<Parameter>, Option<Problem>) {
         let mut parameters = Vec::new();
         let mut problem = (count > MAX_PARAMETERS)
             .then(|| Problem::new("parameters", format!("cut: the module claims {count}")));
         for index in 0..count.min(MAX_PARAMETERS) {
             match self.one(first.wrapping_add(u64::from(index) * self.param.size)) {
-                Ok(parameter) => parameters.push(parameter),
+                Ok(parameter) if share.bytes(parameter.bytes()) => parameters.push(parameter),
+                Ok(_) => {
+                    problem = Some(Problem::new("parameters", NO_ROOM));
+                    break;
+                }
                 Err(error) => {
                     problem = Some(Problem::read("parameters", &error));
                     break;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::{Serialize, Serializer};
 use vmsight_arch::Gva;
 
+use crate::budget::{NO_ROOM, Share};
 use crate::layout::{Field, Place, layout};
 use crate::listing::Problem;
 use crate::{Kernel, LinuxError};
@@ -52,13 +53,20 @@ layout! {
 }
 
 /// The sections of the `struct module_sect_attrs` at `attrs`, and what was cut.
-pub(super) fn read(kernel: &Kernel, attrs: Gva) -> Result<(Vec<Section>, Option<Problem>), LinuxError> {
+pub(super) fn read(
+    kernel: &Kernel,
+    attrs: Gva,
+    share: &mut Share<'_>,
+) -> Result<(Vec<Section>, Option<Problem>), LinuxError> {
     let layout: Arc<SectAttrsLayout> = kernel.layout()?;
     let space = kernel.space();
     let mut sections = Vec::new();
     let mut problem = None;
     let mut add = |name: Gva, address: Gva| match kernel.text(name, 256) {
-        Ok(name) => sections.push(Section { name, address }),
+        Ok(name) if share.bytes(size_of::<Section>() + name.len()) => {
+            sections.push(Section { name, address });
+        }
+        Ok(_) => problem = Some(Problem::new("sections", NO_ROOM)),
         Err(error) => problem = Some(Problem::read("sections", &error)),
     };
     if let Some(nsections) = &layout.nsections {

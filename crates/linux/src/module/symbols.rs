@@ -6,6 +6,7 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 
 use super::{ModuleLayout, addresses};
+use crate::budget::Budget;
 use crate::layout::{Field, layout};
 use crate::listing::{Listing, address};
 use crate::text::{guest_array_text, guest_text};
@@ -57,10 +58,8 @@ impl Kernel {
     pub fn module_symbols(&self) -> Result<Listing<ModuleSymbol>, LinuxError> {
         let layout: Arc<ModuleLayout> = self.layout()?;
         let found = addresses(self, &layout)?;
-        let mut listing = Listing {
-            rows: Vec::new(),
-            warnings: found.warnings,
-        };
+        let mut listing = Listing::new(Vec::new(), found.warnings);
+        let budget = Budget::default();
         for module in found.rows {
             let mut name = vec![0; layout.name.size().min(256) as usize];
             if let Err(error) = self.space().read(layout.name.at(module), &mut name) {
@@ -68,14 +67,18 @@ impl Kernel {
                 continue;
             }
             let name: Arc<str> = guest_array_text(&name).into();
-            match self.symbols_of_module(module, &name) {
+            match self.some_symbols_of(module, &name, &budget) {
                 Ok(symbols) => {
                     listing.rows.extend(symbols.rows);
-                    listing.warnings.extend(symbols.warnings);
+                    symbols.warnings.into_iter().for_each(|w| listing.warn(w));
                 }
                 Err(error) => listing.warn(format!("module {name}: {error}")),
             }
         }
+        budget
+            .warning("symbols of modules")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         Ok(listing)
     }
 
@@ -87,6 +90,15 @@ impl Kernel {
         &self,
         module: Gva,
         name: &Arc<str>,
+    ) -> Result<Listing<ModuleSymbol>, LinuxError> {
+        self.some_symbols_of(module, name, &Budget::default())
+    }
+
+    fn some_symbols_of(
+        &self,
+        module: Gva,
+        name: &Arc<str>,
+        budget: &Budget,
     ) -> Result<Listing<ModuleSymbol>, LinuxError> {
         let pointer: Arc<KallsymsPointerLayout> = self.layout()?;
         let table: Arc<ModKallsymsLayout> = self.layout()?;
@@ -110,7 +122,8 @@ impl Kernel {
             .num_symtab
             .read(space, at)
             .map_err(read("mod_kallsyms", at))?;
-        let count = claimed.min(MAX_SYMBOLS) as usize;
+        let count = budget.limit(claimed.min(MAX_SYMBOLS) as usize);
+        budget.walked(count);
         if count < claimed as usize {
             listing.warn(format!("module {name}: cut, it claims {claimed} symbols"));
         }
@@ -145,6 +158,12 @@ impl Kernel {
             }
             match space.read_cstr(strtab.wrapping_add(name_at), 512) {
                 Ok(bytes) if bytes.is_empty() => {}
+                Ok(bytes) if !budget.row(bytes.len()) => {
+                    listing.warn(format!(
+                        "module {name}: symbols cut, the listing holds too many already"
+                    ));
+                    break;
+                }
                 Ok(bytes) => listing.rows.push(ModuleSymbol {
                     name: guest_text(&bytes),
                     address: Gva(field(8, 8)),

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
 
+use crate::budget::Budget;
 use crate::file::holder;
 use crate::layout::{Field, Place, layout};
 use crate::path::Location;
 use crate::structures::{End, list, rbtree};
+use crate::warnings::Warnings;
 use crate::{Kernel, LinuxError};
 
 /// More mounts than a namespace can have (`sysctl_mount_max` is 100,000).
@@ -57,7 +59,9 @@ pub(super) fn all(kernel: &Kernel) -> Result<(Vec<Namespace>, Vec<String>), Linu
     let nsproxy: Arc<MntNsOfLayout> = kernel.layout()?;
     let fs: Arc<FsLayout> = kernel.layout()?;
     let space = kernel.space();
-    let (holders, mut warnings) = holder::all(kernel)?;
+    let (holders, told) = holder::all(kernel)?;
+    let mut warnings = Warnings::default();
+    warnings.extend(told);
     let mut namespaces: Vec<Namespace> = Vec::new();
     let mut known: FxHashMap<Gva, usize> = FxHashMap::default();
     // Hundreds of processes share one nsproxy.
@@ -99,7 +103,7 @@ pub(super) fn all(kernel: &Kernel) -> Result<(Vec<Namespace>, Vec<String>), Linu
                 });
             }
             Err(error) => {
-                warnings.push(format!(
+                warnings.add(format!(
                     "the mount namespace of process {} cannot be read: {error}",
                     holder.pid
                 ));
@@ -133,7 +137,7 @@ pub(super) fn all(kernel: &Kernel) -> Result<(Vec<Namespace>, Vec<String>), Linu
         }
     }
     warnings.extend(end.warning("mount namespaces without processes"));
-    Ok((namespaces, warnings))
+    Ok((namespaces, warnings.into_vec()))
 }
 
 layout! {
@@ -191,6 +195,7 @@ pub(super) fn mounts(
     namespace: &Namespace,
     mnt_list: Option<Place>,
     mnt_node: Option<Place>,
+    budget: &Budget,
 ) -> (Vec<Gva>, End) {
     let layout: Arc<MntNamespaceLayout> = match kernel.layout() {
         Ok(layout) => layout,
@@ -205,9 +210,11 @@ pub(super) fn mounts(
         }
     };
     let space = kernel.space();
-    match (&layout.list, &layout.mounts, mnt_list, mnt_node) {
+    // Some of them come to no row: a list of readers' places only is looked at and paid for all the same.
+    let limit = budget.limit(MAX_MOUNTS);
+    let (mounts, end) = match (&layout.list, &layout.mounts, mnt_list, mnt_node) {
         (Some(head), _, Some(link), _) => {
-            let found = list::walk(space, head.at(namespace.address), MAX_MOUNTS);
+            let found = list::walk(space, head.at(namespace.address), limit);
             (
                 found
                     .walk
@@ -219,7 +226,7 @@ pub(super) fn mounts(
             )
         }
         (None, Some(tree), _, Some(link)) => {
-            let found = rbtree::walk(space, tree.at(namespace.address), MAX_MOUNTS);
+            let found = rbtree::walk(space, tree.at(namespace.address), limit);
             (
                 found.items.into_iter().map(|node| link.container(node)).collect(),
                 found.end,
@@ -232,5 +239,7 @@ pub(super) fn mounts(
                 reason: "neither a list nor a tree of mounts is known",
             },
         ),
-    }
+    };
+    budget.walked(mounts.len());
+    (mounts, end)
 }

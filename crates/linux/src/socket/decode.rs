@@ -13,6 +13,7 @@ use super::address::{
 use super::namespace::Namespaces;
 use super::owner::SocketOwners;
 use super::{Socket, netlink, packet, vsock};
+use crate::budget::{Budget, NO_ROOM};
 use crate::layout::{Buffer, Extent, Field, Place, Spans, layout};
 use crate::listing::Problem;
 use crate::{Kernel, LinuxError};
@@ -162,7 +163,13 @@ impl SockReader {
     }
 
     /// The row of the socket at `address`. What cannot be read is a problem of the row.
-    pub(crate) fn row(&self, address: Gva, owners: &SocketOwners, namespaces: &Namespaces) -> Socket {
+    pub(crate) fn row(
+        &self,
+        address: Gva,
+        owners: &SocketOwners,
+        namespaces: &Namespaces,
+        budget: &Budget,
+    ) -> Socket {
         let mut row = Socket {
             family: String::new(),
             protocol: String::new(),
@@ -185,6 +192,10 @@ impl SockReader {
             address,
             problems: Vec::new(),
         };
+        if !budget.bytes(size_of_val(row.owners.as_slice())) {
+            row.owners = Vec::new();
+            row.problems.push(Problem::new("owners", NO_ROOM));
+        }
         let l = &self.sock;
         let space = self.kernel.space();
         let mut object = self.common_spans.buffer();
@@ -233,7 +244,7 @@ impl SockReader {
                 self.inet(&mut row, &object, state, protocol)
             }
             AF_PACKET => packet::fill(self, self.packet.as_deref(), &mut row),
-            AF_NETLINK => netlink::fill(self, self.netlink.as_deref(), protocol, &mut row),
+            AF_NETLINK => netlink::fill(self, self.netlink.as_deref(), protocol, &mut row, budget),
             AF_VSOCK => vsock::fill(self, state, &mut row),
             _ => {
                 row.protocol = row.family.clone();

@@ -18,6 +18,7 @@ use rustc_hash::FxHashSet;
 use serde::Serialize;
 use vmsight_arch::Gva;
 
+use crate::budget::{Budget, ROWS};
 use crate::file::fd::FdReader;
 use crate::file::holder::{self, Owner};
 use crate::listing::{Listing, Problem, address as serial, settled};
@@ -29,7 +30,7 @@ pub(crate) use unix::UnixReader;
 pub use unix::UnixSocket;
 
 /// More sockets than are listed; a table that claims more has been tampered with.
-pub(crate) const MAX_SOCKETS: usize = 4 << 20;
+pub(crate) const MAX_SOCKETS: usize = 2 * ROWS;
 
 /// A socket that is not of the UNIX family (see [`UnixSocket`]).
 #[derive(Clone, Debug, Serialize)]
@@ -166,12 +167,12 @@ impl Kernel {
         let mut listing = Listing::default();
         let reader = SockReader::new(self)?;
         let (holders, warnings) = holder::all(self)?;
-        let owners = SocketOwners::read(self, &holders, &mut FdReader::new(self)?)?;
+        let owners = SocketOwners::read(self, &holders, &mut FdReader::new(self, holders.len())?)?;
         let namespaces = namespace::all(self, &holders)?;
         for warning in warnings
             .iter()
-            .chain(&owners.warnings)
-            .chain(&namespaces.warnings)
+            .chain(owners.warnings.as_slice())
+            .chain(namespaces.warnings.as_slice())
         {
             listing.warn(warning.clone());
         }
@@ -205,15 +206,19 @@ impl Kernel {
         tables(filter.vsock, "vsock sockets", &|found| {
             vsock::sockets(self, &reader, found)
         });
+        let budget = Budget::default();
         let mut seen: FxHashSet<Gva> = FxHashSet::default();
         for &sock in &found.socks {
             if seen.insert(sock) {
-                let mut row = reader.row(sock, &owners, &namespaces);
+                if !budget.row(0) {
+                    break;
+                }
+                let mut row = reader.row(sock, &owners, &namespaces, &budget);
                 row.listed = true;
                 listing.rows.push(row);
             }
         }
-        for warning in found.warnings {
+        for warning in found.warnings.into_vec() {
             listing.warn(warning);
         }
         let mut unlisted: Vec<Gva> = owners.socks().filter(|sock| !seen.contains(sock)).collect();
@@ -221,12 +226,19 @@ impl Kernel {
         for sock in unlisted {
             match reader.family(sock) {
                 Ok(family) if filter.wants(family) => {
-                    listing.rows.push(reader.row(sock, &owners, &namespaces))
+                    if !budget.row(0) {
+                        break;
+                    }
+                    listing.rows.push(reader.row(sock, &owners, &namespaces, &budget));
                 }
                 Ok(_) => {}
                 Err(error) => listing.warn(format!("the socket at {sock} cannot be read: {error}")),
             }
         }
+        budget
+            .warning("sockets")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         Ok(listing)
     }
 }

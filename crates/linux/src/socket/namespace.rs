@@ -8,6 +8,7 @@ use vmsight_arch::Gva;
 use crate::file::holder::Holder;
 use crate::layout::{Field, Place, layout};
 use crate::structures::list;
+use crate::warnings::Warnings;
 use crate::{Kernel, LinuxError};
 
 /// More network namespaces than are believed.
@@ -41,7 +42,7 @@ pub(crate) struct Namespace {
 #[derive(Debug, Default)]
 pub(crate) struct Namespaces {
     pub(crate) rows: Vec<Namespace>,
-    pub(crate) warnings: Vec<String>,
+    pub(crate) warnings: Warnings,
     by_address: FxHashMap<Gva, u32>,
 }
 
@@ -94,7 +95,7 @@ pub(crate) fn all(kernel: &Kernel, holders: &[Holder]) -> Result<Namespaces, Lin
             }
             Err(error) => out
                 .warnings
-                .push(format!("the network namespace at {net} cannot be read: {error}")),
+                .add(format!("the network namespace at {net} cannot be read: {error}")),
         }
     }
     Ok(out)

@@ -7,7 +7,9 @@ use vmsight_memory::ReadError;
 
 use super::table::Found;
 use super::{MAX_SOCKETS, SockReader, Socket, address};
+use crate::budget::{Budget, NO_ROOM};
 use crate::layout::{Field, Place, layout};
+use crate::listing::Problem;
 use crate::structures::hlist;
 use crate::{Kernel, LinuxError};
 
@@ -65,7 +67,7 @@ pub(super) fn sockets(kernel: &Kernel, found: &mut Found) -> Result<(), LinuxErr
                 Err(error) => {
                     found
                         .warnings
-                        .push(format!("netlink sockets: a table cannot be read: {error}"));
+                        .add(format!("netlink sockets: a table cannot be read: {error}"));
                     break;
                 }
             }
@@ -87,11 +89,15 @@ fn hash_table(
     let nest = layout.nest.read(space, table)?;
     let future = layout.future.read(space, table)?;
     if size > MAX_BUCKETS {
-        found.warnings.push(format!(
+        found.warnings.add(format!(
             "netlink sockets: a table was not read, it claims {size} buckets"
         ));
         return Ok(future);
     }
+    if found.is_full() {
+        return Ok(Gva(0));
+    }
+    found.look(u64::from(size));
     for bucket in 0..u64::from(size) {
         let at = if nest == 0 {
             layout.buckets.at(table).wrapping_add(bucket * 8)
@@ -108,10 +114,8 @@ fn hash_table(
         }
         // A node starts with the pointer to the next one, as a head does.
         let walk = hlist::walk_nulls(space, Gva(first));
-        found.socks.push(Gva(first).wrapping_sub(node));
-        found
-            .socks
-            .extend(walk.items.iter().map(|at| at.wrapping_sub(node)));
+        found.add([Gva(first).wrapping_sub(node)]);
+        found.add(walk.items.iter().map(|at| at.wrapping_sub(node)));
         found.warnings.extend(walk.end.warning("netlink sockets"));
         if found.socks.len() >= MAX_SOCKETS {
             break;
@@ -151,6 +155,7 @@ pub(super) fn fill(
     layout: Option<&NetlinkLayout>,
     protocol: u16,
     row: &mut Socket,
+    budget: &Budget,
 ) -> Result<(), ReadError> {
     row.protocol = address::netlink_protocol(protocol);
     let Some(layout) = layout else { return Ok(()) };
@@ -162,6 +167,11 @@ pub(super) fn fill(
     if !groups.is_null() && count > 0 {
         let mut bits = vec![0u8; count.div_ceil(64) as usize * 8];
         space.read(groups, &mut bits)?;
+        let joined = bits.iter().map(|byte| byte.count_ones() as usize).sum::<usize>();
+        if !budget.bytes(joined * size_of::<u32>()) {
+            row.problems.push(Problem::new("groups", NO_ROOM));
+            return Ok(());
+        }
         row.groups = (0..count)
             .filter(|&bit| {
                 bits.get(bit as usize / 8)

@@ -9,6 +9,7 @@ use vmsight_memory::ReadError;
 use crate::file::fd::FdReader;
 use crate::file::holder::{Holder, Owner};
 use crate::layout::{Field, Place, layout};
+use crate::warnings::Warnings;
 use crate::{Kernel, LinuxError};
 
 layout! {
@@ -53,7 +54,7 @@ const S_IFSOCK: u16 = 0o140_000;
 #[derive(Debug, Default)]
 pub(crate) struct SocketOwners {
     owners: FxHashMap<Gva, Vec<Owner>>,
-    pub(crate) warnings: Vec<String>,
+    pub(crate) warnings: Warnings,
 }
 
 impl SocketOwners {
@@ -80,7 +81,7 @@ impl SocketOwners {
                             .or_insert_with(|| finder.sock(entry.file, &mut sockfs).map_err(drop));
                         broken += usize::from(sock.is_err());
                         if broken > MAX_BROKEN {
-                            out.warnings.push(format!(
+                            out.warnings.add(format!(
                                 "file descriptors of process {}: cut at {}, after {broken} that lead to no file",
                                 holder.pid, entry.fd
                             ));
@@ -96,10 +97,10 @@ impl SocketOwners {
                     }
                     if let Some(cut) = &open.cut {
                         out.warnings
-                            .push(format!("file descriptors of process {}: {cut}", holder.pid));
+                            .add(format!("file descriptors of process {}: {cut}", holder.pid));
                     }
                 }
-                Err(error) => out.warnings.push(format!(
+                Err(error) => out.warnings.add(format!(
                     "the file descriptors of process {} cannot be read: {error}",
                     holder.pid
                 )),

@@ -4,22 +4,47 @@ use vmsight_arch::Gva;
 
 use super::MAX_SOCKETS;
 use crate::Kernel;
+use crate::budget::STEPS;
 use crate::structures::hlist;
+use crate::warnings::Warnings;
 
 /// The largest number of chains that is believed: `thash_entries` and the machine's memory allow 2^19 for TCP.
 const MAX_CHAINS: u64 = 1 << 24;
+
+/// Chains of all tables together: each namespace may have tables of its own.
+const MAX_ALL_CHAINS: u64 = 4 * STEPS as u64;
 
 /// Sockets found in tables, in the tables' order.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub(super) socks: Vec<Gva>,
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: Warnings,
+    /// Chains that were looked at.
+    chains: u64,
 }
 
 impl Found {
-    fn warn(&mut self, warning: String) {
-        if self.warnings.len() < 64 && !self.warnings.contains(&warning) {
-            self.warnings.push(warning);
+    /// Whether no more are to be looked for: all tables together are bounded as each is by itself.
+    pub(super) fn is_full(&self) -> bool {
+        self.socks.len() >= MAX_SOCKETS || self.chains >= MAX_ALL_CHAINS
+    }
+
+    /// Adds sockets.
+    pub(super) fn add(&mut self, socks: impl IntoIterator<Item = Gva>) {
+        self.socks.extend(socks);
+        if self.socks.len() >= MAX_SOCKETS {
+            self.warnings
+                .add(format!("sockets: no more were looked for after {MAX_SOCKETS}"));
+        }
+    }
+
+    /// Counts chains that are about to be looked at.
+    pub(super) fn look(&mut self, chains: u64) {
+        self.chains = self.chains.saturating_add(chains);
+        if self.chains >= MAX_ALL_CHAINS {
+            self.warnings.add(format!(
+                "sockets: no more were looked for after {MAX_ALL_CHAINS} chains"
+            ));
         }
     }
 }
@@ -40,13 +65,16 @@ pub(super) struct Table<'a> {
 pub(super) fn walk(kernel: &Kernel, table: &Table<'_>, found: &mut Found) {
     let space = kernel.space();
     let what = table.what;
-    if table.heads.is_null() || table.stride < 8 {
+    if table.heads.is_null() || table.stride < 8 || found.is_full() {
         return;
     }
     if table.count > MAX_CHAINS {
-        found.warn(format!("{what}: not read, it claims {} chains", table.count));
+        found
+            .warnings
+            .add(format!("{what}: not read, it claims {} chains", table.count));
         return;
     }
+    found.look(table.count);
     let stride = table.stride as usize;
     let per_read = (64 << 10) / stride.clamp(8, 64 << 10);
     let mut buffer = vec![0u8; per_read.max(1) * stride];
@@ -59,7 +87,9 @@ pub(super) fn walk(kernel: &Kernel, table: &Table<'_>, found: &mut Found) {
             break;
         };
         if let Err(error) = space.read(base, bytes) {
-            found.warn(format!("{what}: chains cannot be read: {error}"));
+            found
+                .warnings
+                .add(format!("{what}: chains cannot be read: {error}"));
             unreadable += 1;
             if unreadable > 16 {
                 break;
@@ -82,7 +112,6 @@ pub(super) fn walk(kernel: &Kernel, table: &Table<'_>, found: &mut Found) {
                 found,
             );
             if found.socks.len() >= MAX_SOCKETS {
-                found.warn(format!("{what}: cut after {MAX_SOCKETS} sockets"));
                 return;
             }
         }
@@ -92,11 +121,12 @@ pub(super) fn walk(kernel: &Kernel, table: &Table<'_>, found: &mut Found) {
 
 /// Adds the sockets of one chain, whose head lies at `head`.
 pub(super) fn chain(kernel: &Kernel, what: &str, head: Gva, node: u64, found: &mut Found) {
+    if found.is_full() {
+        return;
+    }
     let walk = hlist::walk_nulls(kernel.space(), head);
-    found
-        .socks
-        .extend(walk.items.iter().map(|at| at.wrapping_sub(node)));
+    found.add(walk.items.iter().map(|at| at.wrapping_sub(node)));
     if let Some(warning) = walk.end.warning(what) {
-        found.warn(warning);
+        found.warnings.add(warning);
     }
 }

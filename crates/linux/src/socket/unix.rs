@@ -12,6 +12,7 @@ use super::address::{self, AF_UNIX, TCP_ESTABLISHED, TCP_LISTEN};
 use super::namespace::{self, Namespaces};
 use super::owner::SocketOwners;
 use super::table::{self, Found, Table};
+use crate::budget::{Budget, NO_ROOM};
 use crate::file::fd::FdReader;
 use crate::file::holder::{self, Owner};
 use crate::layout::{Field, Place, layout};
@@ -110,34 +111,45 @@ impl Kernel {
         let mut listing = Listing::default();
         let reader = UnixReader::new(self)?;
         let (holders, warnings) = holder::all(self)?;
-        let owners = SocketOwners::read(self, &holders, &mut FdReader::new(self)?)?;
+        let owners = SocketOwners::read(self, &holders, &mut FdReader::new(self, holders.len())?)?;
         let namespaces = namespace::all(self, &holders)?;
         for warning in warnings
             .iter()
-            .chain(&owners.warnings)
-            .chain(&namespaces.warnings)
+            .chain(owners.warnings.as_slice())
+            .chain(namespaces.warnings.as_slice())
         {
             listing.warn(warning.clone());
         }
         let found = reader.tables(&namespaces)?;
+        let budget = Budget::default();
         let mut seen: FxHashSet<Gva> = FxHashSet::default();
         for sock in found.socks {
             if seen.insert(sock) {
-                let mut row = reader.row(sock, &owners, &namespaces);
+                if !budget.row(0) {
+                    break;
+                }
+                let mut row = reader.row(sock, &owners, &namespaces, &budget);
                 row.listed = true;
                 listing.rows.push(row);
             }
         }
-        for warning in found.warnings {
+        for warning in found.warnings.into_vec() {
             listing.warn(warning);
         }
         let mut unlisted: Vec<Gva> = owners.socks().filter(|sock| !seen.contains(sock)).collect();
         unlisted.sort_unstable();
         for sock in unlisted {
             if reader.sock.family(sock).is_ok_and(|family| family == AF_UNIX) {
-                listing.rows.push(reader.row(sock, &owners, &namespaces));
+                if !budget.row(0) {
+                    break;
+                }
+                listing.rows.push(reader.row(sock, &owners, &namespaces, &budget));
             }
         }
+        budget
+            .warning("UNIX sockets")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
         Ok(listing)
     }
 }
@@ -171,7 +183,7 @@ impl UnixReader {
                 for namespace in &namespaces.rows {
                     match field.read(self.kernel.space(), namespace.address) {
                         Ok(table) => heads.push(table),
-                        Err(error) => found.warnings.push(format!(
+                        Err(error) => found.warnings.add(format!(
                             "the UNIX sockets of namespace {} cannot be read: {error}",
                             namespace.inum
                         )),
@@ -227,7 +239,13 @@ impl UnixReader {
         }))
     }
 
-    fn row(&self, address: Gva, owners: &SocketOwners, namespaces: &Namespaces) -> UnixSocket {
+    fn row(
+        &self,
+        address: Gva,
+        owners: &SocketOwners,
+        namespaces: &Namespaces,
+        budget: &Budget,
+    ) -> UnixSocket {
         let mut row = UnixSocket {
             kind: None,
             state: "unknown",
@@ -247,6 +265,10 @@ impl UnixReader {
             peer: None,
             problems: Vec::new(),
         };
+        if !budget.bytes(size_of_val(row.owners.as_slice())) {
+            row.owners = Vec::new();
+            row.problems.push(Problem::new("owners", NO_ROOM));
+        }
         if let Err(error) = self.basics(&mut row, namespaces) {
             row.problems.push(Problem::read("state", &error));
             return row;
@@ -260,7 +282,13 @@ impl UnixReader {
             Err(error) => row.problems.push(Problem::read("peer", &error)),
         }
         if let Some(peer) = row.peer {
-            row.peer_owners = owners.of(peer).to_vec();
+            // Thousands of sockets can have one peer, and that thousands of owners.
+            let found = owners.of(peer);
+            if budget.bytes(size_of_val(found)) {
+                row.peer_owners = found.to_vec();
+            } else {
+                row.problems.push(Problem::new("peer_owners", NO_ROOM));
+            }
             let read = || -> Result<_, ReadError> {
                 let socket = self.sock.sock.socket.read(self.kernel.space(), peer)?;
                 Ok((self.sock.inode_of(socket)?, self.path(peer)?))

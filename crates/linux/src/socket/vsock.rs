@@ -93,12 +93,13 @@ pub(super) fn sockets(kernel: &Kernel, reader: &SockReader, found: &mut Found) -
         let Some(table) = table else { continue };
         for index in 0..count {
             let head: Gva = table.wrapping_add(index * 16);
+            if found.is_full() {
+                break;
+            }
             let walk = list::walk(kernel.space(), head, MAX_SOCKETS).walk;
-            found
-                .socks
-                .extend(walk.items.iter().map(|&at| at.wrapping_sub(link)));
+            found.add(walk.items.iter().map(|&at| at.wrapping_sub(link)));
             if let Some(warning) = walk.end.warning("vsock sockets") {
-                found.warnings.push(warning);
+                found.warnings.add(warning);
                 break;
             }
         }

@@ -74,7 +74,8 @@ fn is_child(entry: u64) -> bool {
     entry & 3 == 0 && entry > 4096
 }
 
-/// The entries of the tree at `tree`, by rising index, empty ranges left out. At most `limit`.
+/// The entries of the tree at `tree`, by rising index, empty ranges left out. At most `limit`, out of not many more nodes: an honest
+/// node is never without entries.
 pub(crate) fn walk(kernel: &Kernel, tree: Gva, limit: usize) -> Result<Walk<Entry>, LinuxError> {
     let layout: Arc<MapleTreeLayout> = kernel.layout()?;
     let range: Arc<MapleRange64> = kernel.layout()?;
@@ -117,6 +118,7 @@ pub(crate) fn walk(kernel: &Kernel, tree: Gva, limit: usize) -> Result<Walk<Entr
     }
 
     let mut seen = Seen::default();
+    let mut nodes = 0usize;
     let mut stack = vec![(root, 0u64, u64::MAX, 0usize)];
     while let Some((encoded, min, max, depth)) = stack.pop() {
         let at = Gva(encoded & !NODE_MASK);
@@ -127,6 +129,11 @@ pub(crate) fn walk(kernel: &Kernel, tree: Gva, limit: usize) -> Result<Walk<Entr
             };
             break;
         };
+        nodes += 1;
+        if nodes > limit.saturating_mul(2).saturating_add(64) {
+            out.end = End::Bound { limit };
+            break;
+        }
         if depth > MAX_DEPTH {
             out.end = End::Broken {
                 at,

@@ -8,8 +8,9 @@ use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
 use super::container::{self, Container};
+use crate::budget::{Budget, NO_ROOM, Share};
 use crate::layout::{Field, Place, layout};
-use crate::listing::{Listing, Problem, address};
+use crate::listing::{Listing, Problem, address, settled};
 use crate::structures::list;
 use crate::{Kernel, LinuxError};
 
@@ -76,6 +77,8 @@ layout! {
 const MAX_DEPTH: usize = 256;
 /// CSS_ONLINE (include/linux/cgroup-defs.h): unset once the directory was removed.
 const CSS_ONLINE: u64 = 1 << 1;
+/// More than are mounted anywhere: one for each controller, and a few that only have a name.
+const MAX_HIERARCHIES: usize = 256;
 /// CGROUP_SUBSYS_COUNT may not pass the bits of `subsys_mask`.
 const MAX_SUBSYSTEMS: usize = 32;
 
@@ -92,9 +95,9 @@ struct Hierarchy {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Membership {
     /// The path in the unified (v2) hierarchy.
-    pub(crate) unified: Option<String>,
+    pub(crate) unified: Option<Arc<str>>,
     /// As the lines of /proc/PID/cgroup: `id:controllers:path`.
-    pub(crate) lines: Vec<String>,
+    pub(crate) lines: Arc<[String]>,
     /// The container they tell of.
     pub(crate) container: Option<Container>,
     /// What is missing.
@@ -141,7 +144,8 @@ impl CgroupReader {
     /// Follows `cgroup_roots`.
     fn find_hierarchies(&mut self) -> Result<(), LinuxError> {
         let names = self.subsystem_names();
-        let out = list::walk(self.kernel.space(), self.kernel.symbol("cgroup_roots")?, 4096);
+        let roots = self.kernel.symbol("cgroup_roots")?;
+        let out = list::walk(self.kernel.space(), roots, MAX_HIERARCHIES);
         self.warnings
             .extend(out.walk.end.warning("list of cgroup hierarchies"));
         for at in out.walk.items {
@@ -210,13 +214,13 @@ impl CgroupReader {
     }
 
     /// The path of a cgroup within its hierarchy.
-    fn path(&self, cgroup: Gva) -> Result<String, ReadError> {
+    fn path(&self, cgroup: Gva, budget: &Budget) -> Result<String, ReadError> {
         let space = self.kernel.space();
         let mut node = self.cgroup.node.read(space, cgroup)?;
         let mut parts: Vec<String> = Vec::new();
         for _ in 0..MAX_DEPTH {
             let parent = self.node.parent.read(space, node)?;
-            if parent.is_null() {
+            if parent.is_null() || !budget.step() {
                 break;
             }
             parts.push(self.kernel.text(self.node.name.read(space, node)?, 256)?);
@@ -238,26 +242,39 @@ impl CgroupReader {
         &self,
         set: Gva,
         cache: &mut FxHashMap<u64, Arc<Membership>>,
+        budget: &Budget,
+        share: &mut Share<'_>,
     ) -> Arc<Membership> {
         if let Some(known) = cache.get(&set.0) {
             return Arc::clone(known);
         }
-        let made = Arc::new(self.read_membership(set));
+        let mut made = self.read_membership(set, budget);
+        let bytes = made.lines.iter().map(String::len).sum::<usize>()
+            + made.unified.as_ref().map_or(0, |path| path.len());
+        if !share.bytes(bytes) {
+            made = Membership {
+                problem: Some(NO_ROOM.to_owned()),
+                ..Membership::default()
+            };
+        }
+        let made = Arc::new(made);
         cache.insert(set.0, Arc::clone(&made));
         made
     }
 
-    fn read_membership(&self, set: Gva) -> Membership {
+    fn read_membership(&self, set: Gva, budget: &Budget) -> Membership {
         let space = self.kernel.space();
         let mut out = Membership::default();
-        let walk = list::walk(space, self.css_set.links.at(set), 4096).walk;
+        // One of each hierarchy, and some more that may have come since those were listed.
+        let limit = self.hierarchies.len() + 16;
+        let walk = list::walk(space, self.css_set.links.at(set), limit).walk;
         out.problem = walk.end.warning("list of cgroups");
         let mut places: Vec<(&Hierarchy, String)> = Vec::new();
         for at in walk.items {
             let link = self.link.of_css_set.container(at);
             let place = self.link.cgroup.read(space, link).and_then(|cgroup| {
                 let root = self.cgroup.root.read(space, cgroup)?;
-                let mut path = self.path(cgroup)?;
+                let mut path = self.path(cgroup, budget)?;
                 // Only a directory below the root can have been removed.
                 if path != "/" && self.cgroup.flags.read(space, cgroup)? & CSS_ONLINE == 0 {
                     path.push_str(" (deleted)");
@@ -274,16 +291,17 @@ impl CgroupReader {
             }
         }
         places.sort_by_key(|(hierarchy, _)| std::cmp::Reverse(hierarchy.id));
+        let mut lines = Vec::new();
         for (hierarchy, path) in &places {
             if hierarchy.is_default {
-                out.unified = Some(path.clone());
+                out.unified = Some(path.as_str().into());
                 if !self.default_visible {
                     continue;
                 }
             }
-            out.lines
-                .push(format!("{}:{}:{path}", hierarchy.id, hierarchy.controllers));
+            lines.push(format!("{}:{}:{path}", hierarchy.id, hierarchy.controllers));
         }
+        out.lines = lines.into();
         out.container = places.iter().find_map(|(_, path)| container::of_path(path));
         out
     }
@@ -318,14 +336,23 @@ const MAX_CGROUPS: usize = 1 << 18;
 
 impl Kernel {
     /// All control groups of all hierarchies, parents before their children.
+    ///
+    /// # Errors
+    /// If the hierarchies cannot be listed or the kernel's types lack a member.
     pub fn cgroups(&self) -> Result<Listing<Cgroup>, LinuxError> {
+        settled(
+            self.memory().is_live(),
+            |row: &Cgroup| row.problems.len(),
+            || self.list_cgroups(),
+        )
+    }
+
+    fn list_cgroups(&self) -> Result<Listing<Cgroup>, LinuxError> {
         let reader = CgroupReader::new(self)?;
-        let mut out = Listing {
-            rows: Vec::new(),
-            warnings: reader.warnings.clone(),
-        };
+        let budget = Budget::default();
+        let mut out = Listing::new(Vec::new(), reader.warnings.clone());
         let mut seen = rustc_hash::FxHashSet::default();
-        for (_, hierarchy) in &reader.hierarchies {
+        'all: for (_, hierarchy) in &reader.hierarchies {
             let mut stack = vec![hierarchy.top];
             while let Some(cgroup) = stack.pop() {
                 if !seen.insert(cgroup.0) {
@@ -336,32 +363,38 @@ impl Kernel {
                 }
                 if out.rows.len() >= MAX_CGROUPS {
                     out.warn(format!("cgroups: cut after {MAX_CGROUPS}"));
-                    return Ok(out);
+                    break 'all;
                 }
-                let children = list::walk(self.space(), reader.cgroup.children.at(cgroup), MAX_CGROUPS);
-                if let Some(warning) = children.walk.end.warning("list of child cgroups") {
+                let limit = budget.limit(MAX_CGROUPS);
+                let children = list::walk(self.space(), reader.cgroup.children.at(cgroup), limit).walk;
+                budget.walked(children.items.len());
+                if let Some(warning) = children.end.warning("list of child cgroups") {
                     out.warn(warning);
                 }
                 stack.extend(
                     children
-                        .walk
                         .items
                         .iter()
                         .rev()
                         .map(|&at| reader.cgroup.sibling.container(at)),
                 );
-                out.rows.push(reader.row(hierarchy, cgroup));
+                let row = reader.row(hierarchy, cgroup, &budget);
+                if !budget.row(row.path.len() + row.controllers.len()) {
+                    break 'all;
+                }
+                out.rows.push(row);
             }
         }
+        budget.warning("cgroups").into_iter().for_each(|w| out.warn(w));
         Ok(out)
     }
 }
 
 impl CgroupReader {
-    fn row(&self, hierarchy: &Hierarchy, cgroup: Gva) -> Cgroup {
+    fn row(&self, hierarchy: &Hierarchy, cgroup: Gva, budget: &Budget) -> Cgroup {
         let space = self.kernel.space();
         let mut problems = Vec::new();
-        let path = self.path(cgroup).unwrap_or_else(|error| {
+        let path = self.path(cgroup, budget).unwrap_or_else(|error| {
             problems.push(Problem::read("path", &error));
             String::new()
         });
@@ -374,7 +407,7 @@ impl CgroupReader {
             .map_err(|error| problems.push(Problem::read("id", &error)))
             .ok();
         let tasks = self
-            .count_tasks(cgroup)
+            .count_tasks(cgroup, budget)
             .map_err(|error| problems.push(Problem::read("tasks", &error)))
             .ok();
         let container = container::of_path(&path);
@@ -392,9 +425,11 @@ impl CgroupReader {
     }
 
     /// The tasks of all `css_set`s that have this cgroup.
-    fn count_tasks(&self, cgroup: Gva) -> Result<u64, ReadError> {
+    fn count_tasks(&self, cgroup: Gva, budget: &Budget) -> Result<u64, ReadError> {
         let space = self.kernel.space();
-        let sets = list::walk(space, self.cgroup.css_sets.at(cgroup), MAX_CGROUPS);
+        let limit = budget.limit(MAX_CGROUPS);
+        let sets = list::walk(space, self.cgroup.css_sets.at(cgroup), limit);
+        budget.walked(sets.walk.items.len());
         let mut tasks = 0u64;
         for at in sets.walk.items {
             let set = self.link.css_set.read(space, self.link.of_cgroup.container(at))?;

@@ -36,6 +36,10 @@ pub(crate) struct PlaceReader {
     space: AddressSpace,
 }
 
+/// Places that are kept, and how long their paths may be.
+const MAX_KEPT: usize = 1 << 14;
+const PATH_MAX: usize = 4096;
+
 /// What a [`PlaceReader`] has resolved already, by mount and dentry.
 pub(crate) type PlaceCache = FxHashMap<(u64, u64), GuestPath>;
 
@@ -85,7 +89,9 @@ impl PlaceReader {
             return Ok(known.clone());
         }
         let path = self.resolver.resolve_at(at, None)?;
-        cache.insert(key, path.clone());
+        if cache.len() < MAX_KEPT && path.path.len() <= PATH_MAX {
+            cache.insert(key, path.clone());
+        }
         Ok(path)
     }
 }

@@ -1,10 +1,13 @@
 //! The row of a process.
 
+use std::sync::Arc;
+
 use bitflags::bitflags;
 use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use crate::budget::{NO_ROOM, Share};
 use crate::listing::{Problem, address};
 use crate::path::GuestPath;
 
@@ -165,9 +168,9 @@ pub struct Process {
     /// Time namespace.
     pub time_ns: Option<u32>,
     /// Path in the unified (v2) control-group hierarchy.
-    pub cgroup: Option<String>,
+    pub cgroup: Option<Arc<str>>,
     /// Place in every hierarchy: the lines of /proc/PID/cgroup.
-    pub cgroups: Option<Vec<String>>,
+    pub cgroups: Option<Arc<[String]>>,
     /// Id or name of the container it runs in, told from its control groups.
     pub container: Option<String>,
     /// The runtime that made the container.
@@ -268,8 +271,17 @@ impl Process {
     }
 
     /// A path for one of the fields, its problems noted.
-    pub(crate) fn path(&mut self, field: &'static str, path: Result<GuestPath, ReadError>) -> Option<String> {
+    pub(crate) fn path(
+        &mut self,
+        field: &'static str,
+        path: Result<GuestPath, ReadError>,
+        share: &mut Share<'_>,
+    ) -> Option<String> {
         match path {
+            Ok(path) if !share.bytes(path.path.len()) => {
+                self.problem(Problem::new(field, NO_ROOM));
+                None
+            }
             Ok(path) => {
                 let text = path.to_string();
                 self.problems

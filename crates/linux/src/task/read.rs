@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use vmsight_arch::Gva;
 
 use super::cgroup::{CgroupReader, Membership};
@@ -16,9 +16,11 @@ use super::places::{PlaceCache, PlaceReader};
 use super::process::{Process, ProcessFields};
 use super::sizes::RssReader;
 use super::state;
+use super::times::TimesCache;
 use super::tty::TtyReader;
-use super::user::{self, Budget};
+use super::user;
 use super::walk;
+use crate::budget::{Budget, NO_ROOM, Own, ROWS, Share};
 use crate::clock::Clock;
 use crate::layout::{Buffer, Extent, Spans};
 use crate::listing::{Listing, Problem};
@@ -36,17 +38,50 @@ impl Kernel {
     /// # Errors
     /// If the kernel lacks a symbol or member that the listing cannot do without. An unreadable process costs its own row.
     pub fn processes(&self, fields: ProcessFields) -> Result<Listing<Process>, LinuxError> {
+        self.list_processes(fields, |_| true)
+    }
+
+    /// The processes with these pids in the root namespace, in the kernel's own order. More than one row has the same pid only where
+    /// the guest lies. Nothing is read of the others but their pids, and they take no room from these.
+    ///
+    /// # Errors
+    /// As [`Kernel::processes`]. A pid that nobody has is none: it has no row.
+    pub fn processes_of(&self, pids: &[i32], fields: ProcessFields) -> Result<Listing<Process>, LinuxError> {
+        let layout: Arc<TaskLayout> = self.layout()?;
+        let wanted: FxHashSet<i32> = pids.iter().copied().collect();
+        self.list_processes(fields, |task| {
+            layout
+                .pid
+                .read(self.space(), task)
+                .is_ok_and(|pid| wanted.contains(&pid))
+        })
+    }
+
+    fn list_processes(
+        &self,
+        fields: ProcessFields,
+        wanted: impl Fn(Gva) -> bool,
+    ) -> Result<Listing<Process>, LinuxError> {
         let reader = ProcessReader::new(self, fields)?;
-        let (rows, mut warnings) = walk::stable(self, |tasks| reader.rows(tasks))?;
-        warnings.extend(reader.warnings.iter().cloned());
-        Ok(Listing { rows, warnings })
+        let mut cut = Vec::new();
+        let (rows, warnings) = walk::stable(self, |tasks| {
+            let tasks: Vec<Gva> = tasks.iter().copied().filter(|&task| wanted(task)).collect();
+            let (rows, warnings) = reader.rows(&tasks);
+            cut = warnings;
+            rows
+        })?;
+        let mut listing = Listing::new(rows, warnings);
+        for warning in reader.warnings.iter().cloned().chain(cut) {
+            listing.warn(warning);
+        }
+        Ok(listing)
     }
 
     /// One process by its pid in the root namespace.
     pub fn process(&self, pid: i32, fields: ProcessFields) -> Result<Process, LinuxError> {
         let task = self.task(pid)?;
         let reader = ProcessReader::new(self, fields)?;
-        Ok(reader.row(task, &mut reader.scratch()))
+        Ok(reader.row(task, &mut reader.scratch(&Budgets::of(1))))
     }
 
     /// The address of the `task_struct` of the process `pid`.
@@ -85,7 +120,6 @@ pub(crate) struct ProcessReader {
     cgroups: Option<CgroupReader>,
     places: Option<PlaceReader>,
     clock: Option<Clock>,
-    budget: Budget,
     warnings: Vec<String>,
 }
 
@@ -104,9 +138,69 @@ struct MmReader {
     spans: Spans,
 }
 
+/// The fields of `struct cred`.
+const CREDENTIALS: &[&str] = &[
+    "uid",
+    "euid",
+    "suid",
+    "fsuid",
+    "gid",
+    "egid",
+    "sgid",
+    "fsgid",
+    "groups",
+    "cap_inheritable",
+    "cap_permitted",
+    "cap_effective",
+    "cap_bounding",
+    "cap_ambient",
+    "user_ns",
+];
+
+/// Those of [`ProcessFields::MEMORY`].
+const SIZES: &[&str] = &[
+    "vm_size_kb",
+    "vm_rss_kb",
+    "vm_swap_kb",
+    "vm_data_kb",
+    "vm_stack_kb",
+    "vm_exec_kb",
+];
+
+/// What a process has to itself of what the rows may hold: far more than an honest one needs.
+const OWN: Own = Own { rows: 0, bytes: 4096 };
+
+/// What the rows of one listing may hold.
+#[derive(Debug)]
+pub(crate) struct Budgets {
+    /// Lists and paths out of the kernel.
+    rows: Budget,
+    /// Arguments and environments: a process can have megabytes of them, which must not cost others their paths.
+    strings: Budget,
+}
+
+impl Budgets {
+    /// For so many processes.
+    fn of(processes: usize) -> Self {
+        Self {
+            rows: Budget::shared_by(processes, OWN),
+            // Arguments and environment each.
+            strings: Budget::shared_by(processes.saturating_mul(2), OWN),
+        }
+    }
+
+    fn warnings(&self) -> impl Iterator<Item = String> {
+        let rows = self.rows.warning("processes");
+        rows.into_iter()
+            .chain(self.strings.warning("arguments and environments"))
+    }
+}
+
 /// Buffers and memories of one thread.
 #[derive(Debug)]
-pub(crate) struct Scratch {
+pub(crate) struct Scratch<'b> {
+    budgets: &'b Budgets,
+    times: TimesCache,
     task: Buffer,
     signal: Buffer,
     cred: Buffer,
@@ -190,13 +284,14 @@ impl ProcessReader {
                 None
             },
             clock,
-            budget: Budget::default(),
             warnings,
         })
     }
 
-    pub(crate) fn scratch(&self) -> Scratch {
+    pub(crate) fn scratch<'b>(&self, budgets: &'b Budgets) -> Scratch<'b> {
         Scratch {
+            budgets,
+            times: TimesCache::default(),
             task: self.task_spans.buffer(),
             signal: self.signal.as_ref().map(|s| s.spans.buffer()).unwrap_or_default(),
             cred: self.cred.as_ref().map(CredReader::buffer).unwrap_or_default(),
@@ -209,22 +304,38 @@ impl ProcessReader {
         }
     }
 
-    /// The rows of `tasks`, in their order.
-    pub(crate) fn rows(&self, tasks: &[Gva]) -> Vec<Process> {
-        if tasks.len() <= 2 * CHUNK {
-            let mut scratch = self.scratch();
-            return tasks.iter().map(|&task| self.row(task, &mut scratch)).collect();
+    /// The rows of `tasks`, in their order, and what is left out of them.
+    fn rows(&self, tasks: &[Gva]) -> (Vec<Process>, Vec<String>) {
+        let mut warnings = Vec::new();
+        let some = tasks.get(..ROWS).unwrap_or(tasks);
+        if some.len() < tasks.len() {
+            warnings.push(format!(
+                "processes: {} of {} are shown, the rest are left out",
+                some.len(),
+                tasks.len()
+            ));
         }
-        tasks
-            .par_iter()
-            .with_min_len(CHUNK)
-            .map_init(|| self.scratch(), |scratch, &task| self.row(task, scratch))
-            .collect()
+        let budgets = Budgets::of(some.len());
+        let rows = if some.len() <= 2 * CHUNK {
+            let mut scratch = self.scratch(&budgets);
+            some.iter().map(|&task| self.row(task, &mut scratch)).collect()
+        } else {
+            some.par_iter()
+                .with_min_len(CHUNK)
+                .map_init(
+                    || self.scratch(&budgets),
+                    |scratch, &task| self.row(task, scratch),
+                )
+                .collect()
+        };
+        warnings.extend(budgets.warnings());
+        (rows, warnings)
     }
 
     /// The row of one task.
-    pub(crate) fn row(&self, address: Gva, scratch: &mut Scratch) -> Process {
+    fn row(&self, address: Gva, scratch: &mut Scratch<'_>) -> Process {
         let mut row = Process::empty(address);
+        let mut share = scratch.budgets.rows.share();
         let space = self.kernel.space();
         if let Err(error) = self.task_spans.read(space, address, &mut scratch.task) {
             row.problem(Problem::read("task", &error));
@@ -251,13 +362,13 @@ impl ProcessReader {
         self.start(&mut row, scratch);
         self.seccomp(&mut row, scratch);
         self.signal(&mut row, scratch);
-        self.credentials(&mut row, scratch);
+        self.credentials(&mut row, scratch, &mut share);
         self.namespaces(&mut row, scratch);
-        self.cgroup(&mut row, scratch);
-        self.directories(&mut row, scratch);
+        self.cgroup(&mut row, scratch, &mut share);
+        self.directories(&mut row, scratch, &mut share);
         // Kernel threads have no memory of their own (what they borrow for a while is somebody else's).
         if !mm.is_null() && !row.kernel_thread {
-            self.memory(&mut row, mm, scratch);
+            self.memory(&mut row, mm, scratch, &mut share);
         }
         row
     }
@@ -266,7 +377,15 @@ impl ProcessReader {
         self.fields.intersects(fields)
     }
 
-    fn scheduling(&self, row: &mut Process, scratch: &Scratch) {
+    /// Notes of every field that was asked for why it is not there: what is empty without a problem is taken for empty in the guest.
+    fn unreadable(&self, row: &mut Process, names: &[(ProcessFields, &[&'static str])], reason: &str) {
+        let asked = names.iter().filter(|(fields, _)| self.has(*fields));
+        for name in asked.flat_map(|(_, names)| *names) {
+            row.problem(Problem::new(name, reason));
+        }
+    }
+
+    fn scheduling(&self, row: &mut Process, scratch: &Scratch<'_>) {
         if !self.has(ProcessFields::SCHED) {
             return;
         }
@@ -279,7 +398,7 @@ impl ProcessReader {
         row.cpu = layout.cpu.map(|cpu| cpu.of(task));
     }
 
-    fn start(&self, row: &mut Process, scratch: &Scratch) {
+    fn start(&self, row: &mut Process, scratch: &Scratch<'_>) {
         if !self.has(ProcessFields::START) {
             return;
         }
@@ -294,7 +413,7 @@ impl ProcessReader {
         }
     }
 
-    fn seccomp(&self, row: &mut Process, scratch: &Scratch) {
+    fn seccomp(&self, row: &mut Process, scratch: &Scratch<'_>) {
         if !self.has(ProcessFields::SECCOMP) {
             return;
         }
@@ -303,12 +422,19 @@ impl ProcessReader {
         row.no_new_privs = Some(self.task.atomic_flags.of(&scratch.task) & state::PFA_NO_NEW_PRIVS != 0);
     }
 
-    fn signal(&self, row: &mut Process, scratch: &mut Scratch) {
+    fn signal(&self, row: &mut Process, scratch: &mut Scratch<'_>) {
         let Some(reader) = &self.signal else { return };
         let space = self.kernel.space();
         let address = self.task.signal.of(&scratch.task);
         if let Err(error) = reader.spans.read(space, address, &mut scratch.signal) {
-            row.problem(Problem::read("threads", &error));
+            let names = [
+                (
+                    ProcessFields::SIGNAL,
+                    &["threads", "sid", "pgrp", "tty", "oom_score_adj"][..],
+                ),
+                (ProcessFields::TIMES, &["utime_ticks", "stime_ticks"]),
+            ];
+            self.unreadable(row, &names, &Problem::read("threads", &error).reason);
             return;
         }
         let (layout, signal) = (&reader.layout, &scratch.signal);
@@ -350,21 +476,29 @@ impl ProcessReader {
             }
         }
         if self.has(ProcessFields::TIMES) {
-            match super::times::process_times(&self.kernel, &self.task, layout, signal, address) {
+            let budget = &scratch.budgets.rows;
+            let times = scratch.times.of(address, || {
+                super::times::process_times(&self.kernel, &self.task, layout, signal, address, budget)
+            });
+            match times {
                 Ok(times) => {
                     row.utime_ticks = Some(times.user / TICK);
                     row.stime_ticks = Some(times.system / TICK);
                 }
-                Err(reason) => row.problem(Problem::new("utime_ticks", reason)),
+                Err(reason) => {
+                    row.problem(Problem::new("utime_ticks", reason.clone()));
+                    row.problem(Problem::new("stime_ticks", reason));
+                }
             }
         }
     }
 
-    fn credentials(&self, row: &mut Process, scratch: &mut Scratch) {
+    fn credentials(&self, row: &mut Process, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let Some(reader) = &self.cred else { return };
         let address = self.task.cred.of(&scratch.task);
         if let Err(error) = reader.read(address, &mut scratch.cred) {
-            row.problem(Problem::read("uid", &error));
+            let names = [(ProcessFields::CREDENTIALS, CREDENTIALS)];
+            self.unreadable(row, &names, &Problem::read("uid", &error).reason);
             return;
         }
         let (layout, cred) = (&reader.cred, &scratch.cred);
@@ -382,7 +516,8 @@ impl ProcessReader {
         row.cap_bounding = Some(layout.cap_bounding.of(cred));
         row.cap_ambient = Some(layout.cap_ambient.of(cred));
         match reader.groups(cred) {
-            Ok(groups) => row.groups = Some(groups),
+            Ok(groups) if share.bytes(groups.len() * size_of::<u32>()) => row.groups = Some(groups),
+            Ok(_) => row.problem(Problem::new("groups", NO_ROOM)),
             Err(error) => row.problem(Problem::read("groups", &error)),
         }
         if let Some(namespaces) = &self.namespaces {
@@ -393,7 +528,7 @@ impl ProcessReader {
         }
     }
 
-    fn namespaces(&self, row: &mut Process, scratch: &mut Scratch) {
+    fn namespaces(&self, row: &mut Process, scratch: &mut Scratch<'_>) {
         if !self.has(ProcessFields::NAMESPACES) {
             return;
         }
@@ -410,7 +545,10 @@ impl ProcessReader {
                         row.ns_pid = numbers.last().copied();
                         row.ns_pids = Some(numbers);
                     }
-                    Err(error) => row.problem(Problem::read("ns_pids", &error)),
+                    Err(error) => {
+                        let names = [(ProcessFields::NAMESPACES, &["pid_ns", "ns_pid", "ns_pids"][..])];
+                        self.unreadable(row, &names, &Problem::read("ns_pids", &error).reason);
+                    }
                 }
             }
         }
@@ -426,12 +564,16 @@ impl ProcessReader {
                     row.time_ns = found.time;
                     row.cgroup_ns = found.cgroup;
                 }
-                Err(error) => row.problem(Problem::read("mnt_ns", &error)),
+                Err(error) => {
+                    let names = ["uts_ns", "ipc_ns", "mnt_ns", "net_ns", "time_ns", "cgroup_ns"];
+                    let names = [(ProcessFields::NAMESPACES, &names[..])];
+                    self.unreadable(row, &names, &Problem::read("mnt_ns", &error).reason);
+                }
             }
         }
     }
 
-    fn cgroup(&self, row: &mut Process, scratch: &mut Scratch) {
+    fn cgroup(&self, row: &mut Process, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let (Some(reader), Some(member)) = (&self.cgroups, self.task.cgroups) else {
             return;
         };
@@ -439,9 +581,10 @@ impl ProcessReader {
         if set.is_null() {
             return;
         }
-        let membership = reader.membership(set, &mut scratch.memberships);
+        let budget = &scratch.budgets.rows;
+        let membership = reader.membership(set, &mut scratch.memberships, budget, share);
         row.cgroup = membership.unified.clone();
-        row.cgroups = Some(membership.lines.clone());
+        row.cgroups = Some(Arc::clone(&membership.lines));
         if let Some(container) = &membership.container {
             row.container = Some(container.id.clone());
             row.container_runtime = Some(container.runtime.to_owned());
@@ -451,33 +594,39 @@ impl ProcessReader {
         }
     }
 
-    fn directories(&self, row: &mut Process, scratch: &mut Scratch) {
+    fn directories(&self, row: &mut Process, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let (Some(places), true) = (&self.places, self.has(ProcessFields::CWD)) else {
             return;
         };
         let fs = self.task.fs.of(&scratch.task);
         // A zombie has given it back.
         if !fs.is_null() {
-            row.cwd = row.path("cwd", places.cwd(fs, &mut scratch.places));
-            row.root = row.path("root", places.root(fs, &mut scratch.places));
+            row.cwd = row.path("cwd", places.cwd(fs, &mut scratch.places), share);
+            row.root = row.path("root", places.root(fs, &mut scratch.places), share);
         }
     }
 
-    fn executable(&self, row: &mut Process, scratch: &mut Scratch) {
+    fn executable(&self, row: &mut Process, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let (Some(places), Some(mm), true) = (&self.places, &self.mm, self.has(ProcessFields::EXE)) else {
             return;
         };
         let file = mm.layout.exe_file.map_or(Gva(0), |member| member.of(&scratch.mm));
         if !file.is_null() {
-            row.exe = row.path("exe", places.file(file, &mut scratch.places));
+            row.exe = row.path("exe", places.file(file, &mut scratch.places), share);
         }
     }
 
-    fn memory(&self, row: &mut Process, address: Gva, scratch: &mut Scratch) {
+    fn memory(&self, row: &mut Process, address: Gva, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let Some(reader) = &self.mm else { return };
         let space = self.kernel.space();
         if let Err(error) = reader.spans.read(space, address, &mut scratch.mm) {
-            row.problem(Problem::read("mm", &error));
+            let names = [
+                (ProcessFields::MEMORY, SIZES),
+                (ProcessFields::EXE, &["exe"]),
+                (ProcessFields::CMDLINE, &["cmdline", "argv"]),
+                (ProcessFields::ENVIRON, &["environ"]),
+            ];
+            self.unreadable(row, &names, &Problem::read("mm", &error).reason);
             return;
         }
         let (layout, mm) = (&reader.layout, &scratch.mm);
@@ -492,16 +641,19 @@ impl ProcessReader {
                     row.vm_rss_kb = kb(pages.resident);
                     row.vm_swap_kb = kb(pages.swapped);
                 }
-                Err(error) => row.problem(Problem::read("vm_rss_kb", &error)),
+                Err(error) => {
+                    row.problem(Problem::read("vm_rss_kb", &error));
+                    row.problem(Problem::read("vm_swap_kb", &error));
+                }
             }
         }
-        self.executable(row, scratch);
+        self.executable(row, scratch, share);
         if self.has(ProcessFields::CMDLINE | ProcessFields::ENVIRON) {
             self.strings(row, scratch);
         }
     }
 
-    fn strings(&self, row: &mut Process, scratch: &Scratch) {
+    fn strings(&self, row: &mut Process, scratch: &Scratch<'_>) {
         let Some(MmReader { layout, .. }) = &self.mm else {
             return;
         };
@@ -509,18 +661,23 @@ impl ProcessReader {
         let space = match self.kernel.user_memory(layout.pgd.of(mm)) {
             Ok(space) => space,
             Err(error) => {
-                row.problem(Problem::new(
-                    "cmdline",
-                    format!("page tables of the process: {error}"),
-                ));
+                let names = [
+                    (ProcessFields::CMDLINE, &["cmdline", "argv"][..]),
+                    (ProcessFields::ENVIRON, &["environ"]),
+                ];
+                self.unreadable(row, &names, &format!("page tables of the process: {error}"));
                 return;
             }
         };
         if self.has(ProcessFields::CMDLINE) {
-            let read = user::command_line(&space, layout, mm, &self.budget);
+            let mut share = scratch.budgets.strings.share();
+            let read = user::command_line(&space, layout, mm, &mut share);
             row.argv = read.split();
             row.cmdline = row.argv.as_ref().map(|argv| argv.join(" "));
-            row.problems.extend(read.problem);
+            if let Some(problem) = read.problem {
+                row.problem(Problem::new("argv", problem.reason.clone()));
+                row.problem(problem);
+            }
         }
         if self.has(ProcessFields::ENVIRON) {
             let read = user::strings(
@@ -528,7 +685,7 @@ impl ProcessReader {
                 layout.env_start.of(mm),
                 layout.env_end.of(mm),
                 "environ",
-                &self.budget,
+                &mut scratch.budgets.strings.share(),
             );
             row.environ = read.split();
             row.problems.extend(read.problem);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
 use serde::Serialize;
 use vmsight_arch::Gva;
 
@@ -11,10 +12,12 @@ use super::read::TICK;
 use super::state;
 use super::times::{self, MAX_THREADS, Times};
 use super::walk;
+use crate::budget::{Budget, Own};
 use crate::clock::Clock;
 use crate::layout::{Buffer, Spans};
 use crate::listing::{Listing, Problem, address};
 use crate::structures::list;
+use crate::warnings::Warnings;
 use crate::{Kernel, LinuxError};
 
 /// A thread.
@@ -71,24 +74,60 @@ impl Kernel {
     /// The threads of all processes, or of the process `pid`.
     pub fn threads(&self, pid: Option<i32>) -> Result<Listing<Thread>, LinuxError> {
         let reader = ThreadReader::new(self)?;
-        let mut warnings = Vec::new();
-        let (rows, more) = match pid {
-            Some(pid) => (
-                reader.process(self.task(pid)?, &mut reader.spans.buffer(), &mut warnings),
-                Vec::new(),
-            ),
-            None => walk::stable(self, |tasks| {
-                let mut buffer = reader.spans.buffer();
-                warnings.clear();
-                tasks
-                    .iter()
-                    .flat_map(|&task| reader.process(task, &mut buffer, &mut warnings))
-                    .collect()
-            })?,
+        let mut made = Made::new(&reader, 1);
+        let more = match pid {
+            Some(pid) => {
+                reader.process(self.task(pid)?, &mut made);
+                Vec::new()
+            }
+            None => {
+                let (mut all, more) = walk::stable(self, |tasks| {
+                    let mut made = Made::new(&reader, tasks.len());
+                    let mut cut = 0;
+                    for &task in tasks {
+                        cut += usize::from(!reader.process(task, &mut made));
+                    }
+                    if cut > 0 {
+                        made.warnings
+                            .add(format!("threads: of {cut} processes not all are shown"));
+                    }
+                    vec![made]
+                })?;
+                made = all.pop().unwrap_or(made);
+                more
+            }
         };
-        warnings.extend(more);
-        warnings.dedup();
-        Ok(Listing { rows, warnings })
+        made.warnings.extend(made.budget.warning("threads"));
+        made.warnings.extend(more);
+        Ok(Listing::new(made.rows, made.warnings.into_vec()))
+    }
+}
+
+/// Threads that are shown of every process, however many others have.
+const OWN: Own = Own { rows: 16, bytes: 0 };
+
+/// Rows in the making.
+struct Made {
+    rows: Vec<Thread>,
+    warnings: Warnings,
+    buffer: Buffer,
+    budget: Budget,
+    /// What is left of what the process at hand has to itself.
+    own: Own,
+    /// The `signal_struct`s whose threads are among the rows, with the process they were found by.
+    signals: FxHashMap<Gva, Gva>,
+}
+
+impl Made {
+    fn new(reader: &ThreadReader, processes: usize) -> Self {
+        Self {
+            rows: Vec::new(),
+            warnings: Warnings::default(),
+            buffer: reader.spans.buffer(),
+            budget: Budget::shared_by(processes, OWN),
+            own: Own::default(),
+            signals: FxHashMap::default(),
+        }
     }
 }
 
@@ -124,27 +163,42 @@ impl ThreadReader {
         })
     }
 
-    /// The threads of the process whose leader is `leader`.
-    fn process(&self, leader: Gva, buffer: &mut Buffer, warnings: &mut Vec<String>) -> Vec<Thread> {
+    /// Adds the threads of the process whose leader is `leader`; false where there is no room for them.
+    fn process(&self, leader: Gva, made: &mut Made) -> bool {
         let space = self.kernel.space();
-        let threads = self.task.signal.read(space, leader).map(|signal| {
-            let walk = list::walk(space, self.signal.thread_head.at(signal), MAX_THREADS).walk;
-            warnings.extend(walk.end.warning(&format!("thread list of the task at {leader}")));
-            walk.items
-                .iter()
-                .map(|&at| self.task.thread_node.container(at))
-                .collect::<Vec<_>>()
-        });
-        match threads {
-            Ok(threads) if !threads.is_empty() => threads.into_iter().map(|t| self.row(t, buffer)).collect(),
-            // A thread is better than none: the leader itself.
-            Ok(_) => vec![self.row(leader, buffer)],
-            Err(error) => {
-                let mut row = self.row(leader, buffer);
-                row.problems.push(Problem::read("tid", &error));
-                vec![row]
-            }
+        made.own = made.budget.own();
+        let signal = match self.task.signal.read(space, leader) {
+            Ok(signal) => signal,
+            Err(error) => return self.add(leader, Some(Problem::read("tid", &error)), made),
+        };
+        if let Some(&other) = made.signals.get(&signal) {
+            // Processes have lists of threads of their own. Threads are shown once, however many say that they are theirs.
+            let reason = format!("its list of threads is that of the task at {other}");
+            return self.add(leader, Some(Problem::new("tid", reason)), made);
         }
+        made.signals.insert(signal, leader);
+        let limit = made.budget.limit(MAX_THREADS);
+        let walk = list::walk(space, self.signal.thread_head.at(signal), limit).walk;
+        made.budget.walked(walk.items.len());
+        made.warnings
+            .extend(walk.end.warning(&format!("thread list of the task at {leader}")));
+        if walk.items.is_empty() {
+            // A thread is better than none: the leader itself.
+            return self.add(leader, None, made);
+        }
+        walk.items
+            .iter()
+            .all(|&at| self.add(self.task.thread_node.container(at), None, made))
+    }
+
+    fn add(&self, task: Gva, problem: Option<Problem>, made: &mut Made) -> bool {
+        if !made.budget.row_of(&mut made.own, 0) {
+            return false;
+        }
+        let mut row = self.row(task, &mut made.buffer);
+        row.problems.extend(problem);
+        made.rows.push(row);
+        true
     }
 
     fn row(&self, address: Gva, buffer: &mut Buffer) -> Thread {

@@ -1,9 +1,11 @@
 //! CPU time of processes and threads, as /proc shows it.
 
+use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
 
 use super::layouts::{SignalLayout, TaskLayout};
 use crate::Kernel;
+use crate::budget::Budget;
 use crate::layout::Buffer;
 use crate::structures::list;
 
@@ -17,6 +19,21 @@ pub(crate) struct Times {
     pub(crate) system: u64,
 }
 
+/// Times that were summed already. Each process has a `signal_struct` of its own; one that many say is theirs is followed once.
+#[derive(Debug, Default)]
+pub(crate) struct TimesCache(FxHashMap<u64, Result<Times, String>>);
+
+impl TimesCache {
+    /// The times of the `signal_struct` at `signal`, by `sum` where they are not known.
+    pub(crate) fn of(
+        &mut self,
+        signal: Gva,
+        sum: impl FnOnce() -> Result<Times, String>,
+    ) -> Result<Times, String> {
+        self.0.entry(signal.0).or_insert_with(sum).clone()
+    }
+}
+
 /// The time of all threads of the process whose `signal_struct` is in `signal`, those that are gone included.
 pub(crate) fn process_times(
     kernel: &Kernel,
@@ -24,13 +41,16 @@ pub(crate) fn process_times(
     layout: &SignalLayout,
     signal: &Buffer,
     address: Gva,
+    budget: &Budget,
 ) -> Result<Times, String> {
     let mut times = Times {
         user: layout.utime.of(signal),
         system: layout.stime.of(signal),
     };
     let mut runtime = layout.runtime.of(signal);
-    let threads = list::walk(kernel.space(), layout.thread_head.at(address), MAX_THREADS).walk;
+    let limit = budget.limit(MAX_THREADS);
+    let threads = list::walk(kernel.space(), layout.thread_head.at(address), limit).walk;
+    budget.walked(threads.items.len());
     if let Some(warning) = threads.end.warning("thread list") {
         return Err(warning);
     }

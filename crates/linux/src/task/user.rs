@@ -1,13 +1,13 @@
 //! A process's own memory, read from outside: its arguments and its environment lie there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vmsight_arch::paging::{self, Absent, PageFault, PagingMode};
 use vmsight_arch::{Dtb, Gva};
 use vmsight_memory::{AddressSpace, GuestMemory, ReadCause, ReadError};
 
 use super::layouts::{MmLayout, TaskLayout};
+use crate::budget::{NO_ROOM, Share};
 use crate::layout::Buffer;
 use crate::listing::Problem;
 use crate::{Kernel, LinuxError};
@@ -15,26 +15,13 @@ use crate::{Kernel, LinuxError};
 /// The most that is read of one process's arguments or environment: what execve takes in all (ARG_MAX) with the usual stack limit.
 pub(crate) const MAX_STRINGS: u64 = 2 << 20;
 
-/// How many bytes of arguments and environment one listing may hold: a hostile guest can have 4 Mi processes with 2 MiB each.
-const LISTING_BUDGET: usize = 64 << 20;
-
-/// What is left of a listing's allowance for strings, shared by the threads that make its rows.
-#[derive(Debug)]
-pub(crate) struct Budget(AtomicUsize);
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self(AtomicUsize::new(LISTING_BUDGET))
-    }
-}
-
-impl Budget {
-    fn take(&self, bytes: usize) -> bool {
-        self.0
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                left.checked_sub(bytes)
-            })
-            .is_ok()
+/// What one byte of arguments or environment costs of a listing's budget. As a list of strings it takes more room than in the guest:
+/// each string has a header, and a byte that is no UTF-8 is spelt out.
+fn weight(byte: u8) -> usize {
+    match byte {
+        0 => 32,
+        0x80.. => 4,
+        _ => 1,
     }
 }
 
@@ -131,67 +118,77 @@ impl Strings {
     }
 }
 
-/// Reads `start..end`. What follows an unreadable page is left out and said.
+/// Reads `start..end`, at most as much as `share` has room for. What follows an unreadable page is left out and said.
 pub(crate) fn strings(
     space: &UserMemory<'_>,
     start: u64,
     end: u64,
     field: &'static str,
-    budget: &Budget,
+    share: &mut Share<'_>,
 ) -> Strings {
-    let mut problem = None;
-    let mut len = if start == 0 { 0 } else { end.saturating_sub(start) };
-    if len > MAX_STRINGS {
-        problem = Some(Problem::new(
-            field,
-            format!("{len} bytes long, cut after {MAX_STRINGS}"),
-        ));
-        len = MAX_STRINGS;
-    }
-    let len = len as usize;
-    if !budget.take(len) {
-        let reason = "left out, the listing holds too many bytes already";
+    let claimed = if start == 0 { 0 } else { end.saturating_sub(start) };
+    // No byte costs less than one, so more than is left need not be read.
+    let room = share.bytes_left() as u64;
+    let wanted = claimed.min(MAX_STRINGS).min(room) as usize;
+    let (mut bytes, hole) = read_to_hole(space, Gva(start), wanted);
+    if let (0, Some(error)) = (bytes.len(), &hole) {
         return Strings {
             bytes: None,
-            problem: Some(Problem::new(field, reason)),
+            problem: Some(Problem::read(field, error)),
         };
     }
-    let mut bytes = vec![0; len];
-    if len == 0 || space.read(Gva(start), &mut bytes).is_ok() {
-        return Strings {
-            bytes: Some(bytes),
-            problem,
-        };
-    }
-    // Page by page, to keep what comes before the hole.
-    let mut done = 0;
-    while done < len {
-        let at = Gva(start.wrapping_add(done as u64));
-        let step = (4096 - at.page_offset()).min(len - done);
-        let Some(piece) = bytes.get_mut(done..done + step) else {
-            break;
-        };
-        if let Err(error) = space.read(at, piece) {
-            let why = Problem::read(field, &error);
-            if done == 0 {
-                return Strings {
-                    bytes: None,
-                    problem: Some(why),
-                };
-            }
-            bytes.truncate(done);
-            problem = Some(Problem::new(
-                field,
-                format!("cut after {done} of {len} bytes: {}", why.reason),
-            ));
-            break;
+    let read = bytes.len();
+    let kept = affordable(&bytes, share);
+    bytes.truncate(kept);
+    let reason = match hole {
+        _ if kept == 0 && claimed > 0 => Some(NO_ROOM.to_owned()),
+        _ if kept < read => Some(format!(
+            "cut after {kept} of {claimed} bytes, the listing holds too many already"
+        )),
+        Some(error) => Some(format!(
+            "cut after {kept} of {claimed} bytes: {}",
+            Problem::read(field, &error).reason
+        )),
+        None if claimed > MAX_STRINGS && kept as u64 == MAX_STRINGS => {
+            Some(format!("{claimed} bytes long, cut after {MAX_STRINGS}"))
         }
-        done += step;
-    }
+        None if (kept as u64) < claimed => Some(format!(
+            "cut after {kept} of {claimed} bytes, the listing holds too many already"
+        )),
+        None => None,
+    };
     Strings {
-        bytes: Some(bytes),
-        problem,
+        bytes: (kept > 0 || claimed == 0).then_some(bytes),
+        problem: reason.map(|reason| Problem::new(field, reason)),
     }
+}
+
+/// The bytes from `start` on up to the first that cannot be read, `len` at most, and why that could not.
+fn read_to_hole(space: &UserMemory<'_>, start: Gva, len: usize) -> (Vec<u8>, Option<ReadError>) {
+    let mut bytes = vec![0; len];
+    let Err(error) = space.read(start, &mut bytes) else {
+        return (bytes, None);
+    };
+    // Pages are read in order: what comes before the hole is there.
+    bytes.truncate(usize::try_from(error.gva.0.wrapping_sub(start.0)).map_or(0, |done| done.min(len)));
+    (bytes, Some(error))
+}
+
+/// How many of `bytes`, from the first on, `share` has room for; takes that much.
+fn affordable(bytes: &[u8], share: &mut Share<'_>) -> usize {
+    let cost = bytes.iter().copied().map(weight).sum();
+    let mut granted = share.some_bytes(cost);
+    if granted == cost {
+        return bytes.len();
+    }
+    let mut fits = |byte: u8| match granted.checked_sub(weight(byte)) {
+        Some(left) => {
+            granted = left;
+            true
+        }
+        None => false,
+    };
+    bytes.iter().take_while(|&&byte| fits(byte)).count()
 }
 
 /// Reads what /proc/PID/cmdline shows of the process whose `mm_struct` is in `buffer`.
@@ -202,11 +199,11 @@ pub(crate) fn command_line(
     space: &UserMemory<'_>,
     mm: &MmLayout,
     buffer: &Buffer,
-    budget: &Budget,
+    share: &mut Share<'_>,
 ) -> Strings {
     let (start, end) = (mm.arg_start.of(buffer), mm.arg_end.of(buffer));
     let (env_start, env_end) = (mm.env_start.of(buffer), mm.env_end.of(buffer));
-    let mut read = strings(space, start, end, "cmdline", budget);
+    let mut read = strings(space, start, end, "cmdline", share);
     if let Some(bytes) = &mut read.bytes
         && read.problem.is_none()
         && bytes.last().is_some_and(|&b| b != 0)
@@ -214,7 +211,7 @@ pub(crate) fn command_line(
         match bytes.iter().position(|&b| b == 0) {
             Some(nul) => bytes.truncate(nul),
             None if env_start == end && env_end > env_start => {
-                let more = strings(space, end, env_end, "cmdline", budget);
+                let more = strings(space, end, env_end, "cmdline", share);
                 let title = more.bytes.unwrap_or_default();
                 bytes.extend_from_slice(title.split(|&b| b == 0).next().unwrap_or(&[]));
                 read.problem = more.problem;

@@ -287,3 +287,38 @@ fn a_process_without_a_table_or_with_a_broken_one_is_said() {
         let _ = offset("file", "f_mode");
     }
 }
+
+#[test]
+fn processes_that_share_their_threads_do_not_multiply_their_files() {
+    const COUNT: u64 = 30;
+    let mut t = tree();
+    let name = t.guest.dentry(b"log", Some(t.root), t.inode);
+    let file = t.guest.file(t.root_mount, name);
+    let signal = t.guest.make("signal_struct", &[("nr_threads", COUNT)]);
+    let mut nodes = Vec::new();
+    for tid in 0..COUNT {
+        let thread = t.guest.make("task_struct", &[("pid", 100 + tid), ("tgid", 1)]);
+        t.guest.open(thread, &[file]);
+        nodes.push(thread + offset("task_struct", "thread_node"));
+    }
+    t.guest
+        .list(signal + offset("signal_struct", "thread_head"), &nodes);
+    for pid in 1..=COUNT {
+        let task = t.guest.process(pid, "sharing");
+        t.guest.set(task, "task_struct", "signal", signal);
+    }
+    let listing = files(&t.guest.kernel());
+    assert_eq!(
+        listing.rows.len() as u64,
+        COUNT,
+        "a descriptor of each thread, once"
+    );
+    assert!(
+        listing
+            .warnings
+            .iter()
+            .any(|w| w.contains("29 processes have a list of threads that is another's")),
+        "{:?}",
+        listing.warnings
+    );
+}

@@ -12,6 +12,7 @@ use vmsight_symbols::kernel::KernelImage;
 use vmsight_symbols::types::{Builder, Def, MemberDef};
 use vmsight_symbols::{Profile, ProfileSource, SymbolTable, TypeId, Types};
 
+use crate::flicker;
 use crate::layout::{self, STRUCTS};
 
 /// Where the guest maps all its memory.
@@ -369,6 +370,11 @@ impl Guest {
     pub(crate) fn live(&self) -> (Kernel, GuestMemory) {
         let memory = GuestMemory::live_from_bytes(vec![(Gpa(0), self.bytes.clone())]).unwrap();
         (self.over(memory.clone()), memory)
+    }
+
+    /// The kernel as vmsight sees it while it runs, when the word at `at` is `first` at the first look.
+    pub(crate) fn flickering(&self, at: u64, first: u64) -> Kernel {
+        self.over(flicker::memory(&self.bytes, at - DIRECT_MAP, first))
     }
 
     /// Where an address of the direct map lies in memory.

@@ -20,6 +20,27 @@ pub(crate) const STRUCTS: &[Structure] = &[
         ("future_tbl", 48, 8),
         ("buckets", 64, 0),
     ]),
+    ("cgroup", 2000, &[
+        ("self.sibling", 40, 16),
+        ("self.children", 56, 16),
+        ("self.flags", 108, 4),
+        ("kn", 248, 8),
+        ("cset_links", 352, 16),
+        ("root", 400, 8),
+    ]),
+    ("cgroup_root", 6000, &[
+        ("subsys_mask", 8, 4),
+        ("hierarchy_id", 12, 4),
+        ("cgrp", 128, 2000),
+        ("root_list", 4900, 16),
+        ("name", 5000, 64),
+    ]),
+    ("cgrp_cset_link", 48, &[
+        ("cgrp", 0, 8),
+        ("cset", 8, 8),
+        ("cset_link", 16, 16),
+        ("cgrp_link", 32, 16),
+    ]),
     ("cred", 184, &[
         ("uid", 8, 4),
         ("gid", 12, 4),
@@ -36,6 +57,11 @@ pub(crate) const STRUCTS: &[Structure] = &[
         ("cap_ambient", 80, 8),
         ("user_ns", 144, 8),
         ("group_info", 160, 8),
+    ]),
+    ("css_set", 400, &[
+        ("dfl_cgrp", 136, 8),
+        ("nr_tasks", 144, 4),
+        ("cgrp_links", 200, 16),
     ]),
     ("dentry", 192, &[
         ("d_hash.pprev", 16, 8),
@@ -134,6 +160,11 @@ pub(crate) const STRUCTS: &[Structure] = &[
     ]),
     ("kernel_param_ops", 32, &[
         ("get", 16, 8),
+    ]),
+    ("kernfs_node", 128, &[
+        ("__parent", 8, 8),
+        ("name", 16, 8),
+        ("id", 96, 8),
     ]),
     ("kparam_array", 32, &[
         ("max", 0, 4),

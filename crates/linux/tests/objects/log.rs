@@ -215,3 +215,13 @@ fn lies_about_a_text_cost_that_text() {
     assert_eq!(ring.texts().len(), 2);
     let _ = offset("prb_desc", "state_var");
 }
+
+#[test]
+fn a_record_that_came_out_marked_is_read_again() {
+    let ring = ring().three();
+    let owner = ring.data;
+    let kernel = ring.guest.flickering(owner, 1234);
+    let listing = timed(|| kernel.kmsg().unwrap());
+    assert_eq!(listing.rows[0].text.as_deref(), Some("the first"));
+    assert!(listing.rows.iter().all(|row| row.problems.is_empty()));
+}

@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod cgroups;
 mod files;
+#[path = "../flicker/mod.rs"]
+mod flicker;
 mod guest;
 mod layout;
 mod log;

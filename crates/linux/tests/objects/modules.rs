@@ -170,6 +170,41 @@ fn broken_pointers_cost_their_own_field() {
 }
 
 #[test]
+fn modules_that_share_their_symbols_do_not_fill_the_memory() {
+    const SYMBOLS: u64 = 30_000;
+    let mut guest = Guest::new();
+    let head = guest.space(16);
+    let name = guest.text(&[b's'; 511]);
+    let symbols = guest.space(SYMBOLS * 24);
+    for index in 0..SYMBOLS {
+        // Elf64_Sym: the name is the first of the table of strings, the section number 1.
+        guest.put(symbols + index * 24, 1 << 48);
+    }
+    let table = guest.make(
+        "mod_kallsyms",
+        &[("symtab", symbols), ("num_symtab", SYMBOLS), ("strtab", name)],
+    );
+    let modules: Vec<u64> = (0..20)
+        .map(|_| {
+            let at = module(&mut guest, b"twin");
+            guest.set(at, "module", "kallsyms", table);
+            at + offset("module", "list")
+        })
+        .collect();
+    guest.list(head, &modules);
+    guest.symbol("modules", head);
+    let kernel = guest.kernel();
+    let listing = kernel.module_symbols().unwrap();
+    let held: usize = listing.rows.iter().map(|row| row.name.len()).sum();
+    assert!(held > 250 << 20 && held <= 256 << 20, "{held} bytes");
+    assert!(
+        listing.warnings.iter().any(|w| w.contains("256 MiB")),
+        "{:?}",
+        listing.warnings
+    );
+}
+
+#[test]
 fn a_list_that_is_rewritten_while_it_is_read_is_whole_or_marked() {
     let (guest, [first, second]) = two();
     let (kernel, memory) = guest.live();

@@ -218,3 +218,53 @@ fn a_namespace_that_only_a_file_holds_is_found_by_its_inode() {
         listing.warnings
     );
 }
+
+#[test]
+fn namespaces_that_share_long_paths_do_not_fill_the_memory() {
+    const NAMESPACES: u64 = 80;
+    const MOUNTS: u64 = 80;
+    let mut guest = Guest::new();
+    let sb = guest.filesystem("ext4");
+    let inode = guest.inode(sb, 2, 0o040_755);
+    let root = guest.dentry(b"/", None, inode);
+    let mut deep = root;
+    for _ in 0..30 {
+        deep = guest.dentry(&[b'd'; 1020], Some(deep), inode);
+    }
+    let top = guest.mount(1, sb, root, None);
+    let mut last: Option<u64> = None;
+    let mut tree = 0;
+    for id in 0..MOUNTS {
+        let node = guest.mount(2 + id, sb, deep, Some((top, deep))) + offset("mount", "mnt_node");
+        match last {
+            Some(last) => guest.put(last + 8, node),
+            None => tree = node,
+        }
+        last = Some(node);
+    }
+    let mut last = guest.space(8);
+    guest.symbol("mnt_ns_tree", last);
+    for inum in 0..NAMESPACES {
+        let namespace = guest.make("mnt_namespace", &[("ns.inum", 100 + inum), ("mounts", tree)]);
+        let node = namespace + offset("mnt_namespace", "mnt_ns_tree_node");
+        guest.put(last, node);
+        last = node + 8;
+    }
+    let kernel = guest.kernel();
+    let listing = kernel.mounts().unwrap();
+    let held: usize = listing
+        .rows
+        .iter()
+        .flat_map(|row| [&row.root, &row.mount_point])
+        .flatten()
+        .map(String::len)
+        .sum();
+    assert!(held > 200 << 20 && held <= 256 << 20, "{held} bytes");
+    for said in ["256 MiB", "namespaces are left out"] {
+        assert!(
+            listing.warnings.iter().any(|w| w.contains(said)),
+            "{:?}",
+            listing.warnings
+        );
+    }
+}

@@ -209,6 +209,49 @@ fn a_netlink_table_that_lies_is_cut() {
     }
 }
 
+#[test]
+fn groups_of_many_netlink_sockets_do_not_fill_the_memory() {
+    let mut guest = Guest::new();
+    tables(&mut guest, &[]);
+    let table = guest.space(32 * 208);
+    let pointer = guest.space(8);
+    guest.put(pointer, table);
+    guest.symbol("nl_table", pointer);
+    let buckets = guest.make("bucket_table", &[("size", 1)]);
+    let head = guest.space(8);
+    assert_eq!(head, buckets + offset("bucket_table", "buckets"));
+    guest.set(table, "netlink_table", "hash.tbl", buckets);
+    let groups = guest.space(8192);
+    guest.put_bytes(groups, &[0xff; 8192]);
+    let mut at = head;
+    for port in 0..1100 {
+        let sock = guest.make(
+            "netlink_sock",
+            &[("portid", port), ("ngroups", 65536), ("groups", groups)],
+        );
+        guest.set(sock, "sock", "__sk_common.skc_family", 16);
+        guest.set(sock, "sock", "__sk_common.skc_net.net", guest.net);
+        let node = sock + offset("netlink_sock", "node");
+        guest.put(at, node);
+        at = node;
+    }
+    let kernel = guest.kernel();
+    let listing = kernel.sockets(SocketFilter::ALL).unwrap();
+    assert_eq!(listing.rows.len(), 1100, "{:?}", listing.warnings);
+    let (with, without): (Vec<_>, Vec<_>) = listing.rows.iter().partition(|row| !row.groups.is_empty());
+    assert_eq!(with.len(), 1024, "256 MiB of groups");
+    assert!(
+        without
+            .iter()
+            .all(|row| row.problems.iter().any(|p| p.field == "groups"))
+    );
+    assert!(
+        listing.warnings.iter().any(|w| w.contains("256 MiB")),
+        "{:?}",
+        listing.warnings
+    );
+}
+
 fn device(guest: &mut Guest, index: u64, name: &[u8]) -> u64 {
     let device = guest.make(
         "net_device",

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used)]
 
+#[path = "../flicker/mod.rs"]
+mod flicker;
+
 use std::collections::BTreeMap;
 
 use vmsight_arch::paging::PagingMode;
@@ -489,6 +492,11 @@ impl Guest {
     pub fn live(&self) -> (Kernel, GuestMemory) {
         let memory = GuestMemory::live_from_bytes(vec![(Gpa(0), self.bytes.clone())]).unwrap();
         (self.over(memory.clone()), memory)
+    }
+
+    /// The kernel as vmsight sees it, running, when the word at `at` is `first` at the first look.
+    pub fn flickering(&self, at: u64, first: u64) -> Kernel {
+        self.over(flicker::memory(&self.bytes, at & 0x3fff_ffff, first))
     }
 
     fn over(&self, memory: GuestMemory) -> Kernel {
