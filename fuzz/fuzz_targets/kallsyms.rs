@@ -30,7 +30,7 @@ fuzz_target!(|data: &[u8]| {
             assert!(symbols.addresses(first.name).any(|a| a == first.address));
         }
     }
-    for export in exports::find(section, &image) {
+    for export in exports::find(section, &image).symbols {
         assert!(!export.name.is_empty());
     }
     if let Ok(table) = SymbolTable::from_bytes(Bytes::from(data.to_vec())) {

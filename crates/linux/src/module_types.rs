@@ -25,8 +25,12 @@ const MAX_BTF: u32 = 64 << 20;
 impl Kernel {
     /// The types of a loaded module, over the kernel's own; read at the first call.
     ///
+    /// They are laid over the BTF that the guest itself carries, also where [`Kernel::types`] are from a file: a module's BTF goes on
+    /// counting where its kernel's ends, and with any other types below, each reference would lead elsewhere.
+    ///
     /// # Errors
-    /// If the kernel keeps none for it: built without CONFIG_DEBUG_INFO_BTF_MODULES, older than 5.11, or no such module.
+    /// If the kernel keeps none for it: built without CONFIG_DEBUG_INFO_BTF_MODULES, older than 5.11, or no such module. If its
+    /// own BTF could not be read.
     pub fn module_types(&self, module: &str) -> Result<Types, LinuxError> {
         let cache = self.module_type_cache();
         if let Some(known) = cache.read().unwrap_or_else(PoisonError::into_inner).get(module) {
@@ -61,6 +65,13 @@ impl Kernel {
 
     fn types_at(&self, layout: &BtfLayout, btf: Gva, module: &str) -> Result<Types, LinuxError> {
         let what = || format!("the types of module {module}");
+        let base = self.profile().guest_types();
+        if base.is_empty() {
+            return Err(LinuxError::NotFound(format!(
+                "{} continue the BTF of the kernel, which could not be read in the guest; no file can stand in for it",
+                what()
+            )));
+        }
         let size = layout
             .data_size
             .read(self.space(), btf)
@@ -79,7 +90,7 @@ impl Kernel {
         self.space()
             .read(data, &mut bytes)
             .map_err(LinuxError::read(what(), data))?;
-        Types::from_split_btf(self.types(), bytes).map_err(|error| LinuxError::Implausible {
+        Types::from_split_btf(base, bytes).map_err(|error| LinuxError::Implausible {
             what: what(),
             reason: error.to_string(),
         })

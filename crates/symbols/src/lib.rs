@@ -1,5 +1,7 @@
 //! The profile of one kernel build: its symbols and types.
 
+#![forbid(unsafe_code)]
+
 pub mod cache;
 pub mod export;
 pub mod import;

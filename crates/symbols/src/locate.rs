@@ -1,13 +1,13 @@
 //! From a guest's memory to its kernel and profile in one step, by way of the cache.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use vmsight_arch::paging;
 use vmsight_arch::{Dtb, Gva};
 use vmsight_memory::GuestMemory;
 
 use crate::cache::{Cache, Saving};
-use crate::import::{self, ImportError, WrongFile};
+use crate::import::{self, Checked, ImportError, WrongFile};
 use crate::kernel::{self, FindError, Found, Hints, KernelImage};
 use crate::profile::{self, Profile, ProfileError, ProfileSource, no_types};
 use crate::table::SymbolTable;
@@ -41,28 +41,48 @@ pub enum LocateError {
     /// The symbol file is another kernel's.
     #[error(transparent)]
     WrongFile(#[from] WrongFile),
+    /// The symbol file does not say where the image begins, and nothing else says how far KASLR has moved it.
+    #[error(
+        "{path} has neither _text nor _stext, and the target's own symbols do not tell where the file's lie: give a \
+         complete file"
+    )]
+    NoText {
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// Finds the kernel in `memory` and its profile, out of the cache or else out of memory.
 ///
+/// Where nothing can be read of the kernel that was chosen, all of memory is searched for others, and those are tried:
+/// [`Found::why`] and [`Profile::warnings`] say so then.
+///
 /// # Errors
-/// If no kernel can be proven, or its symbols cannot be read.
+/// If no kernel can be proven, or of none of those found symbols can be read.
 pub fn locate(memory: &GuestMemory, hints: &Hints, cache: &Cache) -> Result<Located, LocateError> {
-    let found = kernel::find_known(memory, hints, &cache.known())?;
-    let image = found.image();
-    if let Some(profile) = cache.load(memory, image) {
-        let image = confirm(memory, image, &profile);
-        return Ok(Located {
-            image,
-            found,
-            profile,
-            saving: None,
-        });
-    }
-    let made = profile::make(memory, image)?;
-    let profile = made.profile.clone();
-    let saving = cache.store(memory, image, made);
-    let image = confirm(memory, image, &profile);
+    let known = cache.known();
+    let found = kernel::find_known(memory, hints, hints.thorough, &known)?;
+    let read = |image: &KernelImage| {
+        if let Some(profile) = cache.load(memory, image) {
+            return Ok((profile, None));
+        }
+        let made = profile::make(memory, image)?;
+        let profile = made.profile.clone();
+        Ok((profile, cache.store(memory, image, made)))
+    };
+    let before = (found.image().phys, found.why.clone());
+    let (found, (mut profile, saving)) = match first_readable(found, read) {
+        Ok(read) => read,
+        // A shortcut may have led to what only looks like a kernel.
+        Err(error) if !hints.thorough => {
+            let mut found = kernel::find_known(memory, hints, true, &known)?;
+            found.prefer(before);
+            first_readable(found, read).map_err(|_| error)?
+        }
+        Err(error) => return Err(error.into()),
+    };
+    profile.warnings.extend(found.warnings.iter().cloned());
+    let image = confirm(memory, found.image(), &profile);
     Ok(Located {
         image,
         found,
@@ -71,34 +91,73 @@ pub fn locate(memory: &GuestMemory, hints: &Hints, cache: &Cache) -> Result<Loca
     })
 }
 
+/// The first kernel, by preference, of which something can be read; the reason why the chosen one cannot where there is none.
+fn first_readable<T>(
+    mut found: Found,
+    read: impl Fn(&KernelImage) -> Result<T, ProfileError>,
+) -> Result<(Found, T), ProfileError> {
+    let mut first = None;
+    for i in found.by_preference() {
+        let Some(image) = found.candidates.get(i) else {
+            continue;
+        };
+        match read(image) {
+            Ok(read) => {
+                if let Some(error) = first {
+                    let error: ProfileError = error;
+                    found.choose_instead(i, &error.to_string());
+                }
+                return Ok((found, read));
+            }
+            Err(error) => first = first.or(Some(error)),
+        }
+    }
+    Err(first.unwrap_or(ProfileError::NoData {
+        release: found.image().release().to_owned(),
+        text: found.image().text,
+    }))
+}
+
 /// Finds the kernel in `memory`, and takes symbols, types or both from the file at `path`; what the file lacks comes out of
 /// memory. The cache is not used: a file is given where memory is not trusted, or lacks something.
 ///
 /// # Errors
-/// If the file cannot be read or is for another kernel, no kernel can be proven, or there are no symbols in either.
+/// If the file cannot be read or is for another kernel, no kernel can be proven, or there are no symbols in either; if the file's
+/// symbols cannot be tied to where the kernel lies ([`LocateError::NoText`]).
 pub fn locate_with_file(memory: &GuestMemory, hints: &Hints, path: &Path) -> Result<Located, LocateError> {
     let imported = import::open(path)?;
     let found = kernel::find(memory, hints)?;
     let image = found.image();
-    let mut profile = match Profile::from_memory(memory, image) {
-        Ok(profile) => profile,
+    let tied = imported
+        .symbols
+        .as_ref()
+        .is_none_or(|s| import::text_of(s).is_some());
+    // Whether memory says where the kernel was linked to.
+    let (linked, mut profile) = match profile::make(memory, image) {
+        Ok(made) => (made.has_kallsyms(), made.profile),
         // Without symbols in memory those of the file will do.
         Err(error) if imported.symbols.is_some() => {
             let mut profile = Profile::new(
                 image.build_id.clone(),
                 image.banner.clone(),
                 SymbolTable::empty(),
-                no_types(),
+                profile::types_of(memory, image).unwrap_or_else(no_types),
                 ProfileSource::Memory,
             );
             profile
                 .warnings
                 .push(format!("the guest's own symbols could not be read: {error}"));
-            profile
+            (false, profile)
         }
         Err(error) => return Err(error.into()),
     };
-    imported.apply(&mut profile)?;
+    let checked = imported.apply(&mut profile)?;
+    if !tied && (!linked || checked == Checked::Unchecked) {
+        return Err(LocateError::NoText {
+            path: path.to_owned(),
+        });
+    }
+    profile.warnings.extend(found.warnings.iter().cloned());
     let image = confirm(memory, image, &profile);
     Ok(Located {
         image,

@@ -411,6 +411,123 @@ fn a_disabled_cache_keeps_nothing() {
     }
 }
 
+/// What a kernel lacks by its configuration it always lacks.
+#[test]
+fn kernels_that_lack_something_are_kept_and_say_so_again() {
+    let without_types = Kernel {
+        with_btf: false,
+        ..kernel()
+    };
+    let functions_only = Kernel {
+        exports: Some(12),
+        many_types: true,
+        ..kernel()
+    };
+    let neither = Kernel {
+        exports: Some(8),
+        ..without_types.clone()
+    };
+    for k in [without_types, functions_only, neither] {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(&dir.path().join("p")).unwrap();
+        let read = located(&guest(&k).frozen(), &cache).profile;
+        assert!(!read.warnings.is_empty());
+        for memory in [guest(&k).frozen(), guest(&k).live()] {
+            let l = located(&memory, &cache);
+            assert_eq!(l.profile.source, ProfileSource::Cache, "{:?}", read.warnings);
+            same(&l.profile, &read);
+        }
+        if k.exports.is_some() {
+            // The exports are what the profile was made from, like all else.
+            let mut ram = guest(&k);
+            let text = b"exported_100\0";
+            let at = ram.0.windows(text.len()).position(|w| w == text).unwrap();
+            ram.0[at + 9] = b'9';
+            let l = located(&ram.frozen(), &cache);
+            assert_eq!(l.profile.source, ProfileSource::Memory);
+            assert!(l.profile.symbols.address("exported_900").is_some());
+        }
+        if !k.with_btf {
+            // A guest of the same build that has types does not lose them.
+            let more = Kernel {
+                with_btf: true,
+                many_types: true,
+                exports: Some(12),
+                ..k.clone()
+            };
+            let l = located(&guest(&more).frozen(), &cache);
+            assert!(l.profile.has_types());
+        }
+    }
+}
+
+/// Nothing in such a file ties it to a guest, so it would serve any of the build-id in its name.
+#[test]
+fn a_file_without_sources_serves_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    let cache = Cache::open(&path).unwrap();
+    let k = Kernel {
+        with_btf: false,
+        ..kernel()
+    };
+    let memory = guest(&k).frozen();
+    located(&memory, &cache);
+    let file = files(&path)[0].clone();
+    let whole = fs::read(&file).unwrap();
+    let found = find(&memory, &Hints::default()).unwrap();
+    assert!(cache.load(&memory, found.image()).is_some());
+
+    let number = |at: usize| u64::from_le_bytes(whole[at..at + 8].try_into().unwrap()) as usize;
+    let header_len = number(8);
+    let derived = number(header_len - 16) + number(header_len - 8);
+    // Facts, build-id, banner and warnings; then come the sources.
+    let mut at = 56 + 5 * 8;
+    for _ in 0..2 {
+        at += 8 + number(at);
+    }
+    let warnings = number(at);
+    at += 8;
+    for _ in 0..warnings {
+        at += 8 + number(at);
+    }
+    let sources = number(at);
+    assert!(sources >= 6);
+    let rewritten = |kept: &[usize]| {
+        let mut body = whole[56..at].to_vec();
+        body.extend((kept.len() as u64).to_le_bytes());
+        body.extend(u64::MAX.to_le_bytes());
+        let mut bytes = Vec::new();
+        let mut from = header_len + derived;
+        for i in 0..sources {
+            let entry = at + 16 + i * 16;
+            let len = number(entry + 8);
+            if kept.contains(&i) {
+                body.extend(&whole[entry..entry + 16]);
+                bytes.extend(&whole[from..from + len]);
+            }
+            from += len;
+        }
+        body.extend(&whole[header_len - 16..header_len]);
+        let made = &whole[header_len..header_len + derived];
+        let mut out = whole[..8].to_vec();
+        out.extend((56 + body.len() as u64).to_le_bytes());
+        out.extend(((56 + body.len() + made.len() + bytes.len()) as u64).to_le_bytes());
+        out.extend(blake3::hash(&[&body, made].concat()).as_bytes());
+        [&out, &body, made, &bytes].concat()
+    };
+    let loads = |kept: &[usize]| {
+        fs::write(&file, rewritten(kept)).unwrap();
+        cache.load(&memory, found.image()).is_some()
+    };
+    let all: Vec<usize> = (0..sources).collect();
+    assert!(loads(&all), "what this test writes is a file");
+    assert!(!loads(&[]));
+    // Build-id and banner alone do not make symbols either, nor do tables a kernel.
+    assert!(!loads(&all[sources - 2..]));
+    assert!(!loads(&all[..sources - 2]));
+}
+
 #[test]
 fn damaged_profiles_are_not_kept() {
     let dir = tempfile::tempdir().unwrap();

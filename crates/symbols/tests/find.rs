@@ -10,7 +10,7 @@ use vmsight_arch::paging;
 use vmsight_arch::{Gpa, Gva};
 use vmsight_memory::GuestMemory;
 use vmsight_symbols::kernel::{FindError, Found, Hints, find};
-use vmsight_symbols::{Profile, cache::Cache, locate};
+use vmsight_symbols::{LocateError, Profile, cache::Cache, locate, locate_with_file};
 
 const TRAMPOLINE: u64 = 0x9_8000;
 
@@ -217,6 +217,215 @@ fn of_two_kernels_cr3_tells_which_runs() {
     check(&find(&ram.frozen(), &thorough).unwrap(), &dead);
 }
 
+/// What a CPU's registers say is not in the guest's hands: a decoy has the trampoline page, a later clock and, if need be, CR3.
+#[test]
+fn a_decoy_does_not_stand_against_where_the_cpus_go() {
+    let (decoy, live, mut ram) = two_kernels();
+    let decoy = Kernel {
+        clock: 1_900_000_000,
+        ..decoy
+    };
+    ram.install(&decoy);
+    ram.trampoline(&decoy, TRAMPOLINE);
+    let idt = ram.interrupts(&live, live.text + 0x2000);
+    let memory = ram.frozen();
+
+    // Not asked to be thorough, the trampoline is believed.
+    check(&find(&memory, &Hints::default()).unwrap(), &decoy);
+
+    let by = |change: &dyn Fn(&mut vmsight_arch::Registers)| {
+        let mut registers = live.registers(live.dtb().0);
+        change(&mut registers);
+        let mut thorough = hints(vec![registers]);
+        thorough.thorough = true;
+        find(&memory, &thorough).unwrap()
+    };
+    let found = by(&|r| r.lstar = Some(live.text + 0x80));
+    check(&found, &live);
+    assert!(found.why.contains("LSTAR"), "{}", found.why);
+    assert!(found.warnings.is_empty(), "{:?}", found.warnings);
+    let found = by(&|r| r.idt.base = Gva(idt));
+    check(&found, &live);
+    assert!(found.why.contains("page-fault gate"), "{}", found.why);
+    // An entry that the CPU's own tables do not map into the image proves nothing.
+    let found = by(&|r| r.lstar = Some(decoy.text + 0x80));
+    check(&found, &live);
+    assert!(found.why.contains("CR3"), "{}", found.why);
+
+    // Two CPUs in two kernels cannot be.
+    let mut one = live.registers(live.dtb().0);
+    one.lstar = Some(live.text + 0x80);
+    let mut other = decoy.registers(decoy.dtb().0);
+    other.lstar = Some(decoy.text + 0x80);
+    other.vcpu = 1;
+    let found = find(&memory, &hints_thorough(vec![one, other])).unwrap();
+    check(&found, &live);
+    assert!(found.warnings[0].contains("CPU 1 enters"), "{:?}", found.warnings);
+}
+
+fn hints_thorough(registers: Vec<vmsight_arch::Registers>) -> Hints {
+    Hints {
+        thorough: true,
+        ..hints(registers)
+    }
+}
+
+#[test]
+fn doubts_about_the_choice_are_said() {
+    // A decoy alone can be proven, and the CPU is elsewhere.
+    let decoy = Kernel::new(32 * MIB, 0x1280_0000);
+    let mut ram = Ram::new(64);
+    ram.install(&decoy);
+    ram.trampoline(&decoy, TRAMPOLINE);
+    let elsewhere = vec![decoy.registers(60 * MIB)];
+    let found = find(&ram.frozen(), &hints_thorough(elsewhere.clone())).unwrap();
+    check(&found, &decoy);
+    assert!(found.warnings[0].contains("decoy"), "{:?}", found.warnings);
+    // It gets to whoever reads the profile.
+    let l = locate(&ram.frozen(), &hints_thorough(elsewhere), &Cache::disabled()).unwrap();
+    assert_eq!(l.profile.warnings, found.warnings);
+    // With its own registers there is none.
+    let own = vec![decoy.registers(decoy.dtb().0)];
+    let found = find(&ram.frozen(), &hints_thorough(own)).unwrap();
+    assert!(
+        found.warnings.is_empty() && found.why.contains("CR3"),
+        "{found:?}"
+    );
+
+    // Two, and nothing but the guest's word to choose by.
+    let (_, live, ram) = two_kernels();
+    let l = locate(&ram.from(MIB), &Hints::default(), &Cache::disabled()).unwrap();
+    assert_eq!(l.image.text, Gva(live.text));
+    assert!(
+        l.profile.warnings[0].contains("2 kernels are in memory"),
+        "{:?}",
+        l.profile.warnings
+    );
+}
+
+#[test]
+fn where_nothing_can_be_read_of_the_chosen_kernel_another_is_tried() {
+    let (dead, live, mut ram) = two_kernels();
+    ram.trampoline(&live, TRAMPOLINE);
+    ram.wipe_kallsyms(&live);
+    // The trampoline leads to the one without symbols, and only a search of all memory to the other.
+    let l = locate(&ram.frozen(), &Hints::default(), &Cache::disabled()).unwrap();
+    assert_eq!((l.image.text, l.found.candidates.len()), (Gva(dead.text), 2));
+    assert_eq!(l.found.image().text, Gva(dead.text));
+    let said = l.profile.warnings.join("; ");
+    assert!(
+        said.contains("kernel 6.1.0-live at")
+            && said.contains("instead 5.10.0-dead")
+            && said.contains("kallsyms"),
+        "{said}"
+    );
+    // Where nothing can be read of any, the reason is that of the chosen one.
+    ram.wipe_kallsyms(&dead);
+    let error = locate(&ram.frozen(), &Hints::default(), &Cache::disabled()).unwrap_err();
+    assert!(error.to_string().contains("6.1.0-live"), "{error}");
+}
+
+#[test]
+fn without_its_symbol_table_a_kernel_has_what_it_exports_and_its_types() {
+    let k = Kernel {
+        exports: Some(12),
+        many_types: true,
+        ..Kernel::new(32 * MIB, 0x1280_0000)
+    };
+    let mut ram = Ram::new(64);
+    ram.install(&k);
+    ram.trampoline(&k, TRAMPOLINE);
+    ram.wipe_kallsyms(&k);
+    for memory in [ram.frozen(), ram.live()] {
+        let l = locate(&memory, &Hints::default(), &Cache::disabled()).unwrap();
+        let at = |name: &str| l.profile.symbols.address(name).map(|a| l.image.runtime(a));
+        assert_eq!(at("init_task"), Some(Gva(k.text + DATA + 0x2_0000)));
+        assert_eq!(at("_text"), Some(Gva(k.text)));
+        assert_eq!(at("this_cpu_off"), Some(Gva(0x30000)));
+        assert!(at("linux_banner").is_some());
+        // By their magic, for no symbol says where they are.
+        assert_eq!(l.profile.types.member("task_struct", "pid").unwrap().offset, 40);
+        assert!(
+            l.profile.warnings[0].contains("only the 205 symbols that it exports"),
+            "{:?}",
+            l.profile.warnings
+        );
+    }
+}
+
+#[test]
+fn types_are_found_by_their_magic_where_no_symbol_says_where() {
+    for (many_types, with_btf) in [(true, true), (false, true), (true, false)] {
+        let k = Kernel {
+            exports: Some(12),
+            many_types,
+            with_btf,
+            ..Kernel::new(32 * MIB, 0x1280_0000)
+        };
+        let mut ram = Ram::new(64);
+        ram.install(&k);
+        ram.trampoline(&k, TRAMPOLINE);
+        let l = locate(&ram.frozen(), &Hints::default(), &Cache::disabled()).unwrap();
+        // A few bytes that look like types are test data, not a kernel's.
+        assert_eq!(l.profile.has_types(), many_types && with_btf);
+        let said = l.profile.warnings.iter().any(|w| w.contains("no BTF"));
+        assert_eq!(said, !(many_types && with_btf), "{:?}", l.profile.warnings);
+        // What symbol tables for others are matched by.
+        let banner = l.profile.symbols.address("linux_banner").unwrap();
+        let mut text = vec![0; k.banner().len()];
+        let memory = ram.frozen();
+        memory.read(Gpa(k.phys + (banner - LINK)), &mut text).unwrap();
+        assert_eq!(String::from_utf8(text).unwrap(), k.banner());
+    }
+}
+
+/// Symbols of a file are tied to the guest by `_text`; without it, and without the guest's own, they could be anywhere.
+#[test]
+fn a_symbol_file_that_cannot_be_tied_to_the_guest_is_refused() {
+    let k = Kernel::new(32 * MIB, 0x1280_0000);
+    let mut ram = Ram::new(64);
+    ram.install(&k);
+    ram.trampoline(&k, TRAMPOLINE);
+    let folder = tempfile::tempdir().unwrap();
+    let map = |name: &str, base: u64, with_text: bool| {
+        let path = folder.path().join(name);
+        let lines = k.symbol_list().into_iter().filter_map(|s| {
+            let start = matches!(s.name.as_str(), "_text" | "_stext" | "startup_64");
+            let address = if s.address < 1 << 47 {
+                s.address
+            } else {
+                s.address - k.text + base
+            };
+            let line = format!("{address:016x} {} {}\n", char::from(s.kind), s.name);
+            (with_text || !start).then_some(line)
+        });
+        std::fs::write(&path, lines.collect::<String>()).unwrap();
+        path
+    };
+    let with = |ram: &Ram, file: &std::path::Path| locate_with_file(&ram.frozen(), &Hints::default(), file);
+    let (linked, booted) = (LINK, LINK + 0x700_0000);
+    // Copied from another boot of this kernel, where KASLR had put it elsewhere.
+    for (name, base) in [("System.map", linked), ("kallsyms", booted)] {
+        let l = with(&ram, &map(name, base, true)).unwrap();
+        let task = l.profile.symbols.address("init_task").unwrap();
+        assert_eq!(l.image.runtime(task), Gva(k.text + DATA + 0x2_0000), "{name}");
+        assert_eq!(l.image.runtime(0x1fbc0), Gva(0x1fbc0));
+        assert!(l.profile.warnings.is_empty(), "{:?}", l.profile.warnings);
+    }
+    let cut = map("cut", linked, false);
+    // The guest's own symbols say that those of the file are where they should be.
+    with(&ram, &cut).unwrap();
+    let moved = with(&ram, &map("moved", booted, false)).unwrap_err();
+    assert!(matches!(moved, LocateError::WrongFile(_)), "{moved}");
+    ram.wipe_kallsyms(&k);
+    let error = with(&ram, &cut).unwrap_err();
+    assert!(matches!(error, LocateError::NoText { .. }), "{error}");
+    assert!(error.to_string().contains("neither _text nor _stext"), "{error}");
+    let l = with(&ram, &map("kallsyms", booted, true)).unwrap();
+    let task = l.profile.symbols.address("init_task").unwrap();
+    assert_eq!(l.image.runtime(task), Gva(k.text + DATA + 0x2_0000));
+}
+
 #[test]
 fn of_two_kernels_the_clock_tells_which_runs() {
     let (_, live, ram) = two_kernels();
@@ -347,6 +556,14 @@ fn profile_and_location_out_of_memory() {
                 Some(0x1fbc0),
                 "absolute values stay"
             );
+            assert_eq!(
+                (l.image.runtime(0x1fbc0), l.image.link_time(Gva(0x1fbc0))),
+                (Gva(0x1fbc0), 0x1fbc0),
+                "and KASLR moves none"
+            );
+            let current = l.profile.symbols.find("current_task").next().unwrap();
+            assert!(current.is_absolute());
+            assert!(!l.profile.symbols.find("_text").next().unwrap().is_absolute());
             assert_eq!(l.profile.types.member("task_struct", "pid").unwrap().offset, 40);
             assert_eq!(l.profile.banner, k.banner());
             assert!(l.profile.warnings.is_empty(), "{:?}", l.profile.warnings);

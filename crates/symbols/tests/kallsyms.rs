@@ -146,6 +146,29 @@ fn a_damaged_block_costs_its_symbols_only() {
     }
 }
 
+/// Code in Rust has names that hold whole paths, and they lie together: a block of them has far more bytes than the mean.
+#[test]
+fn blocks_of_long_names_are_read_and_tables_of_nothing_else_are_bounded() {
+    let layout = LAYOUTS[5].1;
+    let long = |i: usize| format!("_RNvNtCs9x1{i:04}_{}", "6kernel4init9pin_data".repeat(13));
+    let mut symbols = symbols_for(layout, 3000);
+    for (i, s) in symbols.iter_mut().enumerate().skip(512).take(256) {
+        s.name = long(i);
+    }
+    let k = run(&rodata(&symbols, layout)).unwrap();
+    assert_eq!(k.damaged_blocks, 0);
+    assert_eq!(got(&k), expected(&symbols));
+
+    // As long in the whole table as no kernel's are.
+    for (i, s) in symbols.iter_mut().enumerate().skip(16) {
+        s.name = long(i);
+    }
+    let k = run(&rodata(&symbols, layout)).unwrap();
+    assert!(k.damaged_blocks > 0);
+    let names: usize = k.symbols.iter().map(|s| s.name.len()).sum();
+    assert!(names <= symbols.len().next_multiple_of(256) * 128, "{names}");
+}
+
 #[test]
 fn what_cannot_be_is_refused_with_the_reason() {
     let (_, layout) = LAYOUTS[0];

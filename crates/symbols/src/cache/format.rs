@@ -9,6 +9,7 @@
 //! | digest | BLAKE3 of the rest of the header, the symbols and the index of the types |
 //! | facts | text_start, image_len, relative base (place, value), boot_params, banner_at, build_id_at: `u64`, all ones for none |
 //! | build-id, banner | length `u64` and bytes |
+//! | warnings | how many: `u64`; length `u64` and bytes of each |
 //! | sources | how many, which of them is BTF; offset in the image and length of each: `u64` |
 //! | lengths | symbols, index: `u64` |
 //! | symbols | [`SymbolTable`](crate::SymbolTable) |
@@ -20,12 +21,12 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use crate::Bytes;
 use crate::kernel::{ImageBytes, Known};
 use crate::profile::Made;
+use crate::{Bytes, SymbolTable};
 
 /// To be changed with every change of this format or of what it contains.
-const MAGIC: &[u8; 8] = b"VMSPROF1";
+const MAGIC: &[u8; 8] = b"VMSPROF2";
 const DIGEST: Range<usize> = 24..56;
 const NONE: u64 = u64::MAX;
 const SUFFIX: &str = ".profile";
@@ -41,6 +42,8 @@ pub(super) struct Entry {
     pub(super) boot_params_at: Option<u64>,
     pub(super) build_id: Vec<u8>,
     pub(super) banner: String,
+    /// What the kernel lacks by its configuration.
+    pub(super) warnings: Vec<String>,
     /// Offset in the image, and bytes.
     pub(super) sources: Vec<(u64, Bytes)>,
     pub(super) btf: Option<Bytes>,
@@ -72,6 +75,9 @@ impl Entry {
             [r.u64()?, r.u64()?, r.u64()?, r.u64()?, r.u64()?];
         let build_id = r.bytes()?.to_vec();
         let banner = String::from_utf8(r.bytes()?.to_vec()).ok()?;
+        let count = r.u64().filter(|&n| n <= 16)?;
+        let warnings = (0..count).map(|_| String::from_utf8(r.bytes()?.to_vec()).ok());
+        let warnings = warnings.collect::<Option<_>>()?;
         let count = usize::try_from(r.u64()?).ok().filter(|&n| n <= 64)?;
         let btf = r.u64()?;
         let ranges = (0..count).map(|_| Some((r.u64()?, usize::try_from(r.u64()?).ok()?)));
@@ -102,6 +108,7 @@ impl Entry {
             boot_params_at: some(boot_params_at),
             build_id,
             banner,
+            warnings,
             btf: match some(btf) {
                 Some(i) => Some(sources.get(usize::try_from(i).ok()?)?.1.clone()),
                 None => None,
@@ -112,6 +119,17 @@ impl Entry {
             header: file.slice(DIGEST.end..header_len)?,
             digest,
         })
+    }
+
+    /// Whether the file holds what binds it to a guest: the build-id and the banner it claims, and tables that symbols can be made
+    /// of. A file without would be taken for every guest of the build-id in its name.
+    pub(super) fn is_bound(&self) -> bool {
+        let has = |want: &[u8]| self.sources.iter().any(|(_, bytes)| bytes.as_slice() == want);
+        let bytes: usize = self.sources.iter().map(|(_, bytes)| bytes.len()).sum();
+        // Two bytes at least stand for the name of a symbol.
+        let tables = bytes - self.btf.as_ref().map_or(0, Bytes::len);
+        let symbols = SymbolTable::from_bytes(self.symbols.clone()).map_or(0, |s| s.len());
+        has(&self.build_id) && has(self.banner.as_bytes()) && tables / 2 >= symbols.max(1)
     }
 
     /// Whether what was derived is as it was written.
@@ -205,6 +223,11 @@ pub(super) fn encode<'a>(made: &'a Made, image: &ImageBytes<'a>) -> Option<Encod
     for bytes in [build_id, profile.banner.as_bytes()] {
         put(&mut body, bytes.len() as u64);
         body.extend_from_slice(bytes);
+    }
+    put(&mut body, profile.warnings.len() as u64);
+    for warning in &profile.warnings {
+        put(&mut body, warning.len() as u64);
+        body.extend_from_slice(warning.as_bytes());
     }
     put(&mut body, sources.len() as u64);
     put(&mut body, btf.unwrap_or(NONE));

@@ -1,13 +1,14 @@
 //! Profiles kept on disk, so that the second look at a kernel build costs next to nothing.
 //!
 //! The guest is hostile, and its build-id is only a claim. So a file never stands for a build-id: it holds, byte for byte, the
-//! pieces of the guest's image that the profile was made from (kallsyms, BTF, banner, build-id) and where they lay. A hit demands
-//! that this guest has the same bytes at the same places; then it would give the same profile, so whoever wrote the file,
-//! nothing false can come of it. A guest that forges its tables gets a file of its own and harms only itself.
+//! pieces of the guest's image that the profile was made from (kallsyms or exports, BTF, banner, build-id) and where they lay. A
+//! hit demands that this guest has the same bytes at the same places. So what one guest makes us keep is given to no other
+//! guest whose tables differ: one that forges its tables gets a file of its own and harms only itself.
 //!
-//! What was derived from these bytes (symbol table, index of types) is guarded by a BLAKE3 digest, so half-written and
-//! damaged files are refused. The directory and files belong to the user alone; links and others' files are refused: a
-//! file could otherwise be changed by somebody whom we do not trust.
+//! What was derived from these bytes (symbol table, index of types) is believed, not derived again. A BLAKE3 digest guards it
+//! against damage: files that are half-written, cut or changed by accident are refused. It does not guard it against
+//! whoever can write the file and the digest with it; that is the user alone, by the rights of directory and files, which are
+//! checked: links and others' files are refused. So the cache is worth as much trust as that user's other files.
 
 mod directory;
 mod format;
@@ -22,7 +23,7 @@ use rayon::prelude::*;
 use vmsight_memory::GuestMemory;
 
 use crate::kernel::{ImageBytes, KernelImage, Known};
-use crate::profile::{Made, Profile, ProfileSource, link_time_text, no_types};
+use crate::profile::{Made, Profile, ProfileSource, link_time_text, no_types, types_in};
 use crate::{Bytes, SymbolTable, Types};
 
 use format::Entry;
@@ -143,10 +144,11 @@ impl Cache {
     /// Keeps a profile that was read from `memory`. It is written a little later and behind, so as not to slow down what the
     /// profile is wanted for; dropping the result has it done at once and waits.
     ///
-    /// Profiles with warnings are not kept: what was damaged once may be whole the next time.
+    /// Damaged profiles are not kept: what was damaged once may be whole the next time. What a kernel lacks by its configuration it
+    /// will always lack, so the profile is kept with the warning that says so.
     pub(crate) fn store(&self, memory: &GuestMemory, image: &KernelImage, made: Made) -> Option<Saving> {
         let place = self.place.as_ref()?;
-        if !made.profile.warnings.is_empty() || made.profile.build_id.is_none() {
+        if made.damaged || !made.has_kallsyms() || made.profile.build_id.is_none() {
             return None;
         }
         let directory = place.directory.try_clone().ok()?;
@@ -225,6 +227,9 @@ fn load(place: &Place, name: &str, memory: &GuestMemory, image: &KernelImage) ->
             return Err("kallsyms has another base".to_owned());
         }
     }
+    if !entry.is_bound() {
+        return Err("it does not hold what its profile was made from".to_owned());
+    }
     let (intact, same) = rayon::join(|| entry.is_intact(), || same_sources(&entry, memory, image));
     if !intact {
         return Err("the file is damaged".to_owned());
@@ -236,6 +241,8 @@ fn load(place: &Place, name: &str, memory: &GuestMemory, image: &KernelImage) ->
         Some(btf) => {
             Types::from_parts(btf.clone(), entry.types_index.clone(), None).map_err(|e| e.to_string())?
         }
+        // Nothing in the file says that the guest has none, and one that has some must not lose them.
+        None if types_in(&bytes).is_some() => return Err("the guest has types, and the file none".to_owned()),
         None => no_types(),
     };
     let symbols = SymbolTable::from_bytes(entry.symbols.clone()).map_err(|e| e.to_string())?;
@@ -247,6 +254,7 @@ fn load(place: &Place, name: &str, memory: &GuestMemory, image: &KernelImage) ->
         ProfileSource::Cache,
     );
     profile.text_start = text_start;
+    profile.warnings = entry.warnings;
     Ok(profile)
 }
 

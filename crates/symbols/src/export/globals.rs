@@ -4,7 +4,7 @@
 //! It is not needed to be complete: a symbol without a type is still found by its address. Where a declaration has
 //! changed between versions, there is a line for each; the first whose type the kernel has counts.
 
-use rustc_hash::FxHashMap;
+use std::collections::HashMap;
 
 use crate::Profile;
 use crate::types::{Kind, Kinds, TypeId, Types};
@@ -258,9 +258,9 @@ const TABLE: &[(Is, &[&str])] = &[
 ];
 
 /// The types of those global variables of a kernel that are known, by name.
-pub(super) fn types(profile: &Profile) -> FxHashMap<&str, Global> {
+pub(super) fn types(profile: &Profile) -> HashMap<&str, Global> {
     let types = &profile.types;
-    let mut out = FxHashMap::default();
+    let mut out = HashMap::default();
     for t in types.iter().filter(|t| t.kind() == Kind::Var) {
         if let Some(type_id) = t.target() {
             out.entry(t.name()).or_insert(Global {

@@ -14,10 +14,10 @@ mod describe;
 mod globals;
 mod names;
 
+use std::collections::HashMap;
 use std::io::{self, BufWriter, Write};
 
 use liblzma::write::XzEncoder;
-use rustc_hash::FxHashMap;
 use thiserror::Error;
 
 use crate::types::{Kind, Type};
@@ -185,8 +185,9 @@ fn symbols(profile: &Profile, describe: &Describe<'_>, out: &mut dyn Write) -> i
 
 /// The number of the symbol that each name stands for. A name can be there once only: the global symbol, else the
 /// first.
-fn choose(symbols: &SymbolTable) -> FxHashMap<&str, usize> {
-    let mut chosen: FxHashMap<&str, (usize, bool)> = FxHashMap::default();
+fn choose(symbols: &SymbolTable) -> HashMap<&str, usize> {
+    // The guest chooses the names, so the hash must not be known beforehand.
+    let mut chosen: HashMap<&str, (usize, bool)> = HashMap::default();
     for (index, symbol) in symbols.iter().enumerate().filter(|(_, s)| !s.name.is_empty()) {
         let global = symbol.kind.is_ascii_uppercase();
         let entry = chosen.entry(symbol.name).or_insert((index, global));

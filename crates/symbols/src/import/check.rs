@@ -90,17 +90,22 @@ impl Imported {
         Ok(Checked::Unchecked)
     }
 
-    /// Two builds of a kernel agree in next to no address; the same one in all but those that were moved by hand.
+    /// Two builds of a kernel agree in next to no address; the same one in all but those that were moved by hand. Addresses are
+    /// counted from `_text`: a copy of /proc/kallsyms has those at which KASLR had put one boot of the kernel.
     fn compare(&self, file: &SymbolTable, target: &SymbolTable) -> Result<Checked, WrongFile> {
         // Spread over the whole table, and few enough to cost nothing.
         const SAMPLES: usize = 2000;
         let step = (file.len() / SAMPLES).max(1);
-        let sample = file.iter().step_by(step).filter(|s| s.address >= 1 << 47);
+        let sample = file.iter().step_by(step).filter(|s| !s.is_absolute());
+        let moved = match (text_of(file), text_of(target)) {
+            (Some(file), Some(target)) => file.wrapping_sub(target),
+            _ => 0,
+        };
         let known = sample.filter_map(|s| {
             let mut addresses = target.addresses(s.name).peekable();
             addresses.peek()?;
             let first = target.address(s.name)?;
-            Some((s, first, addresses.any(|a| a == s.address)))
+            Some((s, first, addresses.any(|a| a.wrapping_add(moved) == s.address)))
         });
         let (mut same, mut both, mut example) = (0usize, 0usize, None);
         for (symbol, first, agrees) in known {
@@ -144,18 +149,20 @@ impl Imported {
         profile.warnings.extend(self.notes);
         if let Some(symbols) = self.symbols {
             profile.symbols = symbols;
-            let text = profile
-                .symbols
-                .address("_text")
-                .or_else(|| profile.symbols.address("_stext"));
-            profile.text_start = text.unwrap_or(profile.text_start);
+            profile.text_start = text_of(&profile.symbols).unwrap_or(profile.text_start);
         }
         if let Some(types) = self.types {
-            profile.types = types;
+            let own = std::mem::replace(&mut profile.types, types);
+            profile.replaced_types.get_or_insert(own);
         }
         profile.build_id = profile.build_id.take().or(self.build_id);
         Ok(checked)
     }
+}
+
+/// Where the image begins. `_stext` stands there too, on x86 and most others.
+pub(crate) fn text_of(symbols: &SymbolTable) -> Option<u64> {
+    symbols.address("_text").or_else(|| symbols.address("_stext"))
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -25,6 +25,7 @@ use thiserror::Error;
 use crate::types::TypesError;
 use crate::{SymbolTable, Types};
 
+pub(crate) use check::text_of;
 pub use check::{Checked, Identity, WrongFile};
 pub use isf::from_slice as isf_from_slice;
 

@@ -1,14 +1,16 @@
 //! Expanding the names, in parallel: the bulk of the work, so nothing is allocated per symbol.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 
 use super::names::{BLOCK, Names, kinds, length};
 use super::tokens::{INLINE, Tokens};
 use crate::table::{MAX_NAME, NamePart, SymbolTable, SymbolTableBuilder, assemble, hash, is_absolute};
 
-/// Bytes that the names of one block may have when expanded. The longest blocks seen have a quarter of this; it bounds
-/// what a forged table can make us allocate.
-const BLOCK_BYTES: usize = BLOCK * 128;
+/// Bytes that an expanded name may have in the mean of the whole table: it bounds what a forged one can make us allocate. Kernels
+/// have some 22, but those of a single block may have 100 and more where code in Rust lies, whose names hold whole paths.
+const MEAN_BYTES: usize = 128;
 
 /// Where one name is expanded: room for the kind, the name, and what copying whole tokens writes behind it.
 type Scratch = [u8; MAX_NAME + 1 + INLINE];
@@ -25,6 +27,7 @@ pub(super) struct Decoded {
 /// Expands all names.
 pub(super) fn decode(bytes: &[u8], tokens: &Tokens, names: &Names) -> Decoded {
     let kinds = kinds(tokens);
+    let budget = AtomicUsize::new(names.blocks() * BLOCK * MEAN_BYTES);
     // Enough tasks to keep every thread busy, few enough that joining them costs nothing.
     let per_task = names.blocks().div_ceil(4 * rayon::current_num_threads()).max(16);
     let tasks: Vec<Expander<'_>> = (0..names.blocks().div_ceil(per_task))
@@ -36,6 +39,7 @@ pub(super) fn decode(bytes: &[u8], tokens: &Tokens, names: &Names) -> Decoded {
                 bytes,
                 tokens,
                 kinds: &kinds,
+                budget: &budget,
                 part: NamePart::with_capacity(blocks.len() * BLOCK),
                 blocks: Vec::with_capacity(blocks.len()),
             };
@@ -58,6 +62,8 @@ struct Expander<'a> {
     bytes: &'a [u8],
     tokens: &'a Tokens,
     kinds: &'a [bool; 256],
+    /// Bytes of names that are left, for all tasks together.
+    budget: &'a AtomicUsize,
     part: NamePart,
     blocks: Vec<u32>,
 }
@@ -66,7 +72,15 @@ impl Expander<'_> {
     /// Adds the names of one block, or none of them if the block does not end where it should.
     fn block(&mut self, names: &Names, block: usize, scratch: &mut Scratch) {
         let before = self.part.mark();
-        if self.names_of(names, block, scratch).is_some() && self.part.bytes_since(before) <= BLOCK_BYTES {
+        let whole = self.names_of(names, block, scratch).is_some();
+        let used = self.part.bytes_since(before);
+        let spend = |left: usize| left.checked_sub(used);
+        if whole
+            && self
+                .budget
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend)
+                .is_ok()
+        {
             self.blocks.push(block as u32);
         } else {
             self.part.cut(before);

@@ -5,6 +5,8 @@
 //! (include/linux/export-internal.h, CONFIG_HAVE_ARCH_PREL32_RELOCATIONS; namespaces since 5.4). The table is found from the
 //! string of a name that every kernel exports.
 
+use std::ops::Range;
+
 use memchr::memmem;
 
 use super::{Image, Section};
@@ -38,17 +40,26 @@ const MAX_TRIES: usize = 64;
 /// No per-CPU offset is above.
 const ABSOLUTE_MAX: u64 = 64 << 20;
 
+/// What a kernel exports.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Exports {
+    /// The symbols, in the order of the table.
+    pub symbols: Vec<Export>,
+    /// The bytes of the section that they were made from: the table, and what lies between the first and the last of its strings.
+    pub sources: Vec<Range<usize>>,
+}
+
 /// All exports in `section`, which must hold `__ksymtab` and its strings; empty where none are found.
-pub fn find(section: Section<'_>, image: &Image) -> Vec<Export> {
+pub fn find(section: Section<'_>, image: &Image) -> Exports {
     let strings: Vec<usize> = ANCHORS
         .iter()
         .filter_map(|a| memmem::find(section.bytes, a))
         .map(|at| at + 1)
         .collect();
     let (Some(&low), Some(&high)) = (strings.iter().min(), strings.iter().max()) else {
-        return Vec::new();
+        return Exports::default();
     };
-    let mut best = Vec::new();
+    let mut best = Exports::default();
     let mut tries = 0;
     for (i, word) in section.bytes.chunks_exact(4).enumerate() {
         let at = 4 * i;
@@ -68,12 +79,12 @@ pub fn find(section: Section<'_>, image: &Image) -> Vec<Export> {
                 stride,
             };
             let found = table.around(at - 4);
-            if found.len() > best.len() {
+            if found.symbols.len() > best.symbols.len() {
                 best = found;
             }
         }
         // A handful would be chance.
-        if best.len() >= 100 {
+        if best.symbols.len() >= 100 {
             break;
         }
     }
@@ -88,15 +99,24 @@ struct Table<'a> {
 
 impl Table<'_> {
     /// The entries before and after the one at `at`, as far as they are entries.
-    fn around(&self, at: usize) -> Vec<Export> {
+    fn around(&self, at: usize) -> Exports {
         let before = (1..MAX_EXPORTS).map_while(|k| self.entry(at.checked_sub(k.checked_mul(self.stride)?)?));
-        let mut all: Vec<Export> = before.collect();
+        let mut all: Vec<(Export, Range<usize>)> = before.collect();
         all.reverse();
+        let first = at.saturating_sub(all.len() * self.stride);
         all.extend((0..MAX_EXPORTS).map_while(|k| self.entry(at.checked_add(k.checked_mul(self.stride)?)?)));
-        all
+        let table = first..first + all.len() * self.stride;
+        let low = all.iter().map(|(_, name)| name.start).min();
+        let high = all.iter().map(|(_, name)| name.end).max();
+        let strings = low.zip(high).map(|(low, high)| low..high);
+        Exports {
+            symbols: all.into_iter().map(|(export, _)| export).collect(),
+            sources: std::iter::once(table).chain(strings).collect(),
+        }
     }
 
-    fn entry(&self, at: usize) -> Option<Export> {
+    /// The entry at `at`, and where its name lies, the NUL included.
+    fn entry(&self, at: usize) -> Option<(Export, Range<usize>)> {
         let relative = |at: usize| {
             let value = crate::types::bytes::word(self.section.bytes, at)? as i32;
             Some((at as u64).wrapping_add_signed(i64::from(value)))
@@ -110,7 +130,8 @@ impl Table<'_> {
         let name_at = usize::try_from(relative(at + 4)?).ok()?;
         let rest = self.section.bytes.get(name_at..)?;
         let rest = rest.get(..rest.len().min(MAX_NAME + 1))?;
-        let name = rest.get(..memchr::memchr(0, rest)?)?;
+        let end = memchr::memchr(0, rest)?;
+        let name = rest.get(..end)?;
         // The linker lets a name that another ends with share its bytes, so what stands before it says nothing.
         let plain = name
             .first()
@@ -119,6 +140,6 @@ impl Table<'_> {
                 .iter()
                 .all(|b| b.is_ascii_alphanumeric() || b"_.$".contains(b));
         let name = plain.then(|| String::from_utf8_lossy(name).into_owned())?;
-        Some(Export { name, address })
+        Some((Export { name, address }, name_at..name_at + end + 1))
     }
 }

@@ -4,6 +4,7 @@ use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Gva};
 
 use super::Part;
+use crate::table::is_absolute;
 
 /// A kernel image in guest memory, proven by page tables that map it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -38,13 +39,20 @@ impl KernelImage {
         release_of(&self.banner)
     }
 
-    /// The run-time address of what is linked at `address`.
+    /// The run-time address of what is linked at `address`. A value that is no address in an image
+    /// ([`Symbol::is_absolute`](crate::Symbol::is_absolute)) stays what it is: KASLR moves none.
     pub fn runtime(&self, address: u64) -> Gva {
+        if is_absolute(address) {
+            return Gva(address);
+        }
         Gva(address.wrapping_add(self.slide))
     }
 
-    /// The link-time address of what runs at `gva`.
+    /// The link-time address of what runs at `gva`. The lower half of the address space is no kernel's, and stays what it is.
     pub fn link_time(&self, gva: Gva) -> u64 {
+        if is_absolute(gva.0) {
+            return gva.0;
+        }
         gva.0.wrapping_sub(self.slide)
     }
 

@@ -7,9 +7,13 @@
 //!
 //! After a kexec or a warm reset several kernels can be in memory, all of them consistent. Then all are kept, and the
 //! one that is alive is chosen by what only a running kernel has: [`Found::why`] says which.
+//!
+//! All that lies in memory a guest's root can forge, a whole decoy kernel with its trampoline included. What cannot be forged is
+//! where the CPUs go: [`Hints::thorough`] has LSTAR, IDTR and CR3 asked for and demands that they lead to the kernel chosen.
 
 mod alive;
 mod bytes;
+mod entered;
 mod identity;
 mod image;
 mod x86;
@@ -31,7 +35,9 @@ pub struct Hints {
     /// Asks for the registers of the vCPUs. Called at most once, and only if the cheaper ways leave a doubt: for a running VM it
     /// may mean to stop it for a moment.
     pub registers: Option<Box<dyn Fn() -> Vec<Registers> + Send + Sync>>,
-    /// Use every strategy, so that dead kernels are found too and a forged shortcut shows.
+    /// Use every strategy: registers are asked for whatever memory shows, and all of memory is searched, so that dead kernels are
+    /// found too and a decoy shows. For whoever does not trust the guest's root; it costs a scan of memory, and for a
+    /// running VM a question to its monitor.
     pub thorough: bool,
 }
 
@@ -65,6 +71,8 @@ pub struct Found {
     pub why: String,
     /// What looked like a kernel and was not, and why.
     pub rejected: Vec<String>,
+    /// Doubts about the choice, a sentence each: to be shown to whoever reads the results.
+    pub warnings: Vec<String>,
 }
 
 impl Found {
@@ -72,6 +80,37 @@ impl Found {
     pub fn image(&self) -> &KernelImage {
         // `find` chooses among what it found.
         &self.candidates[self.chosen.min(self.candidates.len() - 1)]
+    }
+
+    /// The numbers of the candidates, the chosen one first.
+    pub(crate) fn by_preference(&self) -> Vec<usize> {
+        let others = (0..self.candidates.len()).filter(|&i| i != self.chosen);
+        std::iter::once(self.chosen).chain(others).collect()
+    }
+
+    /// Chooses what an earlier search has chosen, by where the image lies, and why.
+    pub(crate) fn prefer(&mut self, (phys, why): (Gpa, String)) {
+        if let Some(i) = self.candidates.iter().position(|image| image.phys == phys) {
+            (self.chosen, self.why) = (i, why);
+        }
+    }
+
+    /// Chooses another, since nothing could be read of the chosen one.
+    pub(crate) fn choose_instead(&mut self, other: usize, because: &str) {
+        let Some(instead) = self.candidates.get(other) else {
+            return;
+        };
+        let doubt = format!(
+            "kernel {} at {} was to be looked into ({}), but {because}; instead {} at {} is shown, which may not be running",
+            self.image().release(),
+            self.image().text,
+            self.why,
+            instead.release(),
+            instead.text,
+        );
+        self.why.clone_from(&doubt);
+        self.warnings.push(doubt);
+        self.chosen = other;
     }
 }
 
@@ -91,11 +130,16 @@ pub enum FindError {
 /// # Errors
 /// If no image can be proven, with what was tried and what contradicted.
 pub fn find(memory: &GuestMemory, hints: &Hints) -> Result<Found, FindError> {
-    find_known(memory, hints, &[])
+    find_known(memory, hints, hints.thorough, &[])
 }
 
-/// [`find`], sparing the search for banner and build-id where a kernel is one of `known`.
-pub(crate) fn find_known(memory: &GuestMemory, hints: &Hints, known: &[Known]) -> Result<Found, FindError> {
+/// [`find`], as thorough as said here, sparing the search for banner and build-id where a kernel is one of `known`.
+pub(crate) fn find_known(
+    memory: &GuestMemory,
+    hints: &Hints,
+    thorough: bool,
+    known: &[Known],
+) -> Result<Found, FindError> {
     let mut search = Search {
         memory,
         known,
@@ -106,8 +150,8 @@ pub(crate) fn find_known(memory: &GuestMemory, hints: &Hints, known: &[Known]) -
 
     let trampoline = x86::anchors::by_trampoline(memory);
     let mut tried = search.run("the trampoline page below 1 MiB", &trampoline);
-    if search.proven.len() == 1 && !hints.thorough {
-        return Ok(search.choose(&trampoline, &[]));
+    if search.proven.len() == 1 && !thorough {
+        return Ok(search.choose(&trampoline, &[], &[]));
     }
     let registers = hints.registers.as_ref().map(|ask| ask()).unwrap_or_default();
     let by_registers = x86::anchors::by_registers(memory, &registers);
@@ -117,7 +161,7 @@ pub(crate) fn find_known(memory: &GuestMemory, hints: &Hints, known: &[Known]) -
         let note = search.run("CR3", &by_registers);
         tried = format!("{tried}; {note}");
     }
-    if search.proven.is_empty() || hints.thorough {
+    if search.proven.is_empty() || thorough {
         let note = search.run(
             "all of memory for a kernel's page tables",
             &x86::anchors::by_scan(memory),
@@ -134,7 +178,7 @@ pub(crate) fn find_known(memory: &GuestMemory, hints: &Hints, known: &[Known]) -
         }
         return Err(FindError::NotFound { tried });
     }
-    Ok(search.choose(&trampoline, &by_registers))
+    Ok(search.choose(&trampoline, &by_registers, &registers))
 }
 
 struct Search<'a> {
@@ -202,15 +246,34 @@ impl Search<'_> {
     }
 
     /// Which of the proven images runs. There is at least one.
-    fn choose(self, trampoline: &[Gpa], by_registers: &[Gpa]) -> Found {
+    fn choose(self, trampoline: &[Gpa], by_registers: &[Gpa], registers: &[Registers]) -> Found {
         let position = |anchors: &[Gpa]| {
             anchors
                 .iter()
                 .find_map(|a| self.proven.iter().position(|(level3, _)| level3 == a))
         };
         let images = || self.proven.iter().map(|(_, image)| image);
-        let (chosen, why) = if self.proven.len() == 1 {
-            (0, "the only kernel that could be proven".to_owned())
+        let all: Vec<&KernelImage> = images().collect();
+        let entered = entered::by_cpus(self.memory, registers, &all);
+        let mut warnings = Vec::new();
+        let (chosen, why) = if let Some(first) = entered.first() {
+            let others = entered.iter().filter(|e| e.image != first.image);
+            warnings.extend(others.map(|e| format!("{}, which is not the kernel shown", e.how)));
+            (first.image, first.how.clone())
+        } else if self.proven.len() == 1 {
+            let why = "the only kernel that could be proven";
+            if position(by_registers).is_some() {
+                (0, format!("{why}, and CR3 leads to it"))
+            } else {
+                if registers.iter().any(entered::in_long_mode) {
+                    warnings.push(
+                        "no CPU's CR3, LSTAR or IDTR leads to the kernel found: another may be running, and this one be \
+                         left over or a decoy"
+                            .to_owned(),
+                    );
+                }
+                (0, why.to_owned())
+            }
         } else if let Some(i) = position(by_registers) {
             (
                 i,
@@ -229,12 +292,22 @@ impl Search<'_> {
         } else {
             (0, "nothing tells which of them runs: the first".to_owned())
         };
+        let by_cpu = !entered.is_empty() || position(by_registers).is_some();
+        if let Some(image) = all.get(chosen).filter(|_| all.len() > 1 && !by_cpu) {
+            warnings.push(format!(
+                "{} kernels are in memory, and no CPU's registers tell which of them runs; {} at {} is shown: {why}",
+                all.len(),
+                image.release(),
+                image.text,
+            ));
+        }
         let candidates = self.proven.into_iter().map(|(_, image)| image).collect();
         Found {
             candidates,
             chosen,
             why,
             rejected: self.rejected,
+            warnings,
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::kallsyms::{self, Image, Kallsyms, KallsymsError, Section, exports};
 use crate::kernel::{self, ImageBytes, KernelImage};
 use crate::table::is_absolute;
 use crate::types::bytes::word;
-use crate::{SymbolTable, SymbolTableBuilder, Types};
+use crate::{Symbol, SymbolTable, SymbolTableBuilder, Types};
 
 /// Why no profile could be made.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -45,6 +45,15 @@ pub(crate) struct Made {
     /// The bytes that are the types.
     pub(crate) btf: Option<Range<u64>>,
     pub(crate) facts: Facts,
+    /// Something that should be there was damaged or not in memory: the next time it may be whole.
+    pub(crate) damaged: bool,
+}
+
+impl Made {
+    /// Whether the symbols are the kernel's own table, which says where the kernel was linked to. Else they are what it exports.
+    pub(crate) fn has_kallsyms(&self) -> bool {
+        !self.sources.is_empty()
+    }
 }
 
 /// What decides about a profile and is not in its sources.
@@ -63,11 +72,12 @@ pub(crate) struct Facts {
 impl Profile {
     /// Reads symbols and types out of the memory of the guest that runs `image`.
     ///
-    /// Kernels that keep no data symbols (CONFIG_KALLSYMS_ALL off) have those added that they export to modules; kernels without
-    /// BTF give a profile without types ([`Profile::has_types`]). Both are said in [`Profile::warnings`].
+    /// Kernels that keep no data symbols (CONFIG_KALLSYMS_ALL off) have those added that they export to modules; where the kernel's
+    /// own table cannot be read at all, those are all there is; kernels without BTF give a profile without types
+    /// ([`Profile::has_types`]). Each is said in [`Profile::warnings`].
     ///
     /// # Errors
-    /// If the kernel's symbols cannot be found or contradict the image.
+    /// If the kernel's symbols cannot be found or contradict the image, and no exports can be found either.
     pub fn from_memory(memory: &GuestMemory, image: &KernelImage) -> Result<Self, ProfileError> {
         make(memory, image).map(|made| made.profile)
     }
@@ -90,14 +100,90 @@ pub(crate) fn make(memory: &GuestMemory, image: &KernelImage) -> Result<Made, Pr
         }
     }
     let release = image.release().to_owned();
-    Err(match error {
-        Some(cause) => ProfileError::Symbols { release, cause },
-        None => ProfileError::NoData {
+    let Some(cause) = error else {
+        return Err(ProfileError::NoData {
             release,
             text: image.text,
+        });
+    };
+    exported(&bytes, image, &cause).ok_or(ProfileError::Symbols { release, cause })
+}
+
+/// What can be known without kallsyms: the symbols that the kernel exports to modules, and its types. `None` if it exports nothing.
+fn exported(bytes: &ImageBytes<'_>, image: &KernelImage, cause: &KallsymsError) -> Option<Made> {
+    let bounds = bounds(image, image.slide);
+    let (start, part, found) = bytes.constant_parts().find_map(|(start, part)| {
+        let found = exports::find(section(image, start, &part), &bounds);
+        (!found.symbols.is_empty()).then_some((start, part, found))
+    })?;
+    let text_start = image.link_time(image.text);
+    let mut builder = SymbolTableBuilder::new();
+    builder.push("_text", text_start, b'T');
+    if let Some((at, _)) = kernel::find_banner(&part) {
+        builder.push(BANNER, text_start.wrapping_add(start + at as u64), b'D');
+    }
+    for e in &found.symbols {
+        builder.push(&e.name, image.link_time(Gva(e.address)), b'D');
+    }
+    let symbols = builder.finish();
+    let mut warnings = vec![format!(
+        "the kernel's own symbol table could not be read ({cause}); there are only the {} symbols that it exports to modules",
+        found.symbols.len()
+    )];
+    let bound = bind_types(find_types(&part), bytes, &|_| None, start, &mut warnings);
+    let mut profile = Profile::new(
+        image.build_id.clone(),
+        image.banner.clone(),
+        symbols,
+        bound.types.as_ref().map_or_else(no_types, |(_, t)| t.clone()),
+        ProfileSource::Memory,
+    );
+    profile.warnings = warnings;
+    Some(Made {
+        profile,
+        copied: None,
+        sources: Vec::new(),
+        btf: bound.types.map(|(range, _)| range),
+        facts: Facts {
+            relative_base_at: None,
+            relative_base: 0,
+            banner_at: None,
+            build_id_at: None,
+            boot_params_at: None,
         },
+        damaged: true,
     })
 }
+
+/// The kernel's types alone, for kernels of which no symbols can be read.
+pub(crate) fn types_of(memory: &GuestMemory, image: &KernelImage) -> Option<Types> {
+    types_in(&ImageBytes::of(memory, image))
+}
+
+/// The types in an image's constant data.
+pub(crate) fn types_in(bytes: &ImageBytes<'_>) -> Option<Types> {
+    bytes
+        .constant_parts()
+        .find_map(|(_, part)| find_types(&part))
+        .map(|(_, types)| types)
+}
+
+fn section<'a>(image: &KernelImage, start: u64, part: &'a [u8]) -> Section<'a> {
+    Section {
+        bytes: part,
+        address: image.text.0.wrapping_add(start),
+    }
+}
+
+fn bounds(image: &KernelImage, slide: u64) -> Image {
+    Image {
+        span: image.text.0..image.text.0.wrapping_add(image.len),
+        slide,
+    }
+}
+
+/// The symbol of the banner, which readers of symbol tables know a kernel by.
+const BANNER: &str = "linux_banner";
 
 fn of_part(
     bytes: &ImageBytes<'_>,
@@ -105,15 +191,8 @@ fn of_part(
     start: u64,
     part: &[u8],
 ) -> Result<Made, KallsymsError> {
-    let section = Section {
-        bytes: part,
-        address: image.text.0.wrapping_add(start),
-    };
-    let span = image.text.0..image.text.0.wrapping_add(image.len);
-    let mut bounds = Image {
-        span,
-        slide: image.slide,
-    };
+    let section = section(image, start, part);
+    let mut bounds = bounds(image, image.slide);
     let (symbols, types) = rayon::join(|| kallsyms::decode(section, &bounds), || find_types(part));
     let mut kallsyms = symbols?;
 
@@ -137,12 +216,27 @@ fn of_part(
             kallsyms.damaged_blocks
         ));
     }
-    let symbols = with_exports(kallsyms.symbols.clone(), section, &bounds, &mut warnings);
+    let mut sources = sources(&kallsyms, start);
+    let (mut symbols, exports) = with_exports(kallsyms.symbols.clone(), section, &bounds, &mut warnings);
+    sources.extend(
+        exports
+            .iter()
+            .map(|r| start + r.start as u64..start + r.end as u64),
+    );
     let offset = |name: &str| symbols.address(name).map(|a| a.wrapping_sub(text_start));
 
-    let types = bind_types(types, bytes, &offset, start, &mut warnings);
+    let bound = bind_types(types, bytes, &offset, start, &mut warnings);
+    let types = bound.types;
     let banner = banner(bytes, &offset, start, part);
     let build_id = build_id(bytes, &offset, start, part);
+    if let (None, Some((at, _))) = (symbols.address(BANNER), &banner) {
+        let symbol = Symbol {
+            name: BANNER,
+            address: text_start.wrapping_add(*at),
+            kind: b'D',
+        };
+        symbols = symbols.iter().chain([symbol]).collect();
+    }
     let mut profile = Profile::new(
         build_id
             .as_ref()
@@ -160,7 +254,8 @@ fn of_part(
     Ok(Made {
         profile,
         copied: None,
-        sources: sources(&kallsyms, start),
+        sources,
+        damaged: kallsyms.damaged_blocks > 0 || bound.damaged,
         btf: types.map(|(range, _)| range),
         facts: Facts {
             relative_base_at: kallsyms.relative_base_at.map(|at| start + at as u64),
@@ -195,15 +290,15 @@ pub(crate) fn link_time_text(bytes: &ImageBytes<'_>, boot_params_at: u64) -> Opt
     sane.then(|| KERNEL_MAP + preferred)
 }
 
-/// Adds exported data symbols where kallsyms has only functions.
+/// Adds exported data symbols where kallsyms has only functions; gives the bytes of the section that they were made from, too.
 fn with_exports(
     symbols: SymbolTable,
     section: Section<'_>,
     image: &Image,
     warnings: &mut Vec<String>,
-) -> SymbolTable {
+) -> (SymbolTable, Vec<Range<usize>>) {
     if symbols.address("init_task").is_some() {
-        return symbols;
+        return (symbols, Vec::new());
     }
     let exports = exports::find(section, image);
     let mut builder = SymbolTableBuilder::new();
@@ -211,7 +306,7 @@ fn with_exports(
         builder.push(s.name, s.address, s.kind);
     }
     let mut added = 0;
-    for e in exports {
+    for e in exports.symbols {
         let address = if is_absolute(e.address) {
             e.address
         } else {
@@ -224,7 +319,7 @@ fn with_exports(
     warnings.push(format!(
         "the kernel keeps no data symbols (CONFIG_KALLSYMS_ALL is off); {added} that it exports to modules were added"
     ));
-    if added == 0 { symbols } else { builder.finish() }
+    (builder.finish(), exports.sources)
 }
 
 /// The offset of a symbol from `_text`.
@@ -267,6 +362,13 @@ fn btf_len(bytes: &[u8]) -> Option<usize> {
     header.checked_add(end)
 }
 
+/// The types that belong to the kernel, with their range.
+struct Bound {
+    types: Option<(Range<u64>, Types)>,
+    /// There should be some, and they are not there or make no sense.
+    damaged: bool,
+}
+
 /// Makes sure that the types are those between `__start_BTF` and `__stop_BTF`, where there are such symbols.
 fn bind_types(
     found: Option<(Range<usize>, Types)>,
@@ -274,18 +376,26 @@ fn bind_types(
     offset: Offset<'_>,
     start: u64,
     warnings: &mut Vec<String>,
-) -> Option<(Range<u64>, Types)> {
+) -> Bound {
+    let whole = |types| Bound {
+        types,
+        damaged: false,
+    };
+    let damaged = Bound {
+        types: None,
+        damaged: true,
+    };
     let found = found.map(|(r, t)| (start + r.start as u64..start + r.end as u64, t));
     let (Some(from), Some(to)) = (offset("__start_BTF"), offset("__stop_BTF")) else {
         if found.is_none() {
             warnings.push("the kernel has no BTF: no types".to_owned());
         }
-        return found;
+        return whole(found);
     };
     if let Some((range, types)) = found {
         // The symbols may include padding.
         if range.start == from && range.end <= to {
-            return Some((range, types));
+            return whole(Some((range, types)));
         }
     }
     let blob = to
@@ -294,22 +404,22 @@ fn bind_types(
         .and_then(|len| bytes.read(from, len));
     let Some(blob) = blob else {
         warnings.push("the kernel has no BTF in memory: no types".to_owned());
-        return None;
+        return damaged;
     };
     match Types::from_btf(blob.into_owned()) {
-        Ok(types) => Some((from..to, types)),
+        Ok(types) => whole(Some((from..to, types))),
         Err(e) => {
             warnings.push(format!(
                 "the kernel's BTF at _text+{from:#x} is damaged: {e}; no types"
             ));
-            None
+            damaged
         }
     }
 }
 
 /// The banner at `linux_banner`, or where there is no such symbol in the read-only data.
 fn banner(bytes: &ImageBytes<'_>, offset: Offset<'_>, start: u64, part: &[u8]) -> Option<(u64, String)> {
-    let at_symbol = offset("linux_banner").and_then(|at| {
+    let at_symbol = offset(BANNER).and_then(|at| {
         let len = bytes.len().checked_sub(at)?.min(kernel::BANNER_MAX);
         Some((at, kernel::banner_at(&bytes.read(at, len)?)?))
     });

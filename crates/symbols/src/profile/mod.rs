@@ -8,7 +8,7 @@ use crate::kernel::release_of;
 use crate::{SymbolTable, Types};
 
 pub use memory::ProfileError;
-pub(crate) use memory::{Made, link_time_text, make};
+pub(crate) use memory::{Made, link_time_text, make, types_in, types_of};
 
 /// Where a profile came from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -44,6 +44,8 @@ pub struct Profile {
     pub symbols: SymbolTable,
     /// Types; empty where the kernel carries no BTF and no file has been given: see [`Profile::has_types`].
     pub types: Types,
+    /// The guest's own types (empty where it carries none), where `types` are from a file: see [`Profile::guest_types`].
+    pub replaced_types: Option<Types>,
     /// Link-time address of `_text`.
     pub text_start: u64,
     /// Where all this came from.
@@ -72,9 +74,16 @@ impl Profile {
                 .unwrap_or(0),
             symbols,
             types,
+            replaced_types: None,
             source,
             warnings: Vec::new(),
         }
+    }
+
+    /// The types that the guest's kernel itself carries, whatever file was given: those that the BTF of its modules continues, id by id.
+    /// Empty where it carries none.
+    pub fn guest_types(&self) -> &Types {
+        self.replaced_types.as_ref().unwrap_or(&self.types)
     }
 
     /// Whether there are any types. A kernel built without CONFIG_DEBUG_INFO_BTF has none in its memory.

@@ -21,6 +21,14 @@ pub struct Symbol<'a> {
     pub kind: u8,
 }
 
+impl Symbol<'_> {
+    /// Whether the address is a value that lies in no image: the offset of a per-CPU variable, which x86-64 links from zero on
+    /// until Linux 6.14. KASLR does not move it, and nothing is to be read there.
+    pub fn is_absolute(&self) -> bool {
+        is_absolute(self.address)
+    }
+}
+
 /// All symbols of one kernel build, sorted by link-time address.
 ///
 /// One block of bytes holds everything (see the layout in this module's source), so that cloning is cheap, and a
@@ -254,7 +262,8 @@ impl SymbolTable {
     }
 }
 
-/// Whether an address is no address in a kernel image but a value: x86's per-CPU offsets before Linux 6.15.
+/// Whether an address is no address in a kernel image but a value: x86's per-CPU offsets before Linux 6.15. Images lie in the
+/// upper half of the address space, whatever the architecture.
 pub(crate) fn is_absolute(address: u64) -> bool {
     address < 1 << 47
 }
@@ -274,6 +283,12 @@ impl fmt::Debug for SymbolTable {
 impl PartialEq for SymbolTable {
     fn eq(&self, other: &Self) -> bool {
         self.as_bytes() == other.as_bytes()
+    }
+}
+
+impl<'a> FromIterator<Symbol<'a>> for SymbolTable {
+    fn from_iter<I: IntoIterator<Item = Symbol<'a>>>(symbols: I) -> Self {
+        symbols.into_iter().map(|s| (s.name, s.address, s.kind)).collect()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Makes BTF: what ISF and DWARF are converted into, and what the tests of this crate are fed with.
 
-use rustc_hash::FxHashMap;
+use std::collections::HashMap;
 
 use super::error::TypesError;
 use super::{Kind, SectionVar, TypeId, Types};
@@ -164,7 +164,7 @@ pub struct Builder {
     first_id: u32,
     first_string: u32,
     strings: Vec<u8>,
-    numbers: FxHashMap<Box<[u8]>, u32>,
+    numbers: HashMap<Box<[u8]>, u32>,
     records: Vec<u8>,
     /// Where each type's record lies in `records`; empty until it is defined.
     spans: Vec<(u32, u32)>,
@@ -185,7 +185,7 @@ impl Builder {
             first_id: 1,
             first_string: 0,
             strings: vec![0],
-            numbers: FxHashMap::from_iter([(Box::default(), 0)]),
+            numbers: HashMap::from_iter([(Box::default(), 0)]),
             records: Vec::new(),
             spans: Vec::new(),
             dropped: 0,

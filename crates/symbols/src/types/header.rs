@@ -151,12 +151,18 @@ pub(crate) fn vlen(info: u32) -> u32 {
     info & 0xff_ffff
 }
 
-/// The string at `offset` of a string section, up to its NUL or the section's end; empty where there is none.
+/// Bytes of a string that are looked at: no name in a kernel has more (KSYM_NAME_LEN is 512 since Linux 6.1, and the kernel's own
+/// BTF verifier demands that names are shorter). A guest that overwrites the NULs between strings makes each as long as all
+/// that follow; without the bound, to read every name once would take the square of the section's size.
+pub(crate) const MAX_STRING: usize = 512;
+
+/// The string at `offset` of a string section, up to its NUL, the section's end or [`MAX_STRING`] bytes; empty where there is none.
 #[inline]
 pub(crate) fn string(strings: &[u8], offset: u32) -> &[u8] {
     let Some(rest) = strings.get(offset as usize..) else {
         return &[];
     };
+    let rest = rest.get(..MAX_STRING).unwrap_or(rest);
     let len = memchr::memchr(0, rest).unwrap_or(rest.len());
     rest.get(..len).unwrap_or(&[])
 }

@@ -49,6 +49,10 @@ use index::{Buckets, hash};
 /// How many typedefs, qualifiers or array dimensions in a row are believed. The kernel's own limit is 32.
 pub(crate) const MAX_CHAIN: usize = 64;
 
+/// How many types of one name, or of names that share a bucket of the index, are looked at. Kernels have some tens at most, and a guest
+/// that gives all its types one name shall not make every lookup a scan of them all.
+const MAX_CANDIDATES: usize = 10_000;
+
 /// The number of a type within one [`Types`]. Meaningless in any other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 #[repr(transparent)]
@@ -250,7 +254,8 @@ impl Types {
 
     fn own<'a>(&'a self, name: &'a str) -> impl Iterator<Item = TypeId> + 'a {
         // Anonymous types are not in the table, so an empty name finds nothing.
-        let candidates = self.names().candidates(hash(name.as_bytes())).map(TypeId);
+        let candidates = self.names().candidates(hash(name.as_bytes()));
+        let candidates = candidates.take(MAX_CANDIDATES).map(TypeId);
         candidates.filter(move |&id| self.get(id).is_some_and(|t| t.name_bytes() == name.as_bytes()))
     }
 

@@ -2,7 +2,8 @@
 
 use super::{Kind, TypeId, Types};
 
-/// How many members one lookup may look at. The largest kernel structs have a few hundred, nested ones included.
+/// How many members one lookup may look at, in all structs of a name. The largest kernel structs have a few hundred, nested
+/// ones included.
 const MAX_VISITED: usize = 200_000;
 /// How deep anonymous structs may nest.
 const MAX_DEPTH: usize = 32;
@@ -53,7 +54,9 @@ impl Types {
     /// Where several have that name, the first that has such a member counts. `None` where there is no such struct
     /// or member; asking is how differences between kernel versions are found out.
     pub fn member(&self, struct_name: &str, path: &str) -> Option<Field> {
-        self.structs(struct_name).find_map(|id| self.member_of(id, path))
+        let mut budget = MAX_VISITED;
+        self.structs(struct_name)
+            .find_map(|id| self.member_within(id, path, &mut budget))
     }
 
     /// The place of `path` within a type: members separated by dots, elements of arrays in brackets.
@@ -61,7 +64,12 @@ impl Types {
     /// Members of anonymous structs and unions count as the outer one's. Pointers are not followed. An index must lie
     /// within the array unless that is flexible.
     pub fn member_of(&self, id: TypeId, path: &str) -> Option<Field> {
-        let mut budget = MAX_VISITED;
+        self.member_within(id, path, &mut MAX_VISITED.clone())
+    }
+
+    fn member_within(&self, id: TypeId, path: &str, budget: &mut usize) -> Option<Field> {
+        // Also where the struct is empty: a guest may have any number of those.
+        *budget = budget.checked_sub(1)?;
         let mut at = Found {
             bit_offset: 0,
             bit_size: None,
@@ -71,7 +79,7 @@ impl Types {
             let (name, indices) = part.find('[').map_or((part, ""), |open| part.split_at(open));
             // An array can be what the path starts from: "[2].next".
             if !(name.is_empty() && n == 0 && !indices.is_empty()) {
-                let found = self.find_named(at.type_id, name, MAX_DEPTH, &mut budget)?;
+                let found = self.find_named(at.type_id, name, MAX_DEPTH, budget)?;
                 let bit_offset = at.bit_offset.checked_add(found.bit_offset)?;
                 at = Found { bit_offset, ..found };
             }

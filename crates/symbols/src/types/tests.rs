@@ -401,3 +401,83 @@ fn broken_blobs_are_refused_with_the_reason() {
         Err(TypesError::TooShort { len: 23 })
     ));
 }
+
+/// A guest that overwrites the NULs between its strings makes each as long as all that follow.
+#[test]
+fn names_end_where_no_kernel_s_is_longer() {
+    let mut b = Builder::new();
+    for i in 0..3000 {
+        b.add(&Def::Int {
+            name: &format!("type_{i}"),
+            size: 4,
+            signed: false,
+            is_char: false,
+            is_bool: false,
+        });
+    }
+    let mut btf = b.into_bytes().unwrap();
+    let header = Header::parse(&btf).unwrap();
+    for byte in btf[header.strings].iter_mut().skip(1).filter(|b| **b == 0) {
+        *byte = b'x';
+    }
+    let types = Types::from_btf(btf).unwrap();
+    let longest = types.iter().map(|t| t.name().len()).max();
+    assert_eq!(longest, Some(512));
+    assert!(
+        types
+            .find(types.iter().next().unwrap().name(), Kinds::all())
+            .is_some()
+    );
+}
+
+/// What one lookup may cost does not grow with the number of types that share the name.
+#[test]
+fn one_lookup_has_one_budget() {
+    let mut b = Builder::new();
+    let int = b.add(&Def::Int {
+        name: "int",
+        size: 4,
+        signed: true,
+        is_char: false,
+        is_bool: false,
+    });
+    let member = |name| MemberDef {
+        name,
+        type_id: int,
+        bit_offset: 0,
+        bit_size: None,
+    };
+    let structure = |members: &[MemberDef<'_>], b: &mut Builder| {
+        b.add(&Def::Struct {
+            name: "twin",
+            size: 4,
+            members,
+        })
+    };
+    let many = vec![member("other"); 120_000];
+    structure(&[member("first")], &mut b);
+    structure(&many, &mut b);
+    structure(&[member("second")], &mut b);
+    structure(&many, &mut b);
+    let last = structure(&[member("third")], &mut b);
+    let types = b.finish().unwrap();
+    assert!(types.member("twin", "first").is_some());
+    assert!(types.member("twin", "second").is_some());
+    assert!(types.member("twin", "third").is_none(), "past the budget");
+    assert!(types.member_of(last, "third").is_some());
+}
+
+/// A guest that gives all its types one name does not make each lookup a scan of them all.
+#[test]
+fn of_types_without_number_that_share_a_name_some_are_seen() {
+    let mut b = Builder::new();
+    for _ in 0..30_000 {
+        b.add(&Def::Struct {
+            name: "twin",
+            size: 4,
+            members: &[],
+        });
+    }
+    let types = b.finish().unwrap();
+    assert_eq!(types.all("twin").count(), 10_000);
+}

@@ -53,6 +53,8 @@ pub struct Kernel {
     /// A name and address that differ from what a kernel of this build-id should have.
     pub extra: Option<(String, u64)>,
     pub with_btf: bool,
+    /// With as many types as a kernel has, so that they are believed without a symbol that says where they lie.
+    pub many_types: bool,
     pub percpu: bool,
     /// Built without CONFIG_KALLSYMS_ALL: functions only, and what is exported to modules, in entries of so many bytes.
     pub exports: Option<u64>,
@@ -75,6 +77,7 @@ impl Kernel {
             clock: 1_700_000_000,
             extra: None,
             with_btf: true,
+            many_types: false,
             percpu: true,
             exports: None,
             preferred: 0x100_0000,
@@ -129,7 +132,7 @@ impl Kernel {
         all.extend([
             at(BANNER, 'D', "linux_banner"),
             at(BTF, 'R', "__start_BTF"),
-            at(BTF + btf().len() as u64, 'R', "__stop_BTF"),
+            at(BTF + btf(self.many_types).len() as u64, 'R', "__stop_BTF"),
             at(NOTES, 'R', "__start_notes"),
             at(NOTES + 0x24, 'R', "__stop_notes"),
             at(INIT_TOP, 'D', "init_top_pgt"),
@@ -152,7 +155,7 @@ impl Kernel {
 }
 
 /// Types that the tests ask for.
-pub fn btf() -> Vec<u8> {
+pub fn btf(many: bool) -> Vec<u8> {
     let mut b = Builder::new();
     let int = |name| Def::Int {
         name,
@@ -183,6 +186,12 @@ pub fn btf() -> Vec<u8> {
         size: 80,
         members: &[member("seq", long, 0), member("timekeeper", keeper, 8)],
     });
+    for i in 0..if many { 5000 } else { 0 } {
+        b.add(&Def::Typedef {
+            name: &format!("type_{i}_t"),
+            target: long,
+        });
+    }
     b.into_bytes().unwrap()
 }
 
@@ -243,7 +252,7 @@ impl Ram {
         assert!((KALLSYMS + tables.len() as u64) < BTF, "room for the tables");
         self.put(at(KALLSYMS), &tables);
         if k.with_btf {
-            self.put(at(BTF), &btf());
+            self.put(at(BTF), &btf(k.many_types));
         }
         if let Some(stride) = k.exports {
             self.install_exports(k, stride);
@@ -349,6 +358,20 @@ impl Ram {
         let last = self.read(k.dtb().0 + 0xff8);
         self.entry(gpa, 511, last);
         self.entry(gpa, 0, 0x9_0063);
+    }
+
+    /// Overwrites the kernel's own symbol table, as smeared or forged memory would.
+    pub fn wipe_kallsyms(&mut self, k: &Kernel) {
+        self.put(k.phys + KALLSYMS, &vec![0; (BTF - KALLSYMS) as usize]);
+    }
+
+    /// An interrupt descriptor table in the kernel's data whose page-fault gate leads to `handler`; gives its address.
+    pub fn interrupts(&mut self, k: &Kernel, handler: u64) -> u64 {
+        let offset = DATA + 0x5_0000;
+        let [a, b, c, d, e, f, g, h] = handler.to_le_bytes();
+        let gate = [a, b, 0x10, 0, 0, 0x8e, c, d, e, f, g, h, 0, 0, 0, 0];
+        self.put(k.phys + offset + 14 * 16, &gate);
+        k.text + offset
     }
 
     /// The top-level table of a process at `gpa`.

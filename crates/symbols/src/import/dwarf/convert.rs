@@ -1,11 +1,12 @@
 //! From debugging entries to BTF.
 
+use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::rc::Rc;
 
 use gimli::constants::{self, self as dw};
 use gimli::{AttributeValue, DebugInfoOffset, DwTag, Dwarf, UnitHeader, UnitOffset, UnitSectionOffset};
-use rustc_hash::{FxBuildHasher, FxHashMap};
+use rustc_hash::FxHashMap;
 
 use super::read::{Entry, flag, has_address, member_offset, number, reference, text};
 use super::{Made, Slice, Unit};
@@ -44,15 +45,16 @@ pub(super) struct Convert<'d, 'a> {
     headers: Vec<UnitHeader<Slice<'a>>>,
     open: FxHashMap<usize, Rc<Unit<'a>>>,
     builder: Builder,
+    // Offsets are bounded by the file's size, which leaves no room to make many of them collide; all other keys are chosen freely.
     /// By offset in the section, for the unit at hand and what it refers to.
     ids: FxHashMap<usize, TypeId>,
-    named: FxHashMap<Key, TypeId>,
+    named: HashMap<Key, TypeId>,
     /// By tag and name: the first definition, or what is declared only, so far.
-    by_name: FxHashMap<(DwTag, u32), (TypeId, bool)>,
-    derived: FxHashMap<Derived, TypeId>,
-    variables: FxHashMap<(u32, TypeId), ()>,
+    by_name: HashMap<(DwTag, u32), (TypeId, bool)>,
+    derived: HashMap<Derived, TypeId>,
+    variables: HashMap<(u32, TypeId), ()>,
     /// By a hash of line and values.
-    anonymous_enums: FxHashMap<u64, TypeId>,
+    anonymous_enums: HashMap<u64, TypeId>,
     pending: Vec<Pending>,
     broken_units: usize,
     foreign: usize,
@@ -68,11 +70,11 @@ impl<'d, 'a> Convert<'d, 'a> {
             open: FxHashMap::default(),
             builder: Builder::new(),
             ids: FxHashMap::default(),
-            named: FxHashMap::default(),
-            by_name: FxHashMap::default(),
-            derived: FxHashMap::default(),
-            variables: FxHashMap::default(),
-            anonymous_enums: FxHashMap::default(),
+            named: HashMap::default(),
+            by_name: HashMap::default(),
+            derived: HashMap::default(),
+            variables: HashMap::default(),
+            anonymous_enums: HashMap::default(),
             pending: Vec::new(),
             broken_units: 0,
             foreign: 0,
@@ -405,7 +407,7 @@ impl<'d, 'a> Convert<'d, 'a> {
         // An anonymous one is known by its values.
         let anonymous = name
             .is_empty()
-            .then(|| FxBuildHasher.hash_one((key.3, size, &values)));
+            .then(|| self.anonymous_enums.hasher().hash_one((key.3, size, &values)));
         if let Some(&id) = anonymous.and_then(|hash| self.anonymous_enums.get(&hash)) {
             return id;
         }

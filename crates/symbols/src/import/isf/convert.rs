@@ -1,8 +1,7 @@
 //! From ISF's words to BTF.
 
+use std::collections::HashMap;
 use std::path::Path;
-
-use rustc_hash::FxHashMap;
 
 use super::json::{BaseType, Enum, Mention, Metadata, Number, Symbol, UserType};
 use crate::SymbolTableBuilder;
@@ -36,8 +35,8 @@ enum Derived {
 pub(super) struct Convert {
     builder: Builder,
     /// By dictionary and name: the id, and whether the type has been defined by now.
-    named: FxHashMap<(Space, Box<str>), (TypeId, Known)>,
-    derived: FxHashMap<Derived, TypeId>,
+    named: HashMap<(Space, Box<str>), (TypeId, Known)>,
+    derived: HashMap<Derived, TypeId>,
     function: Option<TypeId>,
     symbols: SymbolTableBuilder,
     symbol_count: usize,
