@@ -18,6 +18,8 @@ const MAX_ORDERS: usize = 16;
 const MAX_KINDS: usize = 10;
 /// The address of a table in CR3 or an entry (SDM vol. 3A 4.5).
 const TABLE: u64 = 0x000f_ffff_ffff_f000;
+/// What of an entry says where it leads: the address and that it is present. The processor writes other bits.
+const LEADS: u64 = TABLE | 1;
 /// Most tasks looked at.
 const MAX_TASKS: usize = 8192;
 
@@ -29,7 +31,8 @@ struct Pieces {
 /// Those of `pieces` in which nothing of the kernel's was found that proves their place; each is given by its
 /// guest-physical ranges.
 ///
-/// Looked at, until every piece has shown something: the kernel's image; the node descriptors (`pglist_data`), which the
+/// Looked at, until every piece has shown something: the kernel's image; the page tables by which processors are started,
+/// below 1 MiB; the node descriptors (`pglist_data`), which the
 /// kernel allocates in each node's own memory; free pages' entries of the page array, which it allocates there too
 /// (without NUMA: at the end of memory); tasks; and the page tables of processes.
 pub(super) fn unproven(kernel: &Kernel, pieces: Vec<Vec<Region>>) -> Vec<Vec<Region>> {
@@ -41,6 +44,7 @@ pub(super) fn unproven(kernel: &Kernel, pieces: Vec<Vec<Region>>) -> Vec<Vec<Reg
         pieces.saw(gpa);
     }
     if !pieces.all_seen() {
+        trampoline(kernel, &mut pieces);
         let nodes = nodes(kernel, &mut pieces);
         for node in nodes {
             free_pages(kernel, node, &mut pieces);
@@ -75,6 +79,26 @@ fn place(kernel: &Kernel, at: Gva) -> Option<Gpa> {
 
 fn pointer(kernel: &Kernel, at: u64) -> Option<u64> {
     kernel.space().read_u64(Gva(at)).ok()
+}
+
+/// The root page table of the trampoline below 1 MiB, by which processors start: its last entry is the kernel's own
+/// (`setup_real_mode` in arch/x86/realmode/init.c, all versions).
+fn trampoline(kernel: &Kernel, pieces: &mut Pieces) {
+    let (Ok(header), Ok(offset)) = (
+        kernel.symbol_pointer("real_mode_header"),
+        kernel.offset("real_mode_header", "trampoline_pgd"),
+    ) else {
+        return;
+    };
+    let Ok(table) = kernel.space().read_u32(Gva(header.0.wrapping_add(offset))) else {
+        return;
+    };
+    let table = Gpa(u64::from(table));
+    let last = |table| kernel_half(kernel, table).last().map(|entry| entry & LEADS);
+    let kernels = last(Gpa(kernel.space().dtb().0 & TABLE)).filter(|entry| entry & 1 != 0);
+    if kernels.is_some() && last(table) == kernels {
+        pieces.saw(table);
+    }
 }
 
 /// The node descriptors. Each knows its number, and its zones point back to it.
@@ -206,8 +230,6 @@ fn kernel_half(kernel: &Kernel, table: Gpa) -> Vec<u64> {
 
 /// Whether two tables lead to the same next ones: those that both have, and at least two.
 fn is_same_half(a: &[u64], b: &[u64]) -> bool {
-    // The present bit and the address; the processor writes others.
-    const LEADS: u64 = TABLE | 1;
     let both = || {
         a.iter()
             .zip(b)

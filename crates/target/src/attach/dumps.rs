@@ -74,8 +74,9 @@ fn lay_out(dump: &mut Dump, options: &AttachOptions<'_>) -> Result<Option<String
         }
     }
     Ok(Some(
-        "no guest was found in any layout of the image: it is read as it is, flat (one that LiME wrote with format=raw \
-         has lost its addresses: use format=lime or format=padded)"
+        "no guest was found in any layout of the image: it is read as it is, flat (an image that was cut may have lost \
+         the page tables at its end; one that LiME wrote with format=raw has lost its addresses: use format=lime or \
+         format=padded)"
             .to_owned(),
     ))
 }

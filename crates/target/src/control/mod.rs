@@ -13,6 +13,11 @@ pub(crate) use virsh::VirshControl;
 /// A paused VM. It goes on when this is dropped, when the program panics or is killed; a VM that its owner had
 /// paused stays paused (through a gdb stub that can be told only where QEMU's state is not plainly "paused", and
 /// then it goes on). The monitor's socket, or the stub, is ours as long as this lives.
+///
+/// Nothing else ends the pause: there is no longest one, and a program that is itself stopped (SIGSTOP, Ctrl-Z, a debugger)
+/// keeps its VM paused until it goes on or is ended, as a debugger does whose user went for lunch. To let it go on behind
+/// the back of somebody who looks at it would give him a picture that is neither of one moment nor known not to be. So
+/// drop this as soon as what is needed was read, and before waiting for anybody: a pager, a full pipe, a prompt.
 #[derive(Debug)]
 #[must_use = "the VM goes on as soon as this is dropped"]
 pub struct PauseGuard {
