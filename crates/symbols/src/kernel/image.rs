@@ -4,6 +4,7 @@ use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Gva};
 
 use super::Part;
+use crate::table::is_absolute;
 
 /// A kernel image in guest memory, proven by page tables that map it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -38,8 +39,12 @@ impl KernelImage {
         release_of(&self.banner)
     }
 
-    /// The run-time address of what is linked at `address`.
+    /// The run-time address of what is linked at `address`. An absolute value, such as a per-CPU offset before Linux 6.15, is no address
+    /// and stays what it is.
     pub fn runtime(&self, address: u64) -> Gva {
+        if is_absolute(address) {
+            return Gva(address);
+        }
         Gva(address.wrapping_add(self.slide))
     }
 
@@ -65,6 +70,25 @@ pub(crate) fn release_of(banner: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_lies_in_the_image_moves_with_it() {
+        let image = KernelImage {
+            text: Gva(0xffff_ffff_a000_0000),
+            phys: Gpa(0x200_0000),
+            len: 0x200_0000,
+            slide: 0x1f00_0000,
+            dtb: Dtb(0x1000),
+            mode: PagingMode::X86Level4,
+            direct_map: None,
+            parts: Vec::new(),
+            banner: String::new(),
+            build_id: None,
+            evidence: Vec::new(),
+        };
+        assert_eq!(image.runtime(0xffff_ffff_8100_1000), Gva(0xffff_ffff_a000_1000));
+        assert_eq!(image.runtime(0x1fb80), Gva(0x1fb80));
+    }
 
     #[test]
     fn release_is_the_third_word() {
