@@ -150,6 +150,21 @@ fn visible_flags(flags: u32, gflags: u32, state: u64, operstate: u8) -> u32 {
     out
 }
 
+/// The state as the guest's tools see it: one that is not switched on is down, whatever was noted when it last was
+/// (`rtnl_fill_ifinfo` in net/core/rtnetlink.c, `operstate_show` in net/core/net-sysfs.c).
+fn visible_state(operstate: u8, state: u64) -> &'static str {
+    match operstate {
+        _ if state & STATE_START == 0 => "down",
+        1 => "notpresent",
+        2 => "down",
+        3 => "lowerlayerdown",
+        4 => "testing",
+        5 => "dormant",
+        OPER_UP => "up",
+        _ => "unknown",
+    }
+}
+
 /// A network interface.
 #[derive(Clone, Debug, Serialize)]
 pub struct Interface {
@@ -346,15 +361,7 @@ impl DeviceReader {
             .filter(|(bit, _)| flags >> bit & 1 == 1)
             .map(|(_, &name)| name)
             .collect();
-        row.state = match operstate {
-            1 => "notpresent",
-            2 => "down",
-            3 => "lowerlayerdown",
-            4 => "testing",
-            5 => "dormant",
-            6 => "up",
-            _ => "unknown",
-        };
+        row.state = visible_state(operstate, d.state.of(&object));
         let mut problem = |field: &'static str, result: Result<(), ReadError>| {
             if let Err(error) = result {
                 row.problems.push(Problem::read(field, &error));
@@ -534,4 +541,17 @@ fn link_type(number: u16) -> String {
         other => return format!("{other}"),
     }
     .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_that_is_off_is_down() {
+        assert_eq!(visible_state(OPER_UNKNOWN, STATE_NOCARRIER), "down");
+        assert_eq!(visible_state(OPER_UP, 0), "down");
+        assert_eq!(visible_state(OPER_UP, STATE_START), "up");
+        assert_eq!(visible_state(OPER_UNKNOWN, STATE_START), "unknown");
+    }
 }

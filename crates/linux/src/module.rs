@@ -1,5 +1,6 @@
 //! Loaded modules: `lsmod`, and what `/sys/module` knows of each.
 
+mod arguments;
 mod parameter;
 mod section;
 mod symbols;
@@ -360,8 +361,11 @@ impl<'k> ModuleReader<'k> {
         };
         module.version = text("version", l.version.of(&object), 256);
         module.srcversion = text("srcversion", l.srcversion.of(&object), 64);
-        module.arguments = text("arguments", l.args.of(&object), 4096).filter(|a| !a.is_empty());
         module.problems.append(&mut problems);
+        match self.arguments(&object) {
+            Ok(arguments) => module.arguments = Some(arguments).filter(|a| !a.is_empty()),
+            Err(error) => module.problems.push(Problem::read("arguments", &error)),
+        }
         module.build_id = l.build_id.and_then(|place| hex(place.of(&object)));
         match self.used_by(address, budget, &mut share) {
             Ok((names, warning)) => {
@@ -398,6 +402,23 @@ impl<'k> ModuleReader<'k> {
             module.problems.extend(problem);
         }
         module
+    }
+
+    fn arguments(&self, object: &Buffer) -> Result<String, ReadError> {
+        let at = self.layout.args.of(object);
+        if at.is_null() || self.kernel.space().read_u8(at)? == 0 {
+            return Ok(String::new());
+        }
+        // They end where nothing says so: as far as their page goes, and on to the next one if there is one.
+        let mut left = vec![0u8; (4096 - at.page_offset()) + 4096];
+        if self.kernel.space().read(at, &mut left).is_err() {
+            left.truncate(4096 - at.page_offset());
+            self.kernel.space().read(at, &mut left)?;
+        }
+        let (parameters, _) = self
+            .parameters
+            .all(self.layout.kp.of(object), self.layout.num_kp.of(object));
+        Ok(arguments::rejoin(&left, &parameters))
     }
 
     fn ranges(&self, module: &mut Module, object: &Buffer) {

@@ -1,12 +1,23 @@
 //! What vmsight sees held against what the guest says of itself, field by field. The same comparison serves a guest that runs and a
 //! dump of it.
 
+pub mod cgroups;
+mod endpoints;
 pub mod files;
+pub mod frames;
+mod holders;
+pub mod info;
+pub mod interfaces;
 pub mod log;
+pub mod maps;
 pub mod modules;
 pub mod mounts;
-pub mod net;
 pub mod processes;
+pub mod sockets;
+pub mod symbols;
+pub mod threads;
+mod times;
+pub mod unix;
 
 use std::fmt::{self, Debug, Display};
 
@@ -27,8 +38,14 @@ pub struct Differences {
 impl Differences {
     /// Notes a difference of `what` unless both are equal.
     pub fn same<T: PartialEq<U> + Debug, U: Debug>(&mut self, what: impl Display, seen: T, said: U) {
+        let same = seen == said;
+        self.near(what, same, seen, said);
+    }
+
+    /// Notes a difference of `what` unless `near`: for what may differ a little.
+    pub fn near<T: Debug, U: Debug>(&mut self, what: impl Display, near: bool, seen: T, said: U) {
         self.compared += 1;
-        if seen != said {
+        if !near {
             self.found
                 .push(format!("{what}: vmsight sees {seen:?}, the guest says {said:?}"));
         }
@@ -63,15 +80,17 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("open files", 2000, files::open_files),
     ("mounts", 400, mounts::mounts),
     ("modules", 180, modules::modules),
+    ("symbols", 250, symbols::symbols),
     ("kernel log", 1500, log::kmsg),
-    ("sockets", 380, net::sockets),
-    ("UNIX sockets", 100, net::unix),
-    ("interfaces", 80, net::interfaces),
+    ("sockets", 380, sockets::sockets),
+    ("UNIX sockets", 100, unix::unix_sockets),
+    ("interfaces", 80, interfaces::interfaces),
     ("processes", 2000, processes::processes),
-    ("threads", 300, processes::threads),
-    ("mappings", 4000, processes::maps),
-    ("control groups", 1, processes::cgroups),
-    ("info", 10, processes::info),
+    ("threads", 300, threads::threads),
+    ("mappings", 4000, maps::maps),
+    ("page tables", 300, frames::frames),
+    ("control groups", 40, cgroups::cgroups),
+    ("info", 18, info::info),
 ];
 
 /// Makes all comparisons and gives the differences, each with what it is about; none for a vmsight that sees all as it is.

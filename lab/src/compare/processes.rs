@@ -1,24 +1,34 @@
-//! Processes, threads, mappings, control groups and the kernel's own account of itself.
+//! Processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use vmsight_linux::{Kernel, Mapping, ProcessFields, Thread};
+use vmsight_linux::{Kernel, ProcessFields};
 
+use super::times::{self, Used};
 use super::{Differences, spelt};
-use crate::truth::{self, Truth};
+use crate::truth::{self, Text, Truth};
 
-/// Compares `Kernel::processes` with `/proc/PID/{stat,status,cmdline,environ,exe,cwd,root,ns,cgroup}`.
+/// Compares `Kernel::processes` with `/proc/PID/{stat,status,cmdline,environ,exe,cwd,root,ns,cgroup}`, and the containers with what
+/// the workload has made.
 pub fn processes(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
     let mut out = Differences::default();
     let listing = kernel.processes(ProcessFields::all())?;
     out.complaints("processes", &listing.warnings);
     let rows: BTreeMap<i32, &vmsight_linux::Process> = listing.rows.iter().map(|r| (r.pid, r)).collect();
     out.same("pids that come twice", listing.rows.len() - rows.len(), 0);
+    let passed = times::passed(kernel, truth);
     for said in truth.processes.iter().filter(|p| !p.is_transient()) {
         match rows.get(&i32::try_from(said.pid)?) {
-            Some(row) => one_process(row, said, &mut out),
+            Some(row) => {
+                one_process(row, said, &mut out);
+                container(row, truth, &mut out);
+                times(row, said, truth, passed, &mut out);
+            }
             None => out.differs(format!("no process {} ({})", said.pid, said.task_comm())),
         }
+    }
+    if !truth.processes.iter().any(|p| p.paged_out.is_some()) {
+        out.differs("no process has its arguments paged out");
     }
     for pid in &truth.sleepers {
         let row = rows.get(&i32::try_from(*pid)?);
@@ -40,17 +50,6 @@ pub fn processes(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> 
 
 fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Differences) {
     let at = |field: &str| format!("{field} of {} ({})", said.pid, said.task_comm());
-    let paged_out = |field: &str| {
-        row.problems
-            .iter()
-            .any(|p| p.field == field && p.reason.contains("paged out"))
-    };
-    for problem in &row.problems {
-        // The workload has some of its memory paged out after its account was taken.
-        if !(said.paged_out.is_some() && problem.reason.contains("paged out")) {
-            out.differs(format!("{}: vmsight complains: {problem}", at("row")));
-        }
-    }
     out.same(at("name"), row.name.as_str(), said.task_comm().as_str());
     out.same(at("ppid"), row.ppid, i32::try_from(said.ppid).ok());
     out.same(at("tgid"), row.tgid, row.pid);
@@ -70,12 +69,7 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
     out.same(at("nice"), row.nice.map(i64::from), Some(said.nice));
     out.same(at("priority"), row.priority.map(i64::from), Some(said.priority));
     out.same(at("rt_priority"), row.rt_priority, Some(said.rt_priority));
-    let policies = ["normal", "fifo", "rr", "batch", "", "idle", "deadline", "ext"];
-    out.same(
-        at("policy"),
-        row.policy,
-        policies.get(said.policy as usize).copied(),
-    );
+    out.same(at("policy"), row.policy, policy(said.policy));
     out.same(
         at("oom_score_adj"),
         row.oom_score_adj.map(i32::from),
@@ -121,17 +115,101 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
         row.cgroup.as_deref(),
         Some(spelt(&said.cgroup).as_str()),
     );
-    if !paged_out("cmdline") {
-        let cmdline: Vec<String> = said.cmdline.iter().map(spelt).collect();
-        out.same(at("argv"), row.argv.clone().unwrap_or_default(), cmdline);
-    }
-    if !paged_out("environ") && said.vm.is_some() {
-        let environ: Vec<String> = said.environ.iter().map(spelt).collect();
-        out.same(at("environ"), row.environ.clone().unwrap_or_default(), environ);
-    }
+    let lines: Vec<String> = said.cgroups.iter().map(spelt).collect();
+    out.same(at("cgroups"), row.cgroups.as_ref(), Some(&lines));
+    strings(&at, row, said, out);
     match &said.vm {
         Some(vm) => sizes(&at, row, vm, said, out),
-        None => out.same(at("argv"), row.argv.as_ref(), None::<&Vec<String>>),
+        None => {
+            out.same(at("argv"), row.argv.as_ref(), None);
+            out.same(at("vm_size_kb"), row.vm_size_kb, None);
+        }
+    }
+}
+
+/// Arguments and environment, which lie in the process's own memory. The workload has the whole pages of one process's arguments paged
+/// out after its account was taken: of these what comes before is shown, and why there is no more. Nothing else may be missing.
+fn strings(
+    at: &dyn Fn(&str) -> String,
+    row: &vmsight_linux::Process,
+    said: &truth::Process,
+    out: &mut Differences,
+) {
+    let (argv, reason) = match (said.paged_out, &said.vm) {
+        (Some((start, _)), Some(vm)) => {
+            let bytes = joined(&said.cmdline);
+            let before = usize::try_from(start - vm.arg_start).unwrap_or(usize::MAX);
+            let shown = bytes.get(..before).unwrap_or_default();
+            let pieces = shown.strip_suffix(b"\0").unwrap_or(shown).split(|b| *b == 0);
+            if shown.is_empty() {
+                (None, Some("paged out".to_owned()))
+            } else {
+                let argv = pieces.map(vmsight_linux::text::guest_text).collect();
+                let reason = format!("cut after {before} of {} bytes: paged out", bytes.len());
+                (Some(argv), Some(reason))
+            }
+        }
+        (_, vm) => {
+            let argv: Vec<String> = said.cmdline.iter().map(spelt).collect();
+            (vm.is_some().then_some(argv), None)
+        }
+    };
+    let seen: Vec<String> = row.problems.iter().map(ToString::to_string).collect();
+    let missing: Vec<String> = reason.iter().map(|reason| format!("cmdline: {reason}")).collect();
+    out.same(at("problems"), seen, missing);
+    let cmdline = argv.as_ref().map(|argv| argv.join(" "));
+    out.same(at("argv"), row.argv.as_ref(), argv.as_ref());
+    out.same(at("cmdline"), row.cmdline.as_ref(), cmdline.as_ref());
+    let environ: Vec<String> = said.environ.iter().map(spelt).collect();
+    out.same(
+        at("environ"),
+        row.environ.as_ref(),
+        said.vm.is_some().then_some(&environ),
+    );
+}
+
+/// Strings as they lie in memory, each with its NUL.
+fn joined(strings: &[Text]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for text in strings {
+        bytes.extend_from_slice(text.bytes());
+        bytes.push(0);
+    }
+    bytes
+}
+
+fn container(row: &vmsight_linux::Process, truth: &Truth, out: &mut Differences) {
+    let pid = row.pid as u32;
+    let said = truth.containers.iter().find(|c| c.pids.contains(&pid));
+    let at = |field: &str| format!("{field} of {} ({})", row.pid, row.name);
+    out.same(at("container"), row.container.as_ref(), said.map(|c| &c.id));
+    out.same(
+        at("container_runtime"),
+        row.container_runtime.as_ref(),
+        said.map(|c| &c.runtime),
+    );
+}
+
+fn times(
+    row: &vmsight_linux::Process,
+    said: &truth::Process,
+    truth: &Truth,
+    passed: u64,
+    out: &mut Differences,
+) {
+    let at = |field: &str| format!("{field} of {} ({})", said.pid, said.task_comm());
+    times::start(&at, row.start_time.as_deref(), said.start_ticks, truth, out);
+    let seen = Used {
+        user: row.utime_ticks.unwrap_or(u64::MAX),
+        system: row.stime_ticks.unwrap_or(u64::MAX),
+    };
+    let account = Used {
+        user: said.utime_ticks,
+        system: said.stime_ticks,
+    };
+    times::used(&at, seen, account, times::may_run(said).then_some(passed), out);
+    if let Some(leader) = said.threads.first().filter(|_| !times::may_run(said)) {
+        out.same(at("cpu"), row.cpu, Some(leader.cpu));
     }
 }
 
@@ -173,22 +251,29 @@ fn sizes(
     out.same(at("vm_size_kb"), row.vm_size_kb, Some(vm.size));
     out.same(at("vm_data_kb"), row.vm_data_kb, Some(vm.data));
     out.same(at("vm_stack_kb"), row.vm_stack_kb, Some(vm.stack));
+    // /proc divides it between the executable and all else, by the addresses of the code.
+    out.same(at("vm_exec_kb"), row.vm_exec_kb, Some(vm.exe + vm.lib));
     // What /proc says lags by up to a batch of 64 pages for each counter and CPU (6.2 on) or thread (before); and what was paged out
     // afterwards moves from one of our numbers to the other.
     let slack = 4 * 4 * 64 * said.threads.len().max(2) as u64;
     let (resident, swapped) = (row.vm_rss_kb.unwrap_or(0), row.vm_swap_kb.unwrap_or(0));
-    if (resident + swapped).abs_diff(vm.rss + vm.swap) > slack {
-        out.same(at("vm_rss_kb + vm_swap_kb"), resident + swapped, vm.rss + vm.swap);
-    }
-    if let Some((start, end)) = said.paged_out
-        && swapped < (end - start) / 1024
-    {
+    let (seen, account) = (resident + swapped, vm.rss + vm.swap);
+    out.near(
+        at("vm_rss_kb + vm_swap_kb"),
+        seen.abs_diff(account) <= slack,
+        seen,
+        account,
+    );
+    if let Some((start, end)) = said.paged_out {
         let kb = (end - start) / 1024;
-        out.differs(format!(
-            "{}: {swapped}, although {kb} KiB were paged out",
-            at("vm_swap_kb")
-        ));
+        out.near(at("vm_swap_kb"), swapped >= kb, swapped, kb);
     }
+}
+
+/// A scheduling policy by its number (include/uapi/linux/sched.h).
+pub(super) fn policy(number: u32) -> Option<&'static str> {
+    let names = ["normal", "fifo", "rr", "batch", "", "idle", "deadline", "ext"];
+    names.get(number as usize).copied()
 }
 
 /// The name of a terminal by its number in /proc/PID/stat.
@@ -204,143 +289,4 @@ fn terminal(number: i64) -> Option<String> {
         136..=143 => Some(format!("pts/{}", (major - 136) * 256 + minor)),
         _ => Some(format!("{major}:{minor}")),
     }
-}
-
-/// Compares `Kernel::threads` with `/proc/PID/task`.
-pub fn threads(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
-    let mut out = Differences::default();
-    let listing = kernel.threads(None)?;
-    out.complaints("threads", &listing.warnings);
-    let mut by_pid: BTreeMap<i32, Vec<&Thread>> = BTreeMap::new();
-    for row in &listing.rows {
-        by_pid.entry(row.pid).or_default().push(row);
-        out.complaints(&format!("thread {}", row.tid), &row.problems);
-    }
-    for said in truth.processes.iter().filter(|p| !p.is_transient()) {
-        let rows = by_pid
-            .get(&i32::try_from(said.pid)?)
-            .map_or(&[][..], Vec::as_slice);
-        let at = |field: &str| format!("{field} of the threads of {} ({})", said.pid, said.task_comm());
-        let seen: BTreeSet<u32> = rows.iter().map(|r| r.tid as u32).collect();
-        out.same(
-            at("tid"),
-            seen,
-            said.threads.iter().map(|t| t.tid).collect::<BTreeSet<_>>(),
-        );
-        for thread in &said.threads {
-            let Some(row) = rows.iter().find(|r| r.tid as u32 == thread.tid) else {
-                continue;
-            };
-            if !said.kthread {
-                out.same(at("name"), row.name.clone(), spelt(&thread.comm));
-                out.same(at("state"), row.state, thread.state);
-            }
-            out.same(at("start_ticks"), row.start_ticks, thread.start_ticks);
-            out.same(at("nice"), i64::from(row.nice), thread.nice);
-        }
-    }
-    Ok(out)
-}
-
-/// Compares `Kernel::maps` of every process with `/proc/PID/maps`.
-pub fn maps(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
-    let mut out = Differences::default();
-    for said in truth.processes.iter().filter(|p| p.vm.is_some()) {
-        let listing = kernel.maps(i32::try_from(said.pid)?)?;
-        let at = |what: &str| format!("{what} of {} ({})", said.pid, said.task_comm());
-        out.complaints(&at("mappings"), &listing.warnings);
-        for row in &listing.rows {
-            // What Linux itself cannot name: a path of more than a page.
-            if row.path.as_ref().is_none_or(|p| p.len() < 4096) {
-                out.complaints(&at("mapping"), &row.problems);
-            }
-        }
-        out.same(at("number of mappings"), listing.rows.len(), said.maps.len());
-        for (row, said) in listing.rows.iter().zip(&said.maps) {
-            let place = format!("{} at {:#x}", at("mapping"), said.start);
-            out.same(
-                format!("{place}, bounds"),
-                (row.start.0, row.end.0),
-                (said.start, said.end),
-            );
-            out.same(format!("{place}, permissions"), &row.perms, &said.perms);
-            out.same(format!("{place}, offset"), row.offset, said.offset);
-            out.same(format!("{place}, device"), device(row), Some(said.dev));
-            out.same(format!("{place}, inode"), row.inode, said.inode);
-            let path = row.path.as_deref().unwrap_or_default().replace('\n', "\\012");
-            out.same(format!("{place}, path"), path, spelt(&said.path));
-        }
-    }
-    Ok(out)
-}
-
-fn device(row: &Mapping) -> Option<(u32, u32)> {
-    let (major, minor) = row.device.split_once(':')?;
-    let number = |text: &str| u32::from_str_radix(text, 16).ok();
-    Some((number(major)?, number(minor)?))
-}
-
-/// Compares `Kernel::cgroups` with the directories of the unified hierarchy.
-pub fn cgroups(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
-    let mut out = Differences::default();
-    let listing = kernel.cgroups()?;
-    out.complaints("cgroups", &listing.warnings);
-    for row in &listing.rows {
-        out.complaints(&format!("cgroup {}", row.path), &row.problems);
-    }
-    let unified = || listing.rows.iter().filter(|r| r.hierarchy == 0);
-    let seen: BTreeSet<String> = unified().map(|r| r.path.clone()).collect();
-    out.same("cgroups", seen, truth.cgroups.iter().map(spelt).collect());
-    let tasks: u64 = unified().filter_map(|r| r.tasks).sum();
-    let threads: usize = truth.processes.iter().map(|p| p.threads.len()).sum();
-    let said = (threads + truth.sleepers.len()) as u64;
-    // Kernel workers come and go.
-    if tasks.abs_diff(said) > 16 {
-        out.same("tasks in all cgroups", tasks, said);
-    }
-    Ok(out)
-}
-
-/// Compares `Kernel::info` with what /proc and uname say.
-pub fn info(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
-    let mut out = Differences::default();
-    let (info, said) = (kernel.info(), &truth.system);
-    out.complaints("info", &info.problems);
-    out.same("release", &info.release, &said.release);
-    out.same("banner", info.banner.trim(), said.version.trim());
-    out.same("build_id", info.build_id.as_ref(), Some(&said.build_id));
-    out.same("machine", info.machine.as_ref(), Some(&said.machine));
-    out.same("hostname", info.hostname.as_ref(), Some(&said.hostname));
-    let domain = Some(said.domainname.as_str()).filter(|d| *d != "(none)");
-    out.same("domainname", info.domainname.as_deref(), domain);
-    out.same(
-        "cmdline",
-        info.cmdline.as_deref().map(str::trim),
-        Some(said.cmdline.trim()),
-    );
-    out.same("cpus_online", info.cpus_online, Some(said.cpus as usize));
-    out.same("taint_mask", info.taint_mask, Some(said.tainted));
-    out.same(
-        "five levels",
-        info.paging.contains("5-level"),
-        said.five_level_paging,
-    );
-    out.same(
-        "memory_total_kb",
-        info.memory_total_kb,
-        said.meminfo.get("MemTotal").copied(),
-    );
-    // btime is cut to whole seconds, and the offset it is made from is adjusted while the guest runs.
-    let boot = |nanoseconds: i64| vmsight_linux::clock::rfc3339(nanoseconds).map(|t| t[..19].to_owned());
-    let said_boot = i64::try_from(said.boot_time)? * 1_000_000_000;
-    let near = [said_boot - 1_000_000_000, said_boot, said_boot + 1_000_000_000].map(boot);
-    let seen = info.boot_time.as_ref().map(|t| t[..19].to_owned());
-    if !near.contains(&seen) {
-        out.same("boot_time", seen, boot(said_boot));
-    }
-    let uptime = info.uptime_s.unwrap_or(0.0);
-    if !(said.uptime - 1.0..said.uptime + 600.0).contains(&uptime) {
-        out.same("uptime_s", uptime, said.uptime);
-    }
-    Ok(out)
 }

@@ -13,9 +13,10 @@ pub mod text;
 use serde::{Deserialize, Serialize};
 
 pub use net::{InetSocket, Interface, NetNamespace, NetlinkSocket, PacketSocket, UnixSocket, VsockSocket};
-pub use process::{Credentials, Fd, Map, Process, Thread, VmSizes};
+pub use process::{Credentials, Fd, Frame, Map, Process, Thread, VmSizes};
 pub use system::{
-    Kallsyms, KmsgRecord, MemoryRange, Module, ModuleSymbols, Mount, MountNamespace, Symbol, System,
+    Cgroup, Container, Kallsyms, KmsgRecord, MemoryRange, Module, ModuleSymbols, Mount, MountNamespace,
+    Symbol, System,
 };
 pub use text::Text;
 
@@ -39,8 +40,10 @@ pub struct Truth {
     pub mounts: Vec<MountNamespace>,
     /// The kernel log from its first record still there.
     pub kmsg: Vec<KmsgRecord>,
-    /// Every cgroup of the unified hierarchy, as paths below its mount ("/" is the root).
-    pub cgroups: Vec<Text>,
+    /// Every cgroup of the unified hierarchy.
+    pub cgroups: Vec<Cgroup>,
+    /// The containers.
+    pub containers: Vec<Container>,
     /// The kernel's symbols: counts, digests and samples.
     pub kallsyms: Kallsyms,
     /// What the workload could not do on this kernel, and why: a feature the kernel lacks.

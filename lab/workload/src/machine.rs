@@ -86,7 +86,8 @@ pub(crate) fn more_mounts() -> Result<Vec<String>> {
 /// Settings that let the guest speak openly, and that keep its lists as they are once it is quiet.
 pub(crate) fn settings() {
     for (name, value) in [
-        ("kernel/kptr_restrict", "0"),
+        // Real addresses for root, also where 0 would mean hashed ones.
+        ("kernel/kptr_restrict", "1"),
         ("kernel/perf_event_paranoid", "1"),
         ("kernel/printk", "4 4 1 7"),
         ("kernel/hung_task_timeout_secs", "0"),
@@ -96,6 +97,8 @@ pub(crate) fn settings() {
         ("kernel/domainname", "lab.example"),
         ("vm/swappiness", "100"),
         ("vm/max_map_count", "262144"),
+        // Locked memory stays where it is.
+        ("vm/compact_unevictable_allowed", "0"),
         ("net/ipv4/ping_group_range", "0 2147483647"),
         // Connections to nowhere stay as they are for hours.
         ("net/ipv4/tcp_syn_retries", "127"),
@@ -110,6 +113,11 @@ pub(crate) fn settings() {
         // Not every kernel has every one.
         let _ = fs::write(format!("/proc/sys/{name}"), value);
     }
+    // No small pages are gathered into a huge one behind anybody's back: the next round is in weeks.
+    let _ = fs::write(
+        "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs",
+        "4000000000",
+    );
 }
 
 /// Interfaces with addresses of both families, one of them a VLAN, one a bridge.

@@ -48,6 +48,8 @@ pub struct InetSocket {
     pub tx_queue: u64,
     /// Bytes waiting to be read (in LISTEN: connections waiting to be accepted).
     pub rx_queue: u64,
+    /// Address of the kernel's object, 0 where the kernel does not show it.
+    pub address: u64,
 }
 
 impl InetSocket {
@@ -74,6 +76,14 @@ pub struct UnixSocket {
     pub path: Text,
     /// Inode of the connected peer, where `unix_diag` knows one.
     pub peer: Option<u64>,
+    /// Owner, where `unix_diag` says so.
+    pub uid: Option<u32>,
+    /// Bytes waiting to be read (of one that listens: connections waiting to be accepted), where `unix_diag` says so.
+    pub rx_queue: Option<u32>,
+    /// Memory of what was sent and not yet read, bytes (of one that listens: connections it lets wait).
+    pub tx_queue: Option<u32>,
+    /// Address of the kernel's object, 0 where the kernel does not show it.
+    pub address: u64,
 }
 
 /// One row of `/proc/net/packet`.
@@ -91,6 +101,8 @@ pub struct PacketSocket {
     pub running: bool,
     /// Owner.
     pub uid: u32,
+    /// Address of the kernel's object, 0 where the kernel does not show it.
+    pub address: u64,
 }
 
 /// One row of `/proc/net/netlink`.
@@ -104,6 +116,8 @@ pub struct NetlinkSocket {
     pub port: u32,
     /// Multicast groups, the first 32.
     pub groups: u32,
+    /// Address of the kernel's object, 0 where the kernel does not show it.
+    pub address: u64,
 }
 
 /// One AF_VSOCK socket.
@@ -148,6 +162,10 @@ pub struct Interface {
     pub master: u32,
     /// Kind of a virtual interface: dummy, veth, vlan, …
     pub kind: String,
+    /// State by the number of RFC 2863 as the kernel has it: 0 unknown, 2 down, 6 up, …
+    pub state: u8,
+    /// What it counted: packets received, packets sent, bytes received, bytes sent.
+    pub counters: [u64; 4],
     /// Addresses with prefix length.
     pub addresses: Vec<(IpAddr, u8)>,
 }

@@ -54,6 +54,10 @@ pub struct Process {
     pub policy: u32,
     /// `PF_*` flags of the leader.
     pub flags: u32,
+    /// Time of all its threads in user mode, gone ones included, clock ticks.
+    pub utime_ticks: u64,
+    /// The same in kernel mode.
+    pub stime_ticks: u64,
     /// Controlling terminal as a device number in the encoding of `/proc/PID/stat`; 0 for none.
     pub tty_nr: i64,
     /// Foreground process group of the terminal.
@@ -74,12 +78,16 @@ pub struct Process {
     pub namespaces: BTreeMap<String, u64>,
     /// Path in the unified cgroup hierarchy.
     pub cgroup: Text,
+    /// The lines of `/proc/PID/cgroup`: its place in every hierarchy.
+    pub cgroups: Vec<Text>,
     /// All its threads, the leader first.
     pub threads: Vec<Thread>,
     /// Mappings by address.
     pub maps: Vec<Map>,
     /// Open files by number.
     pub fds: Vec<Fd>,
+    /// Where some pages of memory that it has locked lie. Only such pages stay where they are.
+    pub frames: Vec<Frame>,
     /// The part of its memory which the workload asked the kernel to page out after this account was taken
     /// (`start`, `end`), when the guest's pagemap then showed its pages as swapped.
     pub paged_out: Option<(u64, u64)>,
@@ -204,6 +212,35 @@ pub struct Thread {
     pub start_ticks: u64,
     /// Nice value.
     pub nice: i64,
+    /// Priority as its `stat` has it.
+    pub priority: i64,
+    /// Scheduling policy, numbered as the process's.
+    pub policy: u32,
+    /// The CPU it ran on last.
+    pub cpu: u32,
+    /// Its own time in user mode, clock ticks.
+    pub utime_ticks: u64,
+    /// The same in kernel mode.
+    pub stime_ticks: u64,
+    /// Its working directory, where its directories are not those of the leader.
+    pub cwd: Option<Text>,
+    /// Its root directory, likewise.
+    pub root: Option<Text>,
+    /// Its open files, where they are not those of the leader.
+    pub fds: Vec<Fd>,
+}
+
+/// Where a page of a process lies, from `/proc/PID/pagemap`, and what is in it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frame {
+    /// Address in the process, at the beginning of a page of 4 KiB.
+    pub address: u64,
+    /// Number of the physical page of 4 KiB.
+    pub frame: u64,
+    /// Size of the page that a single entry of the page tables maps there, bytes; 0 where `smaps` leaves that open.
+    pub page_size: u64,
+    /// The eight bytes at the address, from `/proc/PID/mem`.
+    pub word: u64,
 }
 
 /// One mapping, from `/proc/PID/maps`.

@@ -33,6 +33,14 @@ pub struct System {
     pub page_size: u64,
     /// Processors online.
     pub cpus: u32,
+    /// Processors that are there (`/sys/devices/system/cpu/present`).
+    pub cpus_present: u32,
+    /// Processors that the kernel made room for.
+    pub cpus_possible: u32,
+    /// What the clock is made of: `tsc`, `hpet`, …
+    pub clocksource: String,
+    /// Security modules in force, in order, where securityfs is mounted to tell.
+    pub lsm: Option<String>,
     /// Whether the kernel runs with 5-level page tables.
     pub five_level_paging: bool,
     /// `/proc/sys/kernel/tainted`.
@@ -45,6 +53,9 @@ pub struct System {
     pub meminfo: BTreeMap<String, u64>,
     /// Active swap devices: path, size in KiB.
     pub swaps: Vec<(Text, u64)>,
+    /// The areas of `/proc/vmallocinfo` in the top 2 GiB of the address space, where modules are: first address, address
+    /// after the last. Each ends with a page that is never mapped.
+    pub module_areas: Vec<(u64, u64)>,
 }
 
 /// One line of `/proc/iomem`.
@@ -71,20 +82,50 @@ pub struct Module {
     pub refs: i64,
     /// Modules that use it.
     pub used_by: Vec<String>,
+    /// Whether it can never be unloaded (`[permanent]`).
+    pub permanent: bool,
     /// `Live`, `Loading` or `Unloading`.
     pub state: String,
     /// Base address of its code.
     pub address: u64,
     /// Taint letters, empty for none.
     pub taint: String,
+    /// `MODULE_VERSION`, empty where it has none.
+    pub version: String,
     /// Checksum of its source, empty where it has none.
     pub srcversion: String,
+    /// The parameters that the workload gave when it loaded the module; nothing in /proc or /sys repeats them.
+    pub arguments: String,
     /// Readable parameters and their values.
     pub parameters: BTreeMap<String, Text>,
     /// Its sections and their addresses.
     pub sections: BTreeMap<String, u64>,
     /// Hex of its GNU build id, empty where it has none.
     pub build_id: String,
+}
+
+/// One control group of the unified hierarchy.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Its path below the mount; `/` is the root.
+    pub path: Text,
+    /// Inode number of its directory.
+    pub inode: u64,
+    /// Threads in this very group (`cgroup.threads`).
+    pub threads: u64,
+}
+
+/// A container that the workload has made, as a container runtime would have it in its books.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// The runtime in whose manner it was made.
+    pub runtime: String,
+    /// Its control group.
+    pub cgroup: Text,
+    /// The processes in it (`cgroup.procs`).
+    pub pids: Vec<u32>,
 }
 
 /// The mounts of one mount namespace.
@@ -158,7 +199,8 @@ pub struct Kallsyms {
 pub struct ModuleSymbols {
     /// How many.
     pub count: u64,
-    /// SHA-256 as above, of lines `address type name\n`.
+    /// SHA-256 as above, of lines `address type name\n` with the type in lower case: a capital says that the symbol is
+    /// exported, which the kernel looks up for each line and keeps in no symbol table.
     pub sha256: String,
 }
 

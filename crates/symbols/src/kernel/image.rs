@@ -75,6 +75,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_what_lies_in_the_image_moves_with_it() {
+        let image = KernelImage {
+            text: Gva(0xffff_ffff_a000_0000),
+            phys: Gpa(0x200_0000),
+            len: 0x200_0000,
+            slide: 0x1f00_0000,
+            dtb: Dtb(0x1000),
+            mode: PagingMode::X86Level4,
+            direct_map: None,
+            parts: Vec::new(),
+            banner: String::new(),
+            build_id: None,
+            evidence: Vec::new(),
+        };
+        assert_eq!(image.runtime(0xffff_ffff_8100_1000), Gva(0xffff_ffff_a000_1000));
+        assert_eq!(image.runtime(0x1fb80), Gva(0x1fb80));
+    }
+
+    #[test]
     fn release_is_the_third_word() {
         assert_eq!(
             release_of("Linux version 6.1.0-56-amd64 (debian-kernel@…) #1 SMP"),

@@ -25,6 +25,9 @@ pub(super) struct UnixDetail {
     pub(super) inode: u64,
     pub(super) name: Option<Vec<u8>>,
     pub(super) peer: Option<u64>,
+    pub(super) uid: Option<u32>,
+    /// What waits to be read, and what was sent.
+    pub(super) queues: Option<(u32, u32)>,
 }
 
 /// Interfaces of this thread's network namespace.
@@ -46,11 +49,11 @@ pub(super) fn interfaces() -> Result<Vec<Interface>> {
 
 /// UNIX sockets of this thread's network namespace.
 pub(super) fn unix_sockets() -> Result<Vec<UnixDetail>> {
-    const NAME_AND_PEER: u32 = 1 | 4;
+    const NAME_PEER_QUEUES_UID: u32 = 1 | 4 | 0x10 | 0x40;
     let replies = dump(
         SockProtocol::NetlinkSockDiag,
         SOCK_DIAG_BY_FAMILY,
-        &diag_request(AF_UNIX, NAME_AND_PEER),
+        &diag_request(AF_UNIX, NAME_PEER_QUEUES_UID),
     )?;
     Ok(replies
         .iter()
@@ -60,6 +63,8 @@ pub(super) fn unix_sockets() -> Result<Vec<UnixDetail>> {
                 inode: u64::from(word(message, 4)?),
                 name: find(&attributes, 0).map(|name| socket_name(name).to_vec()),
                 peer: find(&attributes, 2).and_then(|a| word(a, 0)).map(u64::from),
+                uid: find(&attributes, 7).and_then(|a| word(a, 0)),
+                queues: find(&attributes, 4).and_then(|a| Some((word(a, 0)?, word(a, 4)?))),
             })
         })
         .collect())
@@ -113,6 +118,12 @@ fn interface(message: &[u8]) -> Option<Interface> {
             .unwrap_or_default()
     };
     let mac = find(&attributes, 1).unwrap_or_default();
+    // struct rtnl_link_stats64 begins with packets in and out, bytes in and out.
+    let statistics = find(&attributes, 23).unwrap_or_default();
+    let counter = |n: usize| {
+        let bytes = statistics.get(n * 8..n * 8 + 8).and_then(|b| b.try_into().ok());
+        bytes.map_or(0, u64::from_le_bytes)
+    };
     let kind = find(&attributes, 18).and_then(|nested| {
         let nested = self::attributes(nested);
         Some(String::from_utf8_lossy(until_nul(find(&nested, 1)?)).into_owned())
@@ -132,6 +143,10 @@ fn interface(message: &[u8]) -> Option<Interface> {
         link: number(5),
         master: number(10),
         kind: kind.unwrap_or_default(),
+        state: find(&attributes, 16)
+            .and_then(|a| a.first().copied())
+            .unwrap_or_default(),
+        counters: [counter(0), counter(1), counter(2), counter(3)],
         addresses: Vec::new(),
     })
 }

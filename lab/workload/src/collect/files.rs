@@ -18,6 +18,15 @@ pub(super) fn string(path: impl AsRef<Path>) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes(path)?).trim().to_owned())
 }
 
+/// A file's lines.
+pub(super) fn lines(path: impl AsRef<Path>) -> Result<Vec<Text>> {
+    Ok(bytes(path)?
+        .split(|b| *b == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(Text::from)
+        .collect())
+}
+
 /// Where a link points, if it is one that can be read.
 pub(super) fn link(path: impl AsRef<Path>) -> Option<Text> {
     Some(Text(std::fs::read_link(path).ok()?.into_os_string().into_vec()))

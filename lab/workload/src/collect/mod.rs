@@ -46,6 +46,7 @@ fn once(lacking: &[String]) -> Result<Truth> {
         mounts: system::mounts(&processes)?,
         kmsg: system::kmsg()?,
         cgroups: system::cgroups()?,
+        containers: system::containers()?,
         kallsyms: symbols::kallsyms()?,
         lacking: lacking.to_vec(),
         processes,

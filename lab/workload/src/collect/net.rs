@@ -89,6 +89,8 @@ pub(super) fn ask_kernel(namespaces: &mut [NetNamespace]) -> Result<()> {
         for socket in &mut namespace.unix {
             if let Some(detail) = unix.get(&socket.inode) {
                 socket.peer = detail.peer;
+                socket.uid = detail.uid;
+                (socket.rx_queue, socket.tx_queue) = detail.queues.unzip();
                 if let Some(name) = &detail.name {
                     socket.path = Text::from(name.as_slice());
                 }
@@ -131,7 +133,14 @@ fn inet_row(table: &str, row: &str) -> Option<InetSocket> {
         inode: words.get(9)?.parse().ok()?,
         tx_queue: u64::from_str_radix(tx, 16).ok()?,
         rx_queue: u64::from_str_radix(rx, 16).ok()?,
+        address: address(words.get(11).copied()),
     })
+}
+
+/// The address of a kernel object, 0 where a hash, a zero or nothing stands in its place.
+fn address(word: Option<&str>) -> u64 {
+    let number = word.and_then(|w| u64::from_str_radix(w.trim_end_matches(':'), 16).ok());
+    number.filter(|n| n >> 48 == 0xffff).unwrap_or_default()
 }
 
 /// `0100007F:1F90`, or with four words for IPv6: each word of the address as the CPU reads it.
@@ -188,6 +197,10 @@ fn unix_row(line: &[u8]) -> Option<UnixSocket> {
         inode: words[6].parse().ok()?,
         path: Text(path),
         peer: None,
+        uid: None,
+        rx_queue: None,
+        tx_queue: None,
+        address: address(words.first().copied()),
     })
 }
 
@@ -199,6 +212,7 @@ fn packet_row(words: &[&str]) -> Option<Row> {
         running: *words.get(5)? == "1",
         uid: words.get(7)?.parse().ok()?,
         inode: words.get(8)?.parse().ok()?,
+        address: address(words.first().copied()),
     }))
 }
 
@@ -208,6 +222,7 @@ fn netlink_row(words: &[&str]) -> Option<Row> {
         port: words.get(2)?.parse().ok()?,
         groups: u32::from_str_radix(words.get(3)?, 16).ok()?,
         inode: words.get(9)?.parse().ok()?,
+        address: address(words.first().copied()),
     }))
 }
 
@@ -235,7 +250,7 @@ mod tests {
             ("CLOSE_WAIT", 1000, 4242)
         );
         assert_eq!((socket.local_port, socket.remote_port), (7001, 50000));
-        assert_eq!((socket.tx_queue, socket.rx_queue), (1, 2));
+        assert_eq!((socket.tx_queue, socket.rx_queue, socket.address), (1, 2, 0));
     }
 
     #[test]
@@ -247,7 +262,9 @@ mod tests {
         );
         assert_eq!(named.path, "/run/a b");
         let bare = unix_row(b"0000000000000000: 00000003 00000000 00000000 0002 01 7").unwrap();
-        assert!(bare.path.is_empty());
+        assert!(bare.path.is_empty() && bare.address == 0);
+        let shown = unix_row(b"ffff888012345600: 00000003 00000000 00000000 0002 01 7").unwrap();
+        assert_eq!(shown.address, 0xffff_8880_1234_5600);
         let hidden = unix_row(b"0000000000000000: 00000003 00000000 00000000 0002 01 7 @x").unwrap();
         assert_eq!(hidden.path.bytes(), b"\0x");
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use vmsight_workload::{Credentials, Fd, Map, Process, Text, Thread, VmSizes};
 
-use super::{SLEEPER, files};
+use super::{SLEEPER, files, memory};
 
 /// `PF_KTHREAD`, include/linux/sched.h.
 const PF_KTHREAD: u32 = 0x0020_0000;
@@ -95,6 +95,11 @@ fn one(pid: u32) -> Result<Process> {
     };
     let flags: u32 = stat.get(9)?;
     let kthread = flags & PF_KTHREAD != 0;
+    let fds = fds(&at)?;
+    let (cwd, root) = (
+        files::link(format!("{at}/cwd")),
+        files::link(format!("{at}/root")),
+    );
     Ok(Process {
         pid,
         ns_pids: numbers("NSpid"),
@@ -104,8 +109,6 @@ fn one(pid: u32) -> Result<Process> {
         cmdline: strings(&files::bytes(format!("{at}/cmdline"))?),
         environ: strings(&files::bytes(format!("{at}/environ")).unwrap_or_default()),
         exe: files::link(format!("{at}/exe")),
-        cwd: files::link(format!("{at}/cwd")),
-        root: files::link(format!("{at}/root")),
         creds: credentials(&status)?,
         seccomp: field("Seccomp").parse().unwrap_or_default(),
         seccomp_filters: field("Seccomp_filters").parse().unwrap_or_default(),
@@ -117,6 +120,8 @@ fn one(pid: u32) -> Result<Process> {
         rt_priority: stat.get(40)?,
         policy: stat.get(41)?,
         flags,
+        utime_ticks: stat.get(14)?,
+        stime_ticks: stat.get(15)?,
         tty_nr: stat.get(7)?,
         tpgid: stat.get(8)?,
         tracer: field("TracerPid").parse().unwrap_or_default(),
@@ -134,9 +139,17 @@ fn one(pid: u32) -> Result<Process> {
         },
         namespaces: namespaces(&at)?,
         cgroup: cgroup(&at)?,
-        threads: threads(&at)?,
+        cgroups: files::lines(format!("{at}/cgroup"))?,
+        threads: threads(&at, (&cwd, &root), &fds)?,
         maps: maps(&at)?,
-        fds: fds(&at)?,
+        frames: if field("VmLck").starts_with(|c: char| matches!(c, '1'..='9')) {
+            memory::frames(pid)?
+        } else {
+            Vec::new()
+        },
+        fds,
+        cwd,
+        root,
         comm: Text(
             files::bytes(format!("{at}/comm"))?
                 .strip_suffix(b"\n")
@@ -244,17 +257,37 @@ fn cgroup(at: &str) -> Result<Text> {
     Ok(Text::from(unified.unwrap_or_default()))
 }
 
-fn threads(at: &str) -> Result<Vec<Thread>> {
+/// The threads; their directories and open files where they are not the leader's.
+fn threads(at: &str, places: (&Option<Text>, &Option<Text>), leaders: &[Fd]) -> Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for tid in files::numbers(format!("{at}/task"))? {
-        let stat = Stat::read(&format!("{at}/task/{tid}/stat"))?;
-        let comm = files::bytes(format!("{at}/task/{tid}/comm"))?;
+        let at = format!("{at}/task/{tid}");
+        let stat = Stat::read(&format!("{at}/stat"))?;
+        let comm = files::bytes(format!("{at}/comm"))?;
+        let (cwd, root) = (
+            files::link(format!("{at}/cwd")),
+            files::link(format!("{at}/root")),
+        );
+        let elsewhere = (&cwd, &root) != places;
+        let own = fds(&at)?;
+        let same = |(a, b): (&Fd, &Fd)| {
+            (a.fd, &a.link, a.flags, a.pos, a.inode) == (b.fd, &b.link, b.flags, b.pos, b.inode)
+        };
+        let shared = own.len() == leaders.len() && own.iter().zip(leaders).all(same);
         threads.push(Thread {
             tid,
             comm: Text::from(comm.strip_suffix(b"\n").unwrap_or(&comm)),
             state: stat.get(3)?,
             start_ticks: stat.get(22)?,
             nice: stat.get(19)?,
+            priority: stat.get(18)?,
+            policy: stat.get(41)?,
+            cpu: stat.get(39)?,
+            utime_ticks: stat.get(14)?,
+            stime_ticks: stat.get(15)?,
+            cwd: cwd.filter(|_| elsewhere),
+            root: root.filter(|_| elsewhere),
+            fds: if shared { Vec::new() } else { own },
         });
     }
     Ok(threads)

@@ -52,14 +52,21 @@ pub(super) fn kallsyms() -> Result<Kallsyms> {
 
 fn digest(raw: &[u8]) -> Result<Kallsyms> {
     let mut core = Vec::new();
-    let mut modules: BTreeMap<String, Vec<&[u8]>> = BTreeMap::new();
+    let mut modules: BTreeMap<String, Vec<Vec<u8>>> = BTreeMap::new();
     for line in raw.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
         match line.iter().position(|b| *b == b'\t') {
             None => core.push(line),
             Some(tab) => {
                 let module = String::from_utf8_lossy(&line[tab + 1..]);
                 let module = module.trim_matches(['[', ']']).to_owned();
-                modules.entry(module).or_default().push(&line[..tab]);
+                // `address type name`: the type is the one byte after the first blank.
+                let mut line = line[..tab].to_vec();
+                if let Some(blank) = line.iter().position(|b| *b == b' ')
+                    && let Some(kind) = line.get_mut(blank + 1)
+                {
+                    kind.make_ascii_lowercase();
+                }
+                modules.entry(module).or_default().push(line);
             }
         }
     }
@@ -90,11 +97,11 @@ fn digest(raw: &[u8]) -> Result<Kallsyms> {
     })
 }
 
-fn hash(lines: &mut [&[u8]]) -> String {
+fn hash<T: AsRef<[u8]> + Ord>(lines: &mut [T]) -> String {
     lines.sort_unstable();
     let mut hasher = Sha256::new();
     for line in lines {
-        hasher.update(*line);
+        hasher.update(line.as_ref());
         hasher.update(b"\n");
     }
     hasher.finalize().iter().map(|b| format!("{b:02x}")).collect()
@@ -132,5 +139,9 @@ mod tests {
         );
         let other = digest(b"ffffffff81000011 T g\nffffffff81000000 T _text\n").unwrap();
         assert_ne!(one.sha256, other.sha256);
+        let exported = digest(b"ffffffffc0000000 T f\t[loop]\n").unwrap();
+        assert_eq!(exported.modules["loop"], one.modules["loop"]);
+        let elsewhere = digest(b"ffffffffc0000001 t f\t[loop]\n").unwrap();
+        assert_ne!(elsewhere.modules["loop"], one.modules["loop"]);
     }
 }

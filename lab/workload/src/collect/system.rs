@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use vmsight_workload::{KmsgRecord, MemoryRange, Module, Mount, MountNamespace, Process, System, Text};
+use vmsight_workload::{
+    Cgroup, Container, KmsgRecord, MemoryRange, Module, Mount, MountNamespace, Process, System, Text,
+};
 
 use super::{files, one_per_namespace};
+use crate::roles;
 
 pub(super) fn system() -> Result<System> {
     let uname = nix::sys::utsname::uname()?;
@@ -40,6 +43,10 @@ pub(super) fn system() -> Result<System> {
         clock_ticks: configuration(nix::unistd::SysconfVar::CLK_TCK),
         page_size: configuration(nix::unistd::SysconfVar::PAGE_SIZE),
         cpus: u32::try_from(cpus)?,
+        cpus_present: cpu_count("present")?,
+        cpus_possible: cpu_count("possible")?,
+        clocksource: files::string("/sys/devices/system/clocksource/clocksource0/current_clocksource")?,
+        lsm: files::string("/sys/kernel/security/lsm").ok(),
         // The kernel takes the flag away when it does not use 5 levels (arch/x86/mm, early paging setup).
         five_level_paging: flags.split_ascii_whitespace().any(|f| f == "la57"),
         tainted: files::string("/proc/sys/kernel/tainted")?.parse()?,
@@ -66,7 +73,34 @@ pub(super) fn system() -> Result<System> {
                 Some((Text::from(*words.first()?), words.get(2)?.parse().ok()?))
             })
             .collect(),
+        module_areas: String::from_utf8_lossy(&files::bytes("/proc/vmallocinfo")?)
+            .lines()
+            .filter_map(area)
+            .filter(|(start, _)| *start >= 0xffff_ffff_8000_0000)
+            .collect(),
     })
+}
+
+/// How many CPUs a list such as `0-3,8` names.
+fn cpu_count(list: &str) -> Result<u32> {
+    let text = files::string(format!("/sys/devices/system/cpu/{list}"))?;
+    cpus_in(&text).with_context(|| format!("'{text}' is no list of CPUs"))
+}
+
+fn cpus_in(list: &str) -> Option<u32> {
+    list.split(',')
+        .map(|range| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            (last.parse::<u32>().ok()? + 1).checked_sub(first.parse().ok()?)
+        })
+        .sum()
+}
+
+/// A line of /proc/vmallocinfo: `0xSTART-0xEND size caller …`.
+fn area(line: &str) -> Option<(u64, u64)> {
+    let (start, end) = line.split(' ').next()?.split_once('-')?;
+    let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    Some((address(start)?, address(end)?))
 }
 
 fn memory_range(line: &str) -> Option<MemoryRange> {
@@ -81,9 +115,14 @@ fn memory_range(line: &str) -> Option<MemoryRange> {
 }
 
 pub(super) fn modules() -> Result<Vec<Module>> {
+    let arguments = crate::modules::arguments()?;
     files::string("/proc/modules")?
         .lines()
-        .map(|line| module(line).with_context(|| format!("module '{line}'")))
+        .map(|line| {
+            let mut module = module(line).with_context(|| format!("module '{line}'"))?;
+            module.arguments = arguments.get(&module.name).cloned().unwrap_or_default();
+            Ok(module)
+        })
         .collect()
 }
 
@@ -119,10 +158,13 @@ fn module(line: &str) -> Result<Module> {
             .filter(|m| !matches!(*m, "" | "-" | "[permanent]"))
             .map(str::to_owned)
             .collect(),
+        permanent: word(3).contains("[permanent]"),
         state: word(4).to_owned(),
         address: u64::from_str_radix(word(5).trim_start_matches("0x"), 16)?,
         taint: word(6).trim_matches(['(', ')']).to_owned(),
+        version: files::string(format!("{at}/version")).unwrap_or_default(),
         srcversion: files::string(format!("{at}/srcversion")).unwrap_or_default(),
+        arguments: String::new(),
         parameters,
         sections,
         build_id: files::bytes(format!("{at}/notes/.note.gnu.build-id"))
@@ -231,13 +273,21 @@ fn kmsg_record(raw: &[u8]) -> Option<KmsgRecord> {
     })
 }
 
-pub(super) fn cgroups() -> Result<Vec<Text>> {
+pub(super) fn cgroups() -> Result<Vec<Cgroup>> {
     let top = Path::new("/sys/fs/cgroup");
+    let own = std::process::id().to_string();
     let mut found = Vec::new();
     let mut open = vec![top.to_path_buf()];
     while let Some(folder) = open.pop() {
         let below = folder.strip_prefix(top)?.as_os_str();
-        found.push(Text([b"/", below.as_bytes()].concat()));
+        found.push(Cgroup {
+            path: Text([b"/", below.as_bytes()].concat()),
+            inode: folder.metadata()?.ino(),
+            threads: files::lines(folder.join("cgroup.threads"))?
+                .iter()
+                .filter(|tid| **tid != own.as_str())
+                .count() as u64,
+        });
         for name in files::names(&folder)? {
             let path = folder.join(&name);
             if path.is_dir() {
@@ -245,8 +295,25 @@ pub(super) fn cgroups() -> Result<Vec<Text>> {
             }
         }
     }
-    found.sort();
+    found.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(found)
+}
+
+/// The containers that were made, and who is in them.
+pub(super) fn containers() -> Result<Vec<Container>> {
+    roles::containers()
+        .into_iter()
+        .filter(|(_, _, cgroup)| Path::new(&format!("/sys/fs/cgroup{cgroup}")).exists())
+        .map(|(runtime, id, cgroup)| {
+            let pids = files::string(format!("/sys/fs/cgroup{cgroup}/cgroup.procs"))?;
+            Ok(Container {
+                id,
+                runtime: runtime.to_owned(),
+                cgroup: Text::from(cgroup.as_str()),
+                pids: pids.lines().map(str::parse).collect::<Result<_, _>>()?,
+            })
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -279,6 +346,21 @@ mod tests {
             record.dict,
             [Text::from("SUBSYSTEM=pci"), Text::from("DEVICE=+pci:0")]
         );
+    }
+
+    #[test]
+    fn lists_of_cpus_are_counted() {
+        assert_eq!(cpus_in("0"), Some(1));
+        assert_eq!(cpus_in("0-3,8,10-11"), Some(7));
+        assert_eq!(cpus_in("3-0"), None);
+    }
+
+    #[test]
+    fn an_area_of_kernel_memory() {
+        let line =
+            "0xffffffffc0000000-0xffffffffc0005000   20480 move_module+0x2a/0x1d0 pages=4 vmalloc N0=4";
+        assert_eq!(area(line), Some((0xffff_ffff_c000_0000, 0xffff_ffff_c000_5000)));
+        assert_eq!(area("hashed"), None);
     }
 
     #[test]

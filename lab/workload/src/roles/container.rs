@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -20,6 +21,21 @@ use crate::play::{Held, STAGE, busybox, join_cgroup, ready_with, stand};
 /// The container's id.
 pub(super) const ID: &str = "3f4e5d6c7b8a99887766554433221100ffeeddccbbaa00112233445566778899";
 const ROOT: &str = "/srv/containers/web/rootfs";
+
+/// The runtime of each container, its id, and its control group.
+pub(crate) fn made() -> [(&'static str, String, String); 2] {
+    let reversed: String = ID.chars().rev().collect();
+    let rootless =
+        format!("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{reversed}.scope");
+    [
+        (
+            "docker",
+            ID.to_owned(),
+            format!("/system.slice/docker-{ID}.scope"),
+        ),
+        ("podman", reversed, rootless),
+    ]
+}
 
 /// The shim: adopts the service once the runtime has gone.
 pub(super) fn shim() -> Result<Held> {
@@ -41,6 +57,9 @@ pub(super) fn shim() -> Result<Held> {
             busybox("ip link set veth0 master docker0")?;
             busybox("ip link set veth0 up")?;
             let outside = TcpStream::connect("172.17.0.2:80").context("reach the container")?;
+            for name in ["veth0", "docker0"] {
+                wait_until_up(name)?;
+            }
             return Ok(Box::new(outside));
         }
         println!("{line}");
@@ -48,12 +67,25 @@ pub(super) fn shim() -> Result<Held> {
     bail!("the container's service never got ready")
 }
 
+/// Waits for what the kernel works out at leisure: that an interface is up once it has a carrier.
+fn wait_until_up(name: &str) -> Result<()> {
+    let state = format!("/sys/class/net/{name}/operstate");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while fs::read_to_string(&state)?.trim() != "up" {
+        if Instant::now() > deadline {
+            bail!("{name} does not get up");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 /// The runtime, twice: first in the host's pid namespace, then as process 1 of the container's.
 pub(super) fn runc() -> Result<Held> {
     if std::process::id() == 1 {
         return inside();
     }
-    let scope = format!("/system.slice/docker-{ID}.scope");
+    let [(_, _, scope), _] = made();
     join_cgroup(&scope)?;
     for folder in [
         "lower/usr/sbin",
@@ -213,8 +245,7 @@ pub(super) fn nested() -> Result<Held> {
 
 /// A container of a user without privileges: everything is in a user namespace where that user is root.
 pub(super) fn rootless() -> Result<Held> {
-    let id = ID.chars().rev().collect::<String>();
-    let cgroup = format!("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{id}.scope");
+    let [_, (_, _, cgroup)] = made();
     join_cgroup(&cgroup)?;
     let null = File::options().write(true).open("/dev/null")?;
     become_user(1000, 1000, &[])?;

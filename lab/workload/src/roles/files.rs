@@ -2,11 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
 
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sched::CloneFlags;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -18,12 +21,37 @@ use nix::sys::time::{TimeSpec, TimeValLike};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::unistd::{mkfifo, pipe2};
 
-use crate::play::{Held, join_cgroup, lacking};
+use crate::play::{Held, join_cgroup, lacking, stand};
 
 /// Opens everything.
 pub(super) fn holder() -> Result<Held> {
     join_cgroup("/system.slice/file-holder.service")?;
     Ok(Box::new((on_file_systems()?, without_names()?)))
+}
+
+/// A thread with open files and directories of its own.
+pub(super) fn split() -> Result<Held> {
+    let (tell, told) = std::sync::mpsc::channel();
+    let thread = std::thread::Builder::new().name("own-files".to_owned());
+    thread.spawn(move || {
+        let own = own_files();
+        let _ = tell.send(own.as_ref().map(|_| ()).map_err(|error| format!("{error:#}")));
+        let _held = own;
+        stand()
+    })?;
+    told.recv()?.map_err(anyhow::Error::msg)?;
+    Ok(Box::new(File::open("/srv/data/plain.txt")?))
+}
+
+fn own_files() -> Result<Held> {
+    nix::sched::unshare(CloneFlags::CLONE_FILES | CloneFlags::CLONE_FS)?;
+    nix::unistd::chdir("/var/log")?;
+    Ok(Box::new((
+        File::open("/etc/hostname")?,
+        nix::unistd::pipe()?,
+        UdpSocket::bind("127.0.0.1:5999")?,
+        UnixDatagram::pair()?,
+    )))
 }
 
 /// Files with a path: read in part, appended to, deleted, locked, behind every kind of mount.

@@ -55,13 +55,18 @@ pub(super) fn mapper() -> Result<Held> {
         None,
     )?;
     sys::touch(code, 8192, 0x90);
-    let locked = sys::map(64 << 10, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
-    sys::touch(locked, 64 << 10, b'l');
-    sys::lock(locked, 64 << 10)?;
+    locked(16)?;
     patchwork()?;
     transparent_huge()?;
     huge()?;
     Ok(Box::new((file, gone, memory)))
+}
+
+/// This many pages of memory that is not moved about.
+pub(super) fn locked(pages: usize) -> Result<()> {
+    let at = sys::map(pages * 4096, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
+    sys::touch(at, pages * 4096, std::process::id() as u8);
+    Ok(sys::lock(at, pages * 4096)?)
 }
 
 /// Hundreds of small mappings, so that the tree that holds them is a deep one.
@@ -74,11 +79,14 @@ fn patchwork() -> Result<()> {
     Ok(())
 }
 
-/// A page table entry that maps 2 MiB, where the kernel hands such out.
+/// Page table entries that map 2 MiB, where the kernel hands such out.
 fn transparent_huge() -> Result<()> {
     let at = sys::map(6 * MIB, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
     match sys::advise(at, 6 * MIB, libc::MADV_HUGEPAGE) {
-        Ok(()) => sys::touch(at, 6 * MIB, b't'),
+        Ok(()) => {
+            sys::touch(at, 6 * MIB, b't');
+            sys::lock(at, 6 * MIB)?;
+        }
         Err(error) => lacking("transparent huge pages", error),
     }
     Ok(())

@@ -16,6 +16,8 @@ use anyhow::{Context, Result};
 
 use crate::play::{Held, Part, ready, stand};
 
+pub(crate) use container::made as containers;
+
 /// How a part is played: it gives what it holds on to.
 type Role = fn() -> Result<Held>;
 
@@ -42,6 +44,7 @@ const ROLES: &[(&str, Role)] = &[
     ("rootless", container::rootless),
     ("runc", container::runc),
     ("sleepers", process::sleepers),
+    ("split-files", files::split),
     ("socket-mix", sockets::mix),
     ("stopped", process::stopped),
     ("strict-box", process::seccomp_strict),
@@ -59,6 +62,9 @@ const ROLES: &[(&str, Role)] = &[
     ("zombie-parent", process::zombie_parent),
 ];
 
+/// Every part has some memory locked: pages that stay where they are, for walks through its page tables.
+const PAGES_LOCKED: usize = 3;
+
 /// The names under which the binary must be found.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     ROLES.iter().map(|(name, _)| *name)
@@ -67,6 +73,10 @@ pub(crate) fn names() -> impl Iterator<Item = &'static str> {
 /// Plays one part, for ever.
 pub(crate) fn perform(name: &str) -> Result<()> {
     let (_, role) = ROLES.iter().find(|(n, _)| *n == name).context("no such part")?;
+    // The sleepers are forked by the thousand, which this would slow down.
+    if name != "sleepers" {
+        memory::locked(PAGES_LOCKED)?;
+    }
     let _held = role()?;
     ready()?;
     stand()
@@ -115,6 +125,7 @@ pub(crate) fn parts() -> Vec<Part> {
         Part::new("alternate-root"),
         Part::new("terminal"),
         Part::new("file-holder"),
+        Part::new("split-files"),
         Part::new("mapper"),
         Part::new("unix-mix"),
         Part::new("socket-mix"),

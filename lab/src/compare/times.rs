@@ -1,0 +1,71 @@
+//! When processes and threads began and what they have used since.
+
+use vmsight_linux::Kernel;
+use vmsight_linux::clock::rfc3339;
+
+use super::Differences;
+use crate::truth::{Process, Truth};
+
+/// Nanoseconds of a clock tick as /proc counts them.
+const TICK: i64 = 10_000_000;
+/// Nanoseconds of a second.
+const SECOND: i64 = 1_000_000_000;
+/// What rounding can make of the same time: each of the two numbers is cut to whole ticks.
+const ROUNDED: u64 = 2;
+
+/// CPU time in clock ticks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Used {
+    pub(super) user: u64,
+    pub(super) system: u64,
+}
+
+impl Used {
+    fn sum(self) -> u64 {
+        self.user.saturating_add(self.system)
+    }
+}
+
+/// Clock ticks since the guest's account, by vmsight's own view of its clock.
+pub(super) fn passed(kernel: &Kernel, truth: &Truth) -> u64 {
+    let since = kernel.info().uptime_s.unwrap_or_default() - truth.system.uptime;
+    // Some seconds lie between the account of a process and that of the clock.
+    ((since.max(0.0) + 10.0) * 100.0) as u64
+}
+
+/// Whether it may have run after the account: kernel threads, the first process, which waited for the account, and the one whose
+/// arguments were then paged out. The others stand still.
+pub(super) fn may_run(process: &Process) -> bool {
+    process.kthread || process.pid == 1 || process.paged_out.is_some()
+}
+
+/// The start by the wall clock: ticks since boot, added to a boot time that is cut to whole seconds and adjusted while the guest runs.
+pub(super) fn start(
+    at: &dyn Fn(&str) -> String,
+    seen: Option<&str>,
+    ticks: u64,
+    truth: &Truth,
+    out: &mut Differences,
+) {
+    let said = (truth.system.boot_time as i64) * SECOND + (ticks as i64) * TICK;
+    let (from, to) = (rfc3339(said - SECOND), rfc3339(said + 2 * SECOND));
+    // Such times are in order where their texts are.
+    let near = (from.as_deref()..to.as_deref()).contains(&seen);
+    out.near(at("start_time"), near, seen, rfc3339(said));
+}
+
+/// What it has used: as much as the guest said, or with `passed` up to so many ticks more.
+///
+/// How the sum divides is the kernel's estimate, and /proc never lets either number fall, whatever it estimates later: a look from
+/// outside cannot know what was shown before. So only the sum is held against it, and that one part alone does not exceed it.
+pub(super) fn used(
+    at: &dyn Fn(&str) -> String,
+    seen: Used,
+    said: Used,
+    passed: Option<u64>,
+    out: &mut Differences,
+) {
+    let most = said.sum() + ROUNDED + passed.unwrap_or_default();
+    let near = (said.sum().saturating_sub(ROUNDED)..=most).contains(&seen.sum());
+    out.near(at("CPU time"), near, seen, said);
+}
