@@ -124,15 +124,21 @@ fn server_of(address: &GdbAddress) -> Option<VmInfo> {
         }
         GdbAddress::Tcp { host, port } => {
             // In the order in which they are connected to. What is not this host's own is another's.
-            let wanted = (host.as_str(), *port).to_socket_addrs().ok()?.take(8);
-            let bound: Vec<(usize, SocketAddr)> = all
-                .iter()
-                .enumerate()
-                .flat_map(|(i, vm)| bound_by(vm).into_iter().map(move |bound| (i, bound)))
-                .collect();
-            let at = wanted
+            let wanted: Vec<SocketAddr> = (host.as_str(), *port)
+                .to_socket_addrs()
+                .ok()?
+                .take(8)
                 .filter(|wanted| wanted.ip().is_loopback())
-                .find_map(|wanted| serving(wanted, &bound))?;
+                .collect();
+            let pairs = |bound_by: fn(&VmInfo) -> Vec<SocketAddr>| {
+                let bound: Vec<(usize, SocketAddr)> = all
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(i, vm)| bound_by(vm).into_iter().map(move |bound| (i, bound)))
+                    .collect();
+                wanted.iter().find_map(|wanted| serving(*wanted, &bound))
+            };
+            let at = pairs(bound_by).or_else(|| pairs(said_to_be_bound_by))?;
             all.into_iter().nth(at)
         }
     }
@@ -154,6 +160,19 @@ fn bound_by(vm: &VmInfo) -> Vec<SocketAddr> {
             ListenAddress::Tcp(address) => Some(address),
             ListenAddress::Unix(_) => None,
         })
+        .collect()
+}
+
+/// Where a VM whose sockets we may not see has its stub by its command line. Its memory we may not read either, so this
+/// serves only to see whether the stub is in use.
+fn said_to_be_bound_by(vm: &VmInfo) -> Vec<SocketAddr> {
+    if vm.process_memory {
+        return Vec::new();
+    }
+    vm.control
+        .iter()
+        .filter(|c| c.kind == ControlKind::Gdb && c.listening.is_none())
+        .filter_map(|c| c.address.replace("localhost:", "127.0.0.1:").parse().ok())
         .collect()
 }
 

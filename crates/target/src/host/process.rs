@@ -390,6 +390,56 @@ mod tests {
     }
 
     #[test]
+    fn links_lead_nowhere_outside_the_root_of_a_process() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!(
+                "not root: no other root can be given; the case is covered where the tests run as root"
+            );
+            return;
+        }
+        // A shell and what it is linked with, in a root of its own.
+        let dir = tempfile::tempdir().unwrap();
+        let linked = std::process::Command::new("ldd").arg("/bin/sh").output().unwrap();
+        let linked = String::from_utf8_lossy(&linked.stdout).into_owned();
+        let libraries = linked.split_whitespace().filter(|word| word.starts_with('/'));
+        for file in libraries.chain(["/bin/sh"]) {
+            let copy = dir.path().join(file.trim_start_matches('/'));
+            fs::create_dir_all(copy.parent().unwrap()).unwrap();
+            let done = std::process::Command::new("cp")
+                .arg(file)
+                .arg(&copy)
+                .status()
+                .unwrap();
+            assert!(done.success());
+        }
+        fs::write(dir.path().join("passwd"), "inside").unwrap();
+        fs::create_dir(dir.path().join("etc")).unwrap();
+        for (link, to) in [
+            ("a", "/passwd"),
+            ("b", "/etc/passwd"),
+            ("c", "../../../../etc/passwd"),
+        ] {
+            std::os::unix::fs::symlink(to, dir.path().join(link)).unwrap();
+        }
+        let mut child = std::process::Command::new("chroot")
+            .arg(dir.path())
+            .args(["/bin/sh", "-c", "echo; read -r line"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Its first word means that it is there.
+        child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+        let process = Process { pid: child.id() };
+        let found =
+            ["/a", "/passwd", "/b", "/c", "passwd"].map(|p| process.own_text(Path::new(p), 1 << 20).ok());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let inside = || Some("inside".to_owned());
+        assert_eq!(found, [inside(), inside(), None, None, inside()]);
+    }
+
+    #[test]
     fn a_process_that_never_was_is_gone() {
         assert!(Process { pid: u32::MAX }.is_gone());
     }

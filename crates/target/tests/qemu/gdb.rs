@@ -190,6 +190,40 @@ fn a_debugger_that_is_connected_is_not_disturbed() {
 }
 
 #[test]
+fn a_debugger_is_not_disturbed_by_another_user_either() {
+    if let Ok(address) = std::env::var("VMSIGHT_TEST_BUSY_STUB") {
+        let error = attach(&spec(&address), &short()).unwrap_err();
+        assert!(
+            matches!(error, TargetError::Gdb(GdbError::Busy { .. })),
+            "{error}"
+        );
+        println!("left alone");
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        eprintln!(
+            "not root: another user cannot be taken on; the case is covered where the tests run as root"
+        );
+        return;
+    }
+    let port = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let vm = start(
+        &["-gdb", &format!("tcp:127.0.0.1:{port},server=on,wait=off")],
+        true,
+    );
+    let _debugger = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let text = vm.as_nobody_with(
+        "gdb::a_debugger_is_not_disturbed_by_another_user_either",
+        &[("VMSIGHT_TEST_BUSY_STUB", &format!("gdb:127.0.0.1:{port}"))],
+    );
+    assert!(text.contains("left alone"), "{text}");
+}
+
+#[test]
 fn without_the_process_memory_comes_through_the_stub() {
     if let Ok(address) = std::env::var("VMSIGHT_TEST_STUB") {
         return read_through_the_stub(&address);
