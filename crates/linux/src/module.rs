@@ -362,7 +362,7 @@ impl<'k> ModuleReader<'k> {
         module.version = text("version", l.version.of(&object), 256);
         module.srcversion = text("srcversion", l.srcversion.of(&object), 64);
         module.problems.append(&mut problems);
-        match self.arguments(&object) {
+        match self.arguments(&object, &mut share) {
             Ok(arguments) => module.arguments = Some(arguments).filter(|a| !a.is_empty()),
             Err(error) => module.problems.push(Problem::read("arguments", &error)),
         }
@@ -404,7 +404,7 @@ impl<'k> ModuleReader<'k> {
         module
     }
 
-    fn arguments(&self, object: &Buffer) -> Result<String, ReadError> {
+    fn arguments(&self, object: &Buffer, share: &mut Share<'_>) -> Result<String, ReadError> {
         let at = self.layout.args.of(object);
         if at.is_null() || self.kernel.space().read_u8(at)? == 0 {
             return Ok(String::new());
@@ -415,9 +415,9 @@ impl<'k> ModuleReader<'k> {
             left.truncate(4096 - at.page_offset());
             self.kernel.space().read(at, &mut left)?;
         }
-        let (parameters, _) = self
-            .parameters
-            .all(self.layout.kp.of(object), self.layout.num_kp.of(object));
+        let (parameters, _) =
+            self.parameters
+                .all(self.layout.kp.of(object), self.layout.num_kp.of(object), share);
         Ok(arguments::rejoin(&left, &parameters))
     }
 

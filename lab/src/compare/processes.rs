@@ -116,7 +116,7 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
         Some(spelt(&said.cgroup).as_str()),
     );
     let lines: Vec<String> = said.cgroups.iter().map(spelt).collect();
-    out.same(at("cgroups"), row.cgroups.as_ref(), Some(&lines));
+    out.same(at("cgroups"), row.cgroups.as_deref(), Some(&lines[..]));
     strings(&at, row, said, out);
     match &said.vm {
         Some(vm) => sizes(&at, row, vm, said, out),

@@ -82,9 +82,9 @@ pub(crate) struct Read {
     target: String,
     /// Where: SYMBOL, SYMBOL+0x10, 0xffff…, phys:0x1000
     place: Place,
-    /// How many bytes (64, 0x40, 4K, 2M)
-    #[arg(value_parser = size, default_value = "64", conflicts_with = "type_name")]
-    length: u64,
+    /// How many bytes (64, 0x40, 4K, 2M) [default: 64; of text, to its zero byte, at most 4K]
+    #[arg(value_parser = size, conflicts_with = "type_name")]
+    length: Option<u64>,
     #[command(flatten)]
     space: Where,
     /// How to show the bytes
@@ -110,7 +110,7 @@ impl Read {
             return self.object(global, name);
         }
         ensure!(
-            self.length <= READ_LIMIT,
+            self.length() <= READ_LIMIT,
             "reads at most 1G at once; for more take a dump"
         );
         ensure!(
@@ -148,6 +148,11 @@ impl Read {
                 let end = (0..bytes.len())
                     .find(|i| bytes[*i] == 0 || missing(*i))
                     .unwrap_or(bytes.len());
+                if end == bytes.len() && self.length.is_none() {
+                    style.warn(&format!(
+                        "the text goes on after {end} bytes: give a length to see more"
+                    ));
+                }
                 let text = String::from_utf8_lossy(&bytes[..end]).into_owned();
                 if style.format == Format::Table && style.columns.is_none() {
                     let mut out = style.out()?;
@@ -169,6 +174,14 @@ impl Read {
         })
     }
 
+    /// How many bytes are read at most.
+    fn length(&self) -> u64 {
+        self.length.unwrap_or(match self.shape {
+            As::String => 4096,
+            _ => 64,
+        })
+    }
+
     /// A session with no more in it than the address needs.
     fn session(&self, global: &Global) -> Result<Session> {
         if self.place.physical {
@@ -180,7 +193,7 @@ impl Read {
 
     /// The bytes, zero where nothing could be read, and for each page touched whether it is missing.
     fn bytes(&self, session: &Session) -> Result<(u64, Vec<u8>, Vec<bool>)> {
-        let mut bytes = vec![0; usize::try_from(self.length)?];
+        let mut bytes = vec![0; usize::try_from(self.length())?];
         let start = if self.place.physical {
             session.gpa(&self.place)?.0
         } else {
@@ -208,7 +221,12 @@ impl Read {
             } else {
                 holes.push(false);
             }
+            let ends = self.shape == As::String && bytes[done..done + piece].contains(&0);
             done += piece;
+            if ends {
+                // What comes behind a text is not asked for, whether it can be read or not.
+                bytes.truncate(done);
+            }
         }
         if holes.iter().all(|h| *h) && !bytes.is_empty() {
             // Nothing at all: that is an error with its reason, not a dump of question marks.

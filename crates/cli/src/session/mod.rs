@@ -5,6 +5,7 @@ pub(crate) mod typed;
 
 use std::cell::RefCell;
 use std::io::{self, IsTerminal};
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -94,12 +95,16 @@ impl Session {
         };
         let kernel = match want_kernel {
             false => None,
-            true => Some(match proven.into_inner() {
+            // What proved the layout are the guest's own symbols; a file that was asked for is taken up after that.
+            true => Some(match proven.into_inner().filter(|_| global.symbols.is_none()) {
                 Some(kernel) => kernel,
-                None => find_kernel(global, &target.memory, hints(&target))
+                None => find_kernel(global, &target.memory, hints(&target), global.symbols.as_deref())
                     .with_context(|| format!("looking for the kernel in {text}"))?,
             }),
         };
+        if let Some(kernel) = &kernel {
+            announce(global, kernel);
+        }
         Ok(Session {
             kernel,
             modules: OnceLock::new(),
@@ -464,7 +469,12 @@ const MAX_TABLES: u64 = 1 << 21;
 /// Proves a memory layout that was only deduced: a kernel's own page tables hold in it, and the kernel believes that
 /// memory ends where this layout ends.
 fn prove(global: &Global, memory: &GuestMemory) -> Result<(Kernel, String), String> {
-    let kernel = find_kernel(global, memory, Hints::default()).map_err(|e| format!("{e:#}"))?;
+    let find = |symbols| find_kernel(global, memory, Hints::default(), symbols);
+    let kernel = find(None).or_else(|error| match global.symbols.as_deref() {
+        Some(file) => find(Some(file)),
+        None => Err(error),
+    });
+    let kernel = kernel.map_err(|e| format!("{e:#}"))?;
     let how = kernel.confirm_memory_end().map_err(|e| e.to_string())?;
     Ok((kernel, how))
 }
@@ -479,24 +489,32 @@ fn hints(target: &Target) -> Hints {
 }
 
 /// Finds the kernel in memory and its profile: from a file, the cache, or the guest itself.
-fn find_kernel(global: &Global, memory: &GuestMemory, hints: Hints) -> Result<Kernel> {
+fn find_kernel(
+    global: &Global,
+    memory: &GuestMemory,
+    hints: Hints,
+    symbols: Option<&Path>,
+) -> Result<Kernel> {
     let options = KernelOptions {
         hints,
         cache: cache(global),
-        symbols: global.symbols.clone(),
+        symbols: symbols.map(Path::to_owned),
     };
     let progress = Progress::spinner(global.quiet, "looking for the kernel");
     let kernel = Kernel::attach(memory.clone(), options);
     // Gone before anything else is said.
     drop(progress);
-    let kernel = kernel?;
+    Ok(kernel?)
+}
+
+/// Says what is not as it should be with a kernel that will be looked into, and, to who asks, how it was found.
+fn announce(global: &Global, kernel: &Kernel) {
     if !global.quiet {
         kernel.profile().warnings.iter().for_each(|w| warn(w));
     }
     for line in &kernel.image().evidence {
         tracing::info!("{line}");
     }
-    Ok(kernel)
 }
 
 /// The profile cache; without one everything works, only slower, so that is said and no more.

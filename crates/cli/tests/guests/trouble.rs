@@ -151,7 +151,7 @@ fn a_dump_that_ends_too_soon() {
         let err = text(&out.stderr);
         assert!(!err.contains("panicked"), "{percent} %: {err}");
         assert!(
-            err.contains("missing") || err.contains("ends"),
+            err.contains("lacks"),
             "{percent} %: what is missing is said: {err}"
         );
         match out.status.code() {
