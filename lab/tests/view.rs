@@ -173,7 +173,7 @@ const LIES: &[Lie] = &[
     ("processes", "start_time", 2, |t| {
         named(t, "mapper").start_ticks += 1000
     }),
-    ("processes", "CPU time", 1, |t| {
+    ("processes", "CPU time", 2, |t| {
         named(t, "mapper").utime_ticks += 100
     }),
     ("processes", "cpu", 1, |t| named(t, "mapper").threads[0].cpu += 1),
@@ -211,7 +211,7 @@ const LIES: &[Lie] = &[
     }),
     ("threads", "policy", 1, |t| named(t, "pool").threads[3].policy = 3),
     ("threads", "cpu", 1, |t| named(t, "pool").threads[3].cpu += 1),
-    ("threads", "CPU time", 1, |t| {
+    ("threads", "CPU time", 2, |t| {
         named(t, "pool").threads[3].stime_ticks += 100
     }),
     ("threads", "start_time", 2, |t| {

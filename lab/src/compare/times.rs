@@ -57,7 +57,7 @@ pub(super) fn start(
 /// What it has used: as much as the guest said, or with `passed` up to so many ticks more.
 ///
 /// How the sum divides is the kernel's estimate, and /proc never lets either number fall, whatever it estimates later: a look from
-/// outside cannot know what was shown before. So only the sum is held against it, and that one part alone does not exceed it.
+/// outside cannot know what was shown before. So the parts of what stands still may differ by a quarter of the whole.
 pub(super) fn used(
     at: &dyn Fn(&str) -> String,
     seen: Used,
@@ -68,4 +68,43 @@ pub(super) fn used(
     let most = said.sum() + ROUNDED + passed.unwrap_or_default();
     let near = (said.sum().saturating_sub(ROUNDED)..=most).contains(&seen.sum());
     out.near(at("CPU time"), near, seen, said);
+    if passed.is_none() {
+        let slack = ROUNDED + said.sum() / 4;
+        let near = seen.user.abs_diff(said.user) <= slack && seen.system.abs_diff(said.system) <= slack;
+        out.near(at("parts of CPU time"), near, seen, said);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn differences(seen: (u64, u64), said: (u64, u64), passed: Option<u64>) -> usize {
+        let used_of = |(user, system)| Used { user, system };
+        let mut out = Differences::default();
+        used(
+            &|what| what.to_owned(),
+            used_of(seen),
+            used_of(said),
+            passed,
+            &mut out,
+        );
+        out.found.len()
+    }
+
+    #[test]
+    fn what_stands_still_has_used_what_it_had() {
+        assert_eq!(differences((30, 10), (30, 10), None), 0);
+        assert_eq!(differences((31, 11), (30, 10), None), 0);
+        assert_eq!(differences((40, 10), (30, 10), None), 1);
+        assert_eq!(differences((80, 10), (30, 10), None), 2);
+        assert_eq!(differences((10, 30), (30, 10), None), 1);
+    }
+
+    #[test]
+    fn what_may_run_has_used_no_more_than_there_was() {
+        assert_eq!(differences((30, 60), (30, 10), Some(50)), 0);
+        assert_eq!(differences((30, 70), (30, 10), Some(50)), 1);
+        assert_eq!(differences((20, 10), (30, 10), Some(50)), 1);
+    }
 }
