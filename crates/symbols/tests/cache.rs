@@ -461,6 +461,33 @@ fn kernels_that_lack_something_are_kept_and_say_so_again() {
     }
 }
 
+/// The seed of the fuzz target `cache_file`; with VMSIGHT_WRITE_SEEDS set it is written anew.
+#[test]
+fn the_fuzz_seed_is_a_file_that_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    let cache = Cache::open(&path).unwrap();
+    let k = Kernel {
+        symbols: 24,
+        ..Kernel::new(16 * MIB, 0)
+    };
+    located(&guest(&k).frozen(), &cache);
+    let bytes = fs::read(&files(&path)[0]).unwrap();
+    assert!(bytes.len() < 16 << 10, "{} bytes", bytes.len());
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/cache_file");
+    let seed = folder.join("small");
+    if std::env::var_os("VMSIGHT_WRITE_SEEDS").is_some() {
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(&seed, &bytes).unwrap();
+    }
+    assert_eq!(
+        fs::read(&seed).unwrap(),
+        bytes,
+        "{} is not what the tests write",
+        seed.display()
+    );
+}
+
 /// Nothing in such a file ties it to a guest, so it would serve any of the build-id in its name.
 #[test]
 fn a_file_without_sources_serves_nobody() {
