@@ -204,6 +204,6 @@ fn after_a_reset_the_kernel_that_runs_is_chosen() {
     }
     // What is listed is of this boot.
     let seen = vmsight_linux::Kernel::attach(memory, AttachOptions::default()).unwrap();
-    let differences = compare::processes::info(&seen, &truth).unwrap();
+    let differences = compare::info::info(&seen, &truth).unwrap();
     assert!(differences.found.is_empty(), "{differences}");
 }

@@ -234,14 +234,12 @@ mod tests {
 
     #[test]
     fn a_socket_has_its_address_protocol_and_ends_in_every_row() {
-        let listing = Listing {
-            rows: vec![
-                socket(Some("tcp 127.0.0.1:22->127.0.0.1:4000 ESTABLISHED")),
-                socket(Some("unix /run/x y")),
-                socket(None),
-            ],
-            warnings: Vec::new(),
-        };
+        let rows = vec![
+            socket(Some("tcp 127.0.0.1:22->127.0.0.1:4000 ESTABLISHED")),
+            socket(Some("unix /run/x y")),
+            socket(None),
+        ];
+        let listing = Listing::new(rows, Vec::new());
         let sheet = sockets(listing).unwrap();
         let of = |i: usize, key: &str| sheet.rows[i][key].clone();
         for i in 0..3 {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Map, Value};
-use vmsight_linux::{Listing, Process, ProcessFields, process_tree};
+use vmsight_linux::{Kernel, Listing, Process, ProcessFields, process_tree};
 
 use super::{all_there, found, no_process, print};
 use crate::{
@@ -49,13 +49,8 @@ pub(super) const PS: &[&str] = &[
 impl Ps {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
-        let mut listing = session
-            .kernel()?
-            .processes(fields(global, PS))
-            .context("listing processes")?;
-        listing.rows.retain(|p| {
-            (self.pid.is_empty() || self.pid.contains(&p.pid)) && !(self.user && p.kernel_thread)
-        });
+        let mut listing = asked_for(session.kernel()?, &self.pid, fields(global, PS))?;
+        listing.rows.retain(|p| !(self.user && p.kernel_thread));
         let all = all_there(
             &self.pid,
             |pid| listing.rows.iter().any(|p| p.pid == pid),
@@ -91,6 +86,15 @@ fn kind(row: &Map<String, Value>) -> Value {
         Some(Value::Bool(false)) => "user".into(),
         _ => Value::Null,
     }
+}
+
+/// All processes, or those with these pids. Nothing of the others is read: what they claim to hold takes no time and no room.
+fn asked_for(kernel: &Kernel, pids: &[i32], fields: ProcessFields) -> Result<Listing<Process>> {
+    let listing = match pids {
+        [] => kernel.processes(fields),
+        pids => kernel.processes_of(pids, fields),
+    };
+    listing.context("listing processes")
 }
 
 fn has_problem(row: &Process, field: &str) -> bool {
@@ -257,34 +261,34 @@ impl Maps {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let kernel = session.kernel()?;
-        let processes = kernel
-            .processes(ProcessFields::empty())
-            .context("listing processes")?;
-        let mut all = Listing {
-            rows: Vec::new(),
-            warnings: processes.warnings,
-        };
-        let with_memory = |pid: i32| processes.rows.iter().any(|p| p.pid == pid && p.mm.is_some());
-        let missing = |pid: i32| match processes.rows.iter().find(|p| p.pid == pid) {
-            None => no_process(pid),
-            Some(p) if p.kernel_thread => {
-                format!("process {pid} is a kernel thread: it has no memory of its own")
+        let mut all = Listing::default();
+        let mut complete = true;
+        if self.pid.is_empty() {
+            let processes = kernel.all_maps().context("listing memory maps")?;
+            processes.warnings.into_iter().for_each(|w| all.warn(w));
+            for process in processes.rows {
+                all.rows.extend(process.maps.rows);
+                process.maps.warnings.into_iter().for_each(|w| all.warn(w));
             }
-            Some(_) => format!("process {pid} has no memory: it has ended"),
-        };
-        let complete = all_there(&self.pid, with_memory, missing, &mut all.warnings);
-        let wanted = |p: &&Process| p.mm.is_some() && (self.pid.is_empty() || self.pid.contains(&p.pid));
-        for process in processes.rows.iter().filter(wanted) {
-            let pid = process.pid;
-            match kernel.maps(pid) {
-                Ok(listing) => {
-                    all.rows.extend(listing.rows);
-                    listing.warnings.into_iter().for_each(|w| all.warn(w));
+        } else {
+            let processes = asked_for(kernel, &self.pid, ProcessFields::empty())?;
+            processes.warnings.into_iter().for_each(|w| all.warn(w));
+            let row = |pid: i32| processes.rows.iter().find(|p| p.pid == pid);
+            let with_memory = |pid: i32| row(pid).is_some_and(|p| p.mm.is_some());
+            let missing = |pid: i32| match row(pid) {
+                None => no_process(pid),
+                Some(p) if p.kernel_thread => {
+                    format!("process {pid} is a kernel thread: it has no memory of its own")
                 }
-                Err(error) if self.pid.is_empty() => all.warn(format!("maps of process {pid}: {error}")),
-                Err(error) => {
-                    return Err(error).with_context(|| format!("reading the maps of process {pid}"));
-                }
+                Some(_) => format!("process {pid} has no memory: it has ended"),
+            };
+            complete = all_there(&self.pid, with_memory, missing, &mut all.warnings);
+            for &pid in self.pid.iter().filter(|pid| with_memory(**pid)) {
+                let listing = kernel
+                    .maps(pid)
+                    .with_context(|| format!("reading the maps of process {pid}"))?;
+                all.rows.extend(listing.rows);
+                listing.warnings.into_iter().for_each(|w| all.warn(w));
             }
         }
         print(&session, MAPS, all)?;
@@ -311,19 +315,12 @@ pub(crate) struct Env {
 impl Env {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
-        let listing = session
-            .kernel()?
-            .processes(ProcessFields::ENVIRON)
-            .context("listing processes")?;
+        let listing = asked_for(session.kernel()?, &self.pid, ProcessFields::ENVIRON)?;
         let keys = ["pid", "name", "variable", "value", PROBLEMS];
         let mut sheet = Sheet::with_keys(&keys, &["pid", "name", "variable", "value"]);
         sheet.warnings = listing.warnings;
         let mut seen = Vec::new();
-        for process in listing
-            .rows
-            .iter()
-            .filter(|p| self.pid.is_empty() || self.pid.contains(&p.pid))
-        {
+        for process in &listing.rows {
             seen.push(process.pid);
             let row = |variable: Value, value: Value| {
                 let mut row = Map::new();
