@@ -94,6 +94,10 @@ pub(crate) struct Global {
     /// Pause the VM while it is read: a consistent view, at the price of stopping the guest
     #[arg(long, global = true, help_heading = "Target")]
     pub(crate) pause: bool,
+    /// Search all of memory for kernels and ask the vCPUs which one they run (CR3, LSTAR, the page-fault gate): for guests whose
+    /// root may have laid out a second kernel for us to find. Without it the first one that proves itself is taken
+    #[arg(long, global = true, help_heading = "Target")]
+    pub(crate) thorough: bool,
     /// How long to wait for a QMP socket or gdb stub, in seconds
     #[arg(
         long,

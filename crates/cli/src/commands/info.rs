@@ -14,7 +14,10 @@ use crate::{
 
 /// What the guest is: kernel, paging, times, name.
 #[derive(Args, Debug)]
-#[command(after_help = "Everything but `evidence` is what the guest says of itself.")]
+#[command(after_help = "\
+Everything but `evidence` and `chosen_by` is what the guest says of itself. A guest's root can write a second kernel into
+memory for us to find; only --thorough looks for all of them and asks the vCPUs which one they run. `other_kernels` are
+those found beside it: dead ones of a kexec or warm reset, or decoys.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,
@@ -29,9 +32,21 @@ impl Cmd {
         row.insert("target".into(), session.name().into());
         row.insert("profile".into(), kernel.profile().source.to_string().into());
         row.extend(fields);
+        let found = kernel.found();
+        row.insert("chosen_by".into(), found.map(|f| f.why.as_str()).into());
+        let others = found.into_iter().flat_map(|f| {
+            let others = f.candidates.iter().enumerate().filter(|(i, _)| *i != f.chosen);
+            others.map(|(_, image)| Value::from(format!("{} at {}", image.banner.trim(), image.phys)))
+        });
+        row.insert("other_kernels".into(), others.collect::<Vec<_>>().into());
         let style = global.style();
         if global.output != Format::Table || style.columns.is_some() {
-            let keys = [&["target", "profile"], Info::COLUMNS].concat();
+            let keys = [
+                &["target", "profile"],
+                Info::COLUMNS,
+                &["chosen_by", "other_kernels"],
+            ]
+            .concat();
             let mut sheet = Sheet::with_keys(&keys, &["release", "hostname"]);
             sheet.rows.push(row);
             session.print(&sheet)?;

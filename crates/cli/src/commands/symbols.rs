@@ -1,7 +1,8 @@
 //! `vmsight symbols`: the names a kernel knows its own addresses by.
 
-use std::fs::File;
-use std::io::BufWriter;
+use std::fs::Permissions;
+use std::io::{BufWriter, Write as _};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -160,22 +161,28 @@ impl Export {
     fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let kernel = session.kernel()?;
-        // Written beside its final name and then moved: nobody finds half a symbol table.
-        let part = with_suffix(&self.isf, ".part");
-        let file = File::create(&part).with_context(|| format!("creating {}", part.display()))?;
+        // Written beside its final name, under one that nobody can know before, and then moved: nobody finds half a symbol table.
+        let folder = match self.isf.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let mut part = tempfile::Builder::new()
+            .prefix(".vmsight-")
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(folder)
+            .with_context(|| format!("making a file in {}", folder.display()))?;
         let xz = self.isf.extension().is_some_and(|e| e == "xz");
-        let mut out = BufWriter::new(file);
         let progress = Progress::spinner(global.quiet, "writing the symbol table");
-        let written = export::isf(kernel.profile(), &mut out, xz.then_some(export::XZ_LEVEL))
-            .context("writing the symbol table")
-            .and_then(|_| Ok(out.into_inner()?.sync_all()?));
-        drop(progress);
-        if let Err(error) = written {
-            let _ = std::fs::remove_file(&part);
-            return Err(error);
-        }
-        std::fs::rename(&part, &self.isf)
-            .with_context(|| format!("moving {} to {}", part.display(), self.isf.display()))?;
+        let mut out = BufWriter::new(part.as_file_mut());
+        export::isf(kernel.profile(), &mut out, xz.then_some(export::XZ_LEVEL))
+            .context("writing the symbol table")?;
+        out.flush()
+            .and_then(|()| out.get_ref().sync_all())
+            .context("writing the symbol table")?;
+        drop((out, progress));
+        part.persist(&self.isf)
+            .map_err(|e| e.error)
+            .with_context(|| format!("moving the symbol table to {}", self.isf.display()))?;
         let mut row = Map::new();
         row.insert("file".into(), self.isf.display().to_string().into());
         row.insert("release".into(), kernel.profile().release.as_str().into());
@@ -187,12 +194,6 @@ impl Export {
         session.print(&sheet)?;
         Ok(Outcome::Fine)
     }
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 #[cfg(test)]

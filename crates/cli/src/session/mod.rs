@@ -34,7 +34,7 @@ pub(crate) struct Session {
     kernel: Option<Kernel>,
     modules: OnceLock<Vec<ModuleSymbol>>,
     // Fields drop in order: the VM resumes before its connection goes.
-    _pause: Option<PauseGuard>,
+    pause: RefCell<Option<PauseGuard>>,
     target: Target,
     style: Style,
     /// What it finds will be written to: where a name is not clear, nothing is guessed.
@@ -95,12 +95,23 @@ impl Session {
         };
         let kernel = match want_kernel {
             false => None,
-            // What proved the layout are the guest's own symbols; a file that was asked for is taken up after that.
-            true => Some(match proven.into_inner().filter(|_| global.symbols.is_none()) {
-                Some(kernel) => kernel,
-                None => find_kernel(global, &target.memory, hints(&target), global.symbols.as_deref())
+            // What proved the layout are the guest's own symbols and whatever kernel comes first; a file that was asked for,
+            // and doubts, are taken up after that.
+            true => Some(
+                match proven
+                    .into_inner()
+                    .filter(|_| global.symbols.is_none() && !global.thorough)
+                {
+                    Some(kernel) => kernel,
+                    None => find_kernel(
+                        global,
+                        &target.memory,
+                        hints(global, &target),
+                        global.symbols.as_deref(),
+                    )
                     .with_context(|| format!("looking for the kernel in {text}"))?,
-            }),
+                },
+            ),
         };
         if let Some(kernel) = &kernel {
             announce(global, kernel);
@@ -108,7 +119,7 @@ impl Session {
         Ok(Session {
             kernel,
             modules: OnceLock::new(),
-            _pause: pause,
+            pause: RefCell::new(pause),
             target,
             style: global.style(),
             writing: write,
@@ -123,6 +134,8 @@ impl Session {
 
     /// The same in another style than the command line's.
     pub(crate) fn print_as(&self, style: &Style, sheet: &Sheet) -> Result<()> {
+        // All has been read: the guest need not stand still while somebody reads what is printed.
+        self.pause.take();
         // Asked before it is printed: a VM that ends while its rows are written has done them no harm.
         let ended = self.has_ended();
         style.print(sheet)?;
@@ -479,12 +492,17 @@ fn prove(global: &Global, memory: &GuestMemory) -> Result<(Kernel, String), Stri
     Ok((kernel, how))
 }
 
-/// Registers, for when nothing cheaper shows the kernel: asked for only then, for a live VM pays for them.
-fn hints(target: &Target) -> Hints {
+/// Registers, for when nothing cheaper shows the kernel or `--thorough` wants them: a live VM pays for them.
+fn hints(global: &Global, target: &Target) -> Hints {
     let target = target.clone();
     Hints {
-        registers: Some(Box::new(move || target.registers(None).unwrap_or_default())),
-        ..Hints::default()
+        registers: Some(Box::new(move || {
+            target.registers(None).unwrap_or_else(|error| {
+                tracing::warn!("no registers, so what runs is told from memory alone: {error}");
+                Vec::new()
+            })
+        })),
+        thorough: global.thorough,
     }
 }
 
@@ -514,6 +532,16 @@ fn announce(global: &Global, kernel: &Kernel) {
     }
     for line in &kernel.image().evidence {
         tracing::info!("{line}");
+    }
+    if let Some(found) = kernel.found() {
+        tracing::info!(
+            "of {} kernels found this one, for {}",
+            found.candidates.len(),
+            found.why
+        );
+        for line in &found.rejected {
+            tracing::info!("not a kernel: {line}");
+        }
     }
 }
 

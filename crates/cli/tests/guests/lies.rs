@@ -133,7 +133,7 @@ fn a_process_list_of_a_guest_that_lies() {
     guest.all_but(&["web-frontend"], &rows);
     let name = row(&rows, "pid", &pid("web-frontend"))["name"].as_str().unwrap();
     assert!(
-        name.contains("\\x1b]0;x\\x07"),
+        name.contains("\u{1b}]0;x\u{7}"),
         "the name is there to be read: {name:?}"
     );
 
