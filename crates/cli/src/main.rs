@@ -1,5 +1,7 @@
 //! `vmsight`: virtual machine monitoring for security.
 
+#![forbid(unsafe_code)]
+
 mod args;
 mod commands;
 mod output;

@@ -1,5 +1,7 @@
 //! The Linux view of a guest: processes, modules, sockets, files.
 
+#![forbid(unsafe_code)]
+
 mod attach;
 pub(crate) mod budget;
 pub mod clock;

@@ -4,6 +4,8 @@
 //! process, a monitor's socket, a gdb stub or a dump: its guest-physical memory, its registers, and a way to pause it that survives
 //! our own death. Nobody needs to have prepared the VM, and nothing stays behind in it.
 
+#![forbid(unsafe_code)]
+
 mod attach;
 mod control;
 pub mod discover;

@@ -155,7 +155,12 @@ fn strings(
         }
     };
     let seen: Vec<String> = row.problems.iter().map(ToString::to_string).collect();
-    let missing: Vec<String> = reason.iter().map(|reason| format!("cmdline: {reason}")).collect();
+    // Of every field that is not whole.
+    let fields = ["argv", "cmdline"].into_iter();
+    let missing: Vec<String> = reason
+        .iter()
+        .flat_map(|reason| fields.clone().map(move |field| format!("{field}: {reason}")))
+        .collect();
     out.same(at("problems"), seen, missing);
     let cmdline = argv.as_ref().map(|argv| argv.join(" "));
     out.same(at("argv"), row.argv.as_ref(), argv.as_ref());

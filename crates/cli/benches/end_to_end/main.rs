@@ -86,7 +86,7 @@ impl Case {
         Case { goal: None, ..self }
     }
 
-    fn as_json(self) -> Case {
+    fn in_json(self) -> Case {
         Case {
             name: format!("{}, JSON of all fields", self.name),
             json: true,
@@ -235,7 +235,7 @@ fn main() {
     let mut cases = vec![
         Case::cold("1 GiB dump", &small),
         Case::cached("1 GiB dump", &small),
-        Case::cached("1 GiB dump", &small).as_json(),
+        Case::cached("1 GiB dump", &small).in_json(),
     ];
     let present = |file: &str, cases: &[Case]| {
         let file = dumps.join(file);
@@ -253,7 +253,7 @@ fn main() {
     let many = present("10000.elf", &cases).map(|(file, at)| {
         for case in [
             Case::cached("10,000 processes more", &file).without_goal(),
-            Case::cached("10,000 processes more", &file).as_json(),
+            Case::cached("10,000 processes more", &file).in_json(),
         ] {
             cases.push(Case {
                 least: 10_000,

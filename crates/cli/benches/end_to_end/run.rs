@@ -17,6 +17,10 @@ pub(crate) struct Run {
 pub(crate) fn timed(command: &mut Command) -> Run {
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let start = Instant::now();
+    #[expect(
+        clippy::zombie_processes,
+        reason = "wait4 waits for it, and says what it used"
+    )]
     let child = command
         .spawn()
         .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));

@@ -74,7 +74,7 @@ Examples:
   vmsight read T 0x7ffe12345000 --pid 812 256
   vmsight read T current_task --cpu 0 --as pointer
 An object is one row a member in every format: where it lies, its type and value; of a pointer also the symbol it
-points at. Values of enumerations are strings, the name or, where there is none, the number. Arrays and texts are cut
+points at. A dot behind a pointer follows it. Values of enumerations are strings, the name or, where there is none, the number. Arrays and texts are cut
 after 64 elements and 4096 bytes, which `problems` then says; --fields 'a[100]' reads one element behind.
 What cannot be read is shown as ?? or null with its reason, and makes the exit code 1.")]
 pub(crate) struct Read {

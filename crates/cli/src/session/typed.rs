@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use vmsight_arch::Gva;
 use vmsight_linux::Problem;
 use vmsight_memory::ReadError;
+use vmsight_symbols::types::Field;
 use vmsight_symbols::{Kind, TypeId, Types, layout};
 
 use super::{Missing, closest};
@@ -69,18 +70,26 @@ pub(crate) fn read(source: &Source<'_>, at: Gva, type_name: &str, fields: &[Stri
         reader.value(String::new(), place, types.resolve(id), None);
     }
     for path in fields {
-        let field = types.member_of(id, path).with_context(|| {
+        let found = member(source, at, id, path).with_context(|| {
             let names: Vec<_> = types.members(id).map(|m| m.name.to_owned()).collect();
             let hint = closest(path, names.iter().map(String::as_str));
             format!("{type_name} of this kernel has no member {path:?}{hint}")
         })?;
-        let bits = field.bit_size.map(|size| (field.bit_offset, size));
-        let place = Place {
-            at: at.wrapping_add(field.offset),
-            depth: DEPTH - 1,
-            nesting: 0,
-        };
-        reader.value(path.clone(), place, field.type_id, bits);
+        match found {
+            Member::There(at, field) => {
+                let bits = field.bit_size.map(|size| (field.bit_offset, size));
+                let place = Place {
+                    at,
+                    depth: DEPTH - 1,
+                    nesting: 0,
+                };
+                reader.value(path.clone(), place, field.type_id, bits);
+            }
+            Member::Behind(at, type_id, read) => {
+                reader.object.unreadable = true;
+                reader.row(path.clone(), at, type_id, read);
+            }
+        }
     }
     let mut object = reader.object;
     if reader.partial > 0 {
@@ -96,6 +105,46 @@ pub(crate) fn read(source: &Source<'_>, at: Gva, type_name: &str, fields: &[Stri
         ));
     }
     Ok(object)
+}
+
+/// Where a path leads.
+enum Member {
+    There(Gva, Field),
+    /// Behind a pointer of this type, here, that could not be followed.
+    Behind(Gva, TypeId, Read),
+}
+
+/// The member `path` of the object at `at`. A dot after a pointer follows it, as in `cred.uid`: C has `->` for that, but there
+/// is no telling them apart by mistake. `None` where the types have no such member.
+fn member(source: &Source<'_>, at: Gva, id: TypeId, path: &str) -> Option<Member> {
+    let types = source.types;
+    if let Some(field) = types.member_of(id, path) {
+        return Some(Member::There(at.wrapping_add(field.offset), field));
+    }
+    path.rmatch_indices('.').find_map(|(dot, _)| {
+        let pointer = types.member_of(id, &path[..dot])?;
+        let ty = types.get(types.resolve(pointer.type_id))?;
+        let target = (ty.kind() == Kind::Ptr).then(|| ty.target()).flatten()?;
+        let rest = &path[dot + 1..];
+        let here = at.wrapping_add(pointer.offset);
+        let mut raw = [0; 8];
+        let to = match (source.read)(here, &mut raw) {
+            Ok(()) => u64::from_le_bytes(raw),
+            Err(error) => {
+                let read = Read::failed(&error);
+                return Some(Member::Behind(here, pointer.type_id, read));
+            }
+        };
+        let behind = member(source, Gva(to), types.resolve(target), rest)?;
+        Some(match to {
+            0 => Member::Behind(
+                here,
+                pointer.type_id,
+                Read::not(&format!("{} is null", &path[..dot])),
+            ),
+            _ => behind,
+        })
+    })
 }
 
 /// A type by the name people give it: `task_struct`, `struct task_struct`, `pid_t`.

@@ -263,3 +263,40 @@ fn more_members_than_rows_is_said() {
         object.warnings
     );
 }
+
+/// `cred.uid` of a task: a dot behind a pointer follows it; where it leads nowhere, that is a row and its reason.
+#[test]
+fn members_behind_pointers() {
+    let mut b = Builder::new();
+    let u32_type = int(&mut b, "unsigned int", 4);
+    let inner = b.add(&Def::Struct {
+        name: "cred",
+        size: 8,
+        members: &[member("uid", u32_type, 32, None)],
+    });
+    let pointer = b.add(&Def::Ptr(inner));
+    b.add(&Def::Struct {
+        name: "task",
+        size: 24,
+        members: &[
+            member("cred", pointer, 0, None),
+            member("none", pointer, 64, None),
+            member("wild", pointer, 128, None),
+        ],
+    });
+    let mut memory = [0u8; 32];
+    memory[..8].copy_from_slice(&0x1018u64.to_le_bytes());
+    memory[16..24].copy_from_slice(&0xdead_0000u64.to_le_bytes());
+    memory[28..].copy_from_slice(&1000u32.to_le_bytes());
+    let object = object(b, &memory, "task", &["cred.uid", "none.uid", "wild.uid"]);
+    assert_eq!(value(&object, "cred.uid")["value"], 1000);
+    assert_eq!(value(&object, "cred.uid")["address"], "0x101c");
+    let reason = |name: &str| value(&object, name)[PROBLEMS][0].as_str().unwrap().to_owned();
+    assert!(
+        reason("none.uid").contains("none is null"),
+        "{}",
+        reason("none.uid")
+    );
+    assert_eq!(value(&object, "wild.uid")["value"], Value::Null);
+    assert!(object.unreadable);
+}

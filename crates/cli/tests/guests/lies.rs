@@ -164,7 +164,7 @@ fn a_process_list_of_a_guest_that_lies() {
             .honest
             .keys()
             .copied()
-            .take_while(|p| Value::from(*p) != pid("realtime"))
+            .take_while(|p| pid("realtime") != *p)
             .collect();
         let shown = listed(&rows);
         assert!(before.len() > 10 && before.iter().all(|pid| shown.contains_key(pid)));

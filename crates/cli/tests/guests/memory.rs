@@ -86,12 +86,12 @@ fn typed_reads() {
         "--type",
         "task_struct",
         "--fields",
-        "comm,pid",
+        "comm,pid,cred.uid.val",
     ]);
     let value = |name: &str| &members.iter().find(|row| row["member"] == name).unwrap()["value"];
     assert_eq!(
-        (value("comm"), value("pid")),
-        (&"swapper/0".into(), &0.into()),
+        (value("comm"), value("pid"), value("cred.uid.val")),
+        (&"swapper/0".into(), &0.into(), &0.into()),
         "{members:?}"
     );
     let err = ends_with(1, &["read", &vm.target, "init_task", "--type", "task_strct"]);
