@@ -7,7 +7,9 @@ use vmsight_symbols::{Kinds, Types};
 
 fuzz_target!(|data: &[u8]| {
     // The last bytes choose how the rest is taken: the kind of blob, and where a first blob ends and a second begins.
-    let Some((data, &[low, high, choice])) = data.split_last_chunk::<3>() else { return };
+    let Some((data, &[low, high, choice])) = data.split_last_chunk::<3>() else {
+        return;
+    };
     let (first, second) = data.split_at(usize::from(u16::from_le_bytes([low, high])).min(data.len()));
     match choice % 4 {
         0 => {
@@ -16,13 +18,18 @@ fuzz_target!(|data: &[u8]| {
                 let again = parts.expect("an index fits the blob it was made of");
                 assert_eq!(again.len(), types.len());
                 for t in types.iter().take(50) {
-                    assert_eq!(again.find(t.name(), Kinds::all()), types.find(t.name(), Kinds::all()));
+                    assert_eq!(
+                        again.find(t.name(), Kinds::all()),
+                        types.find(t.name(), Kinds::all())
+                    );
                 }
                 ask(&types);
             }
         }
         1 => {
-            let Ok(base) = Types::from_btf(first.to_vec()) else { return };
+            let Ok(base) = Types::from_btf(first.to_vec()) else {
+                return;
+            };
             if let Ok(types) = Types::from_split_btf(&base, second.to_vec()) {
                 ask(&types);
             }
@@ -34,7 +41,9 @@ fuzz_target!(|data: &[u8]| {
         }
         // A kernel that is its own distilled base, as far as the names go.
         _ => {
-            let Ok(base) = Types::from_btf(first.to_vec()) else { return };
+            let Ok(base) = Types::from_btf(first.to_vec()) else {
+                return;
+            };
             if let Ok((types, _)) = Types::from_distilled_btf(&base, first.to_vec(), second.to_vec()) {
                 ask(&types);
             }
@@ -47,11 +56,23 @@ fn ask(types: &Types) {
     for t in types.iter().take(200) {
         let name = t.name();
         assert!(types.type_name(t.id()).len() < 1 << 20);
-        let _ = (t.size(), types.resolve(t.id()), t.int(), t.array(), t.component(), t.is_union());
+        let _ = (
+            t.size(),
+            types.resolve(t.id()),
+            t.int(),
+            t.array(),
+            t.component(),
+            t.is_union(),
+        );
         let _ = (t.params().count(), t.section_vars().count());
         assert!(t.members().count() <= t.vlen() as usize);
         assert!(t.enumerators().count() <= t.vlen() as usize);
-        let _ = (types.find_struct(name), types.find_enum(name), types.variable(name), named(types, name));
+        let _ = (
+            types.find_struct(name),
+            types.find_enum(name),
+            types.variable(name),
+            named(types, name),
+        );
         for member in t.members().take(4) {
             if let Some(field) = types.member_of(t.id(), member.name) {
                 assert!(field.bit_size.is_none() || matches!(field.size, 1 | 2 | 4 | 8));
@@ -63,7 +84,14 @@ fn ask(types: &Types) {
         }
         if layouts > 0 && t.kind().is_composite() {
             layouts -= 1;
-            let shown = layout(types, t.id(), &LayoutOptions { expand: 1, cachelines: true });
+            let shown = layout(
+                types,
+                t.id(),
+                &LayoutOptions {
+                    expand: 1,
+                    cachelines: true,
+                },
+            );
             let _ = shown.map(|l| l.to_string().len());
         }
     }

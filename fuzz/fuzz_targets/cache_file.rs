@@ -51,14 +51,20 @@ fn guest(file: &mut [u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     for i in 0..number(file, at)?.min(64) {
         let (to, len) = (number(file, at + 16 + i * 16)?, number(file, at + 24 + i * 16)?);
         let end = from.checked_add(len)?;
-        if let (Some(bytes), Some(place)) = (file.get(from..end), to.checked_add(len).and_then(|e| memory.get_mut(to..e))) {
+        if let (Some(bytes), Some(place)) = (
+            file.get(from..end),
+            to.checked_add(len).and_then(|e| memory.get_mut(to..e)),
+        ) {
             place.copy_from_slice(bytes);
         }
         from = end;
     }
     // Where kallsyms' relative base lies, and its value at link time, which is that of this guest.
     let (base_at, base) = (number(file, DIGEST.end + 16)?, number(file, DIGEST.end + 24)?);
-    if let Some(place) = base_at.checked_add(8).and_then(|end| memory.get_mut(base_at..end)) {
+    if let Some(place) = base_at
+        .checked_add(8)
+        .and_then(|end| memory.get_mut(base_at..end))
+    {
         place.copy_from_slice(&(base as u64).to_le_bytes());
     }
     file.get_mut(DIGEST)?.copy_from_slice(digest.as_bytes());
@@ -67,7 +73,9 @@ fn guest(file: &mut [u8]) -> Option<(Vec<u8>, Vec<u8>)> {
 
 fuzz_target!(|data: &[u8]| {
     let mut file = data.to_vec();
-    let Some((id, memory)) = guest(&mut file) else { return };
+    let Some((id, memory)) = guest(&mut file) else {
+        return;
+    };
     if !(8..=64).contains(&id.len()) {
         return;
     }

@@ -6,7 +6,9 @@ use vmsight_memory::dump::{DumpFormat, RawLayout, parse_headers};
 
 fuzz_target!(|data: &[u8]| {
     // The last byte chooses what the caller says; the length is the real one, or one of a file of which this is the start.
-    let Some((&choice, data)) = data.split_last() else { return };
+    let Some((&choice, data)) = data.split_last() else {
+        return;
+    };
     let format = match choice & 7 {
         0 => Some(DumpFormat::Lime),
         1 => Some(DumpFormat::Elf),
@@ -20,14 +22,30 @@ fuzz_target!(|data: &[u8]| {
         2 => data.len() as u64 / 2,
         _ => data.len() as u64,
     };
-    let Ok(headers) = parse_headers(data, file_len, format) else { return };
+    let Ok(headers) = parse_headers(data, file_len, format) else {
+        return;
+    };
     let mut end = 0;
     for segment in &headers.segments {
         assert!(segment.len > 0 && segment.gpa.0 >= end);
-        end = segment.gpa.0.checked_add(segment.len).expect("within the address space");
-        assert!(segment.offset.checked_add(segment.len).is_some_and(|end| end <= file_len));
+        end = segment
+            .gpa
+            .0
+            .checked_add(segment.len)
+            .expect("within the address space");
+        assert!(
+            segment
+                .offset
+                .checked_add(segment.len)
+                .is_some_and(|end| end <= file_len)
+        );
     }
-    assert!(headers.missing.windows(2).all(|pair| pair[0].end() < pair[1].start));
+    assert!(
+        headers
+            .missing
+            .windows(2)
+            .all(|pair| pair[0].end() < pair[1].start)
+    );
     assert!(headers.segments.len() <= 2 * data.len() + 2);
     assert!(headers.registers.len() <= data.len() / 12);
 });

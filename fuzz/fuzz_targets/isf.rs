@@ -5,10 +5,19 @@ use libfuzzer_sys::fuzz_target;
 use vmsight_symbols::{Kind, Profile, ProfileSource, export, import};
 
 fuzz_target!(|data: &[u8]| {
-    let Ok(imported) = import::isf_from_slice(data) else { return };
-    let (Some(symbols), Some(types)) = (imported.symbols, imported.types) else { return };
+    let Ok(imported) = import::isf_from_slice(data) else {
+        return;
+    };
+    let (Some(symbols), Some(types)) = (imported.symbols, imported.types) else {
+        return;
+    };
     for t in types.iter().take(200) {
-        let _ = (t.size(), types.type_name(t.id()).len(), t.members().count(), t.enumerators().count());
+        let _ = (
+            t.size(),
+            types.type_name(t.id()).len(),
+            t.members().count(),
+            t.enumerators().count(),
+        );
         let _ = types.member_of(t.id(), "a[1].b");
     }
     let count = |types: &vmsight_symbols::Types| types.iter().filter(|t| t.kind() == Kind::Struct).count();

@@ -13,13 +13,24 @@ const RODATA: u64 = TEXT + 0x100_0000;
 const SLIDE: u64 = 0x1280_0000;
 
 fuzz_target!(|data: &[u8]| {
-    let section = Section { bytes: data, address: RODATA };
-    let image = Image { span: TEXT..TEXT + LEN, slide: SLIDE };
+    let section = Section {
+        bytes: data,
+        address: RODATA,
+    };
+    let image = Image {
+        span: TEXT..TEXT + LEN,
+        slide: SLIDE,
+    };
     if let Ok(found) = decode(section, &image) {
         let symbols = &found.symbols;
         // Each byte of the table can stand for at most 128 on the average of a block.
         assert!(symbols.as_bytes().len() <= 200 * data.len() + (1 << 10));
-        assert!(found.sources.iter().all(|r| r.start <= r.end && r.end <= data.len()));
+        assert!(
+            found
+                .sources
+                .iter()
+                .all(|r| r.start <= r.end && r.end <= data.len())
+        );
         let mut last = 0;
         for symbol in symbols.iter() {
             assert!(symbol.address >= last);

@@ -31,7 +31,9 @@ impl TableMemory for Tables<'_> {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let Some((head, tables)) = data.split_at_checked(17) else { return };
+    let Some((head, tables)) = data.split_at_checked(17) else {
+        return;
+    };
     let mode = match head[0] % 8 {
         0 => PagingMode::X86_32 { pse: false },
         1 => PagingMode::X86_32 { pse: true },
@@ -48,12 +50,19 @@ fuzz_target!(|data: &[u8]| {
     let dtb = Dtb(u64::from_le_bytes(head[9..17].try_into().expect("eight bytes")) & 0xf000);
     let memory = Tables(&tables[..tables.len().min(8 << 12)]);
     let result = walk(mode, &memory, dtb, gva);
-    assert_eq!(result, walk(mode, &memory, dtb, gva), "a walk depends on nothing but memory");
+    assert_eq!(
+        result,
+        walk(mode, &memory, dtb, gva),
+        "a walk depends on nothing but memory"
+    );
     if let Ok(t) = &result {
         assert!(t.steps.len() <= 5);
     }
     // At most this many tables, however they point at each other, and every page listed walks to the same place.
-    for mapping in mappings(mode, &memory, dtb, Gva(0)..=Gva(u64::MAX), 64).take(512).flatten() {
+    for mapping in mappings(mode, &memory, dtb, Gva(0)..=Gva(u64::MAX), 64)
+        .take(512)
+        .flatten()
+    {
         let again = walk(mode, &memory, dtb, mapping.gva).expect("a page that is listed can be walked to");
         assert_eq!(again.gpa, mapping.translation.gpa);
     }

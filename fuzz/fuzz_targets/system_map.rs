@@ -20,7 +20,10 @@ const NO_TYPES: [u8; 25] = [
 static OWN: LazyLock<SymbolTable> = LazyLock::new(|| {
     let names: Vec<String> = (0..40).map(|i| format!("f{i}")).collect();
     let text = ("_text", 0xffff_ffff_8100_0000, b'T');
-    let rest = names.iter().enumerate().map(|(i, n)| (n.as_str(), text.1 + 16 * i as u64, b't'));
+    let rest = names
+        .iter()
+        .enumerate()
+        .map(|(i, n)| (n.as_str(), text.1 + 16 * i as u64, b't'));
     std::iter::once(text).chain(rest).collect()
 });
 
@@ -30,14 +33,22 @@ fuzz_target!(|data: &[u8]| {
     if imported.kind != FileKind::SystemMap {
         return;
     }
-    let symbols = imported.symbols.clone().expect("a list without symbols is refused");
+    let symbols = imported
+        .symbols
+        .clone()
+        .expect("a list without symbols is refused");
     assert!(!symbols.is_empty() && symbols.len() <= data.len() / 12);
     let types = Types::from_btf(NO_TYPES.to_vec()).expect("these bytes are whole");
     let mut profile = Profile::new(None, "", OWN.clone(), types, ProfileSource::Memory);
     if imported.apply(&mut profile).is_ok() {
         assert_eq!(profile.symbols, symbols);
         for symbol in symbols.iter() {
-            assert!(profile.symbols.addresses(symbol.name).any(|a| a == symbol.address));
+            assert!(
+                profile
+                    .symbols
+                    .addresses(symbol.name)
+                    .any(|a| a == symbol.address)
+            );
         }
         let _ = profile.symbols.nearest(profile.text_start);
     }
