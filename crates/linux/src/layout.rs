@@ -6,10 +6,11 @@
 use std::marker::PhantomData;
 
 use vmsight_arch::Gva;
-use vmsight_memory::{AddressSpace, ReadError};
+use vmsight_memory::{AddressSpace, GvaReadOp, ReadError};
 use vmsight_symbols::{TypeId, Types};
 
 use crate::LinuxError;
+use crate::task::ahead::Object;
 
 /// The largest stretch of one structure that is buffered. `task_struct`, the largest of all, has about 14 KB.
 const MAX_BUFFER: u64 = 64 << 10;
@@ -400,6 +401,40 @@ impl Spans {
         Buffer {
             start: self.start,
             bytes: vec![0; self.len],
+        }
+    }
+
+    /// Reads the stretches of many structures, all in one batch.
+    pub(crate) fn read_all<'b>(
+        &self,
+        space: &AddressSpace,
+        objects: impl Iterator<Item = (Gva, &'b mut Object)>,
+    ) {
+        let mut ops = Vec::new();
+        let mut errors = Vec::new();
+        for (base, object) in objects {
+            let mut rest = object.buffer.bytes.as_mut_slice();
+            let mut at = self.start;
+            for piece in &self.pieces {
+                let gap = (piece.offset - at) as usize;
+                let parts = std::mem::take(&mut rest)
+                    .get_mut(gap..)
+                    .and_then(|from| from.split_at_mut_checked(piece.size as usize));
+                let Some((bytes, after)) = parts else { break };
+                ops.push(GvaReadOp::new(base.wrapping_add(piece.offset), bytes));
+                (rest, at) = (after, piece.offset + piece.size);
+            }
+            object.error = None;
+            errors.push((ops.len(), &mut object.error));
+        }
+        space.read_batch(&mut ops);
+        let mut ops = ops.into_iter().enumerate().peekable();
+        for (end, error) in errors {
+            while let Some((_, op)) = ops.next_if(|(index, _)| *index < end) {
+                if error.is_none() {
+                    *error = op.result.err();
+                }
+            }
         }
     }
 

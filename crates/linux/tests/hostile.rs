@@ -41,6 +41,54 @@ fn three() -> (Guest, [u64; 3]) {
 }
 
 #[test]
+fn processes_that_are_read_together_stay_apart() {
+    // More than are read in one go, and than one thread makes rows of: some of them broken, each in its own way.
+    let mut guest = Guest::new(64);
+    let init = guest.init;
+    let nowhere = 0xdead_0000_0000_0000;
+    for pid in 1..=300 {
+        let task = guest.process(pid, &format!("p{pid}"), init);
+        let argv = format!("/bin/p{pid}\0--of\0{pid}\0");
+        let (mm, _) = guest.user_memory(task, argv.as_bytes(), b"A=1\0");
+        match pid % 10 {
+            1 => guest.set(task, "task_struct", "signal", nowhere),
+            2 => guest.set(task, "task_struct", "mm", nowhere),
+            3 => guest.set(task, "task_struct", "mm", 0),
+            4 => guest.set(task, "task_struct", "real_cred", nowhere),
+            5 => guest.set(mm, "mm_struct", "pgd", nowhere),
+            6 => guest.set(mm, "mm_struct", "arg_start", 0x1000),
+            _ => {}
+        }
+    }
+    let live = guest.live().0;
+    for kernel in [guest.kernel(), live] {
+        let listing = list(&kernel);
+        assert_eq!(listing.rows.len(), 300);
+        for row in &listing.rows {
+            let pid = row.pid;
+            assert_eq!(row.name, format!("p{pid}"));
+            let alone = kernel.process(pid, fields()).unwrap();
+            assert_eq!(
+                serde_json::to_value(row).unwrap(),
+                serde_json::to_value(&alone).unwrap()
+            );
+            let cmdline =
+                Some(format!("/bin/p{pid} --of {pid}")).filter(|_| !matches!(pid % 10, 2 | 3 | 5 | 6));
+            assert_eq!(row.cmdline, cmdline, "{pid}: {:?}", row.problems);
+            let field = |name| row.problems.iter().any(|problem| problem.field == name);
+            assert_eq!(field("threads"), pid % 10 == 1, "{pid}: {:?}", row.problems);
+            assert_eq!(field("uid"), pid % 10 == 4, "{pid}: {:?}", row.problems);
+            assert_eq!(
+                field("cmdline"),
+                matches!(pid % 10, 2 | 5 | 6),
+                "{pid}: {:?}",
+                row.problems
+            );
+        }
+    }
+}
+
+#[test]
 fn an_honest_guest_is_listed_whole() {
     let (mut guest, [a, ..]) = three();
     guest.user_memory(a, b"/sbin/init\0--flag\0", b"HOME=/\0TERM=linux\0");

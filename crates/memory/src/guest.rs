@@ -327,7 +327,7 @@ impl GuestMemory {
     }
 
     /// Whether all of it is mapped in this process.
-    pub(crate) fn is_all_mapped(&self) -> bool {
+    pub fn is_all_mapped(&self) -> bool {
         self.inner
             .slots
             .iter()

@@ -288,14 +288,16 @@ fn ask_monitor(qmp: &mut Qmp, info: &VmInfo) -> Result<Vec<HostRange>, String> {
         Err(error) => return Err(error.to_string()),
     };
     leave_out_devices(&mut backends, info);
-    layout_of(from_monitor::ask(&backends, |line| qmp.hmp(line)))
+    layout_of(from_monitor::ask(&backends, |lines| qmp.hmp_all(lines)))
 }
 
 /// The layout from the monitor that libvirt holds.
 fn ask_virsh(virsh: &VirshControl, info: &VmInfo) -> Result<Vec<HostRange>, String> {
     let mut backends = monitor::parse_memdev(&virsh.hmp("info memdev").map_err(|e| e.to_string())?);
     leave_out_devices(&mut backends, info);
-    layout_of(from_monitor::ask(&backends, |line| virsh.hmp(line)))
+    layout_of(from_monitor::ask(&backends, |lines| {
+        lines.iter().map(|line| virsh.hmp(line)).collect()
+    }))
 }
 
 /// Takes out the backends that are some device's memory (ivshmem's), as far as the command line tells.

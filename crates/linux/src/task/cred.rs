@@ -5,6 +5,7 @@ use std::sync::Arc;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
+use super::ahead::Object;
 use super::layouts::{CredLayout, GroupInfoLayout};
 use crate::layout::{Buffer, Spans};
 use crate::{Kernel, LinuxError};
@@ -54,8 +55,8 @@ impl CredReader {
         self.spans.buffer()
     }
 
-    pub(crate) fn read(&self, at: Gva, buffer: &mut Buffer) -> Result<(), ReadError> {
-        self.spans.read(self.kernel.space(), at, buffer)
+    pub(crate) fn read_all<'b>(&self, objects: impl Iterator<Item = (Gva, &'b mut Object)>) {
+        self.spans.read_all(self.kernel.space(), objects);
     }
 
     /// The supplementary groups of the credentials in `buffer`.

@@ -1,5 +1,6 @@
 //! Processes and threads.
 
+pub(crate) mod ahead;
 mod cgroup;
 mod container;
 mod cred;

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
 use vmsight_arch::Gva;
 
+use super::ahead::{self, Ahead, GROUP, Group, Object};
 use super::cgroup::{CgroupReader, Membership};
 use super::cred::CredReader;
 use super::ids::PidReader;
@@ -22,7 +23,7 @@ use super::user;
 use super::walk;
 use crate::budget::{Budget, NO_ROOM, Own, ROWS, Share};
 use crate::clock::Clock;
-use crate::layout::{Buffer, Extent, Spans};
+use crate::layout::{Extent, Spans};
 use crate::listing::{Listing, Problem};
 use crate::{Kernel, LinuxError};
 
@@ -81,7 +82,8 @@ impl Kernel {
     pub fn process(&self, pid: i32, fields: ProcessFields) -> Result<Process, LinuxError> {
         let task = self.task(pid)?;
         let reader = ProcessReader::new(self, fields)?;
-        Ok(reader.row(task, &mut reader.scratch(&Budgets::of(1))))
+        let budgets = Budgets::of(1);
+        Ok(reader.row_of(&[task], 0, &mut reader.scratch(&budgets)))
     }
 
     /// The address of the `task_struct` of the process `pid`.
@@ -201,10 +203,9 @@ impl Budgets {
 pub(crate) struct Scratch<'b> {
     budgets: &'b Budgets,
     times: TimesCache,
-    task: Buffer,
-    signal: Buffer,
-    cred: Buffer,
-    mm: Buffer,
+    group: Group,
+    /// Of the process whose row is made.
+    ahead: Ahead,
     ttys: FxHashMap<u64, String>,
     namespaces: NamespaceCache,
     places: PlaceCache,
@@ -292,10 +293,8 @@ impl ProcessReader {
         Scratch {
             budgets,
             times: TimesCache::default(),
-            task: self.task_spans.buffer(),
-            signal: self.signal.as_ref().map(|s| s.spans.buffer()).unwrap_or_default(),
-            cred: self.cred.as_ref().map(CredReader::buffer).unwrap_or_default(),
-            mm: self.mm.as_ref().map(|m| m.spans.buffer()).unwrap_or_default(),
+            group: Group::default(),
+            ahead: self.room(),
             ttys: FxHashMap::default(),
             namespaces: NamespaceCache::default(),
             places: PlaceCache::default(),
@@ -318,13 +317,16 @@ impl ProcessReader {
         let budgets = Budgets::of(some.len());
         let rows = if some.len() <= 2 * CHUNK {
             let mut scratch = self.scratch(&budgets);
-            some.iter().map(|&task| self.row(task, &mut scratch)).collect()
+            (0..some.len())
+                .map(|index| self.row_of(some, index, &mut scratch))
+                .collect()
         } else {
-            some.par_iter()
+            (0..some.len())
+                .into_par_iter()
                 .with_min_len(CHUNK)
                 .map_init(
                     || self.scratch(&budgets),
-                    |scratch, &task| self.row(task, scratch),
+                    |scratch, index| self.row_of(some, index, scratch),
                 )
                 .collect()
         };
@@ -332,16 +334,109 @@ impl ProcessReader {
         (rows, warnings)
     }
 
-    /// The row of one task.
+    /// Buffers for one process.
+    fn room(&self) -> Ahead {
+        let object = |spans: Option<&Spans>| Object::new(spans.map(Spans::buffer).unwrap_or_default());
+        Ahead {
+            task: object(Some(&self.task_spans)),
+            signal: object(self.signal.as_ref().map(|s| &s.spans)),
+            cred: Object::new(self.cred.as_ref().map(CredReader::buffer).unwrap_or_default()),
+            mm: object(self.mm.as_ref().map(|m| &m.spans)),
+            root: None,
+            arguments: Vec::new(),
+        }
+    }
+
+    /// The row of one of `tasks`. Those behind it are read with it, for it is their turn next.
+    fn row_of(&self, tasks: &[Gva], index: usize, scratch: &mut Scratch<'_>) -> Process {
+        let group = &scratch.group;
+        let is_read = (group.start..group.start + group.len).contains(&index);
+        if !is_read {
+            let end = tasks.len().min(index + GROUP);
+            self.read_ahead(tasks.get(index..end).unwrap_or_default(), &mut scratch.group);
+            scratch.group.start = index;
+        }
+        if let Some(slot) = scratch.group.slots.get_mut(index - scratch.group.start) {
+            std::mem::swap(slot, &mut scratch.ahead);
+        }
+        self.row(tasks.get(index).copied().unwrap_or(Gva(0)), scratch)
+    }
+
+    /// Reads the structures of `tasks`, each kind of all in one batch.
+    fn read_ahead(&self, tasks: &[Gva], group: &mut Group) {
+        group.len = tasks.len();
+        if group.slots.len() < tasks.len() {
+            group.slots.resize_with(tasks.len(), || self.room());
+        }
+        let slots = group.slots.get_mut(..tasks.len()).unwrap_or_default();
+        let space = self.kernel.space();
+        let layout = &self.task;
+        let of_tasks = tasks.iter().zip(slots.iter_mut());
+        self.task_spans
+            .read_all(space, of_tasks.map(|(&task, slot)| (task, &mut slot.task)));
+        let read = |slot: &&mut Ahead| slot.task.error.is_none();
+        if let Some(reader) = &self.signal {
+            let objects = slots
+                .iter_mut()
+                .filter(read)
+                .map(|slot| (layout.signal.of(&slot.task.buffer), &mut slot.signal));
+            reader.spans.read_all(space, objects);
+        }
+        if let Some(reader) = &self.cred {
+            reader.read_all(
+                slots
+                    .iter_mut()
+                    .filter(read)
+                    .map(|slot| (layout.cred.of(&slot.task.buffer), &mut slot.cred)),
+            );
+        }
+        let Some(reader) = &self.mm else { return };
+        // Kernel threads have none of their own.
+        let user = |slot: &&mut Ahead| {
+            let task = &slot.task.buffer;
+            read(slot) && !layout.mm.of(task).is_null() && layout.flags.of(task) & state::PF_KTHREAD == 0
+        };
+        let objects = slots
+            .iter_mut()
+            .filter(user)
+            .map(|slot| (layout.mm.of(&slot.task.buffer), &mut slot.mm));
+        reader.spans.read_all(space, objects);
+        if !self.has(ProcessFields::CMDLINE | ProcessFields::ENVIRON) {
+            return;
+        }
+        let mut wanted = Vec::with_capacity(tasks.len());
+        for slot in slots.iter_mut().filter(user) {
+            slot.arguments.clear();
+            slot.root = None;
+            if slot.mm.error.is_some() {
+                continue;
+            }
+            let mm = &slot.mm.buffer;
+            slot.root = self
+                .kernel
+                .known_user_root(reader.layout.pgd.of(mm), &mut group.stretches);
+            let (start, end) = (reader.layout.arg_start.of(mm), reader.layout.arg_end.of(mm));
+            let Some(root) = slot.root.filter(|_| start != 0) else {
+                continue;
+            };
+            let in_page = 4096 - Gva(start).page_offset();
+            slot.arguments
+                .resize(end.saturating_sub(start).min(in_page as u64) as usize, 0);
+            wanted.push((root, Gva(start), &mut slot.arguments));
+        }
+        ahead::arguments(self.kernel.memory(), space.mode(), &mut wanted);
+    }
+
+    /// The row of the task at `address`, of which [`Scratch::ahead`] holds what was read.
     fn row(&self, address: Gva, scratch: &mut Scratch<'_>) -> Process {
         let mut row = Process::empty(address);
         let mut share = scratch.budgets.rows.share();
         let space = self.kernel.space();
-        if let Err(error) = self.task_spans.read(space, address, &mut scratch.task) {
+        if let Some(error) = scratch.ahead.task.error.take() {
             row.problem(Problem::read("task", &error));
             return row;
         }
-        let (layout, task) = (&self.task, &scratch.task);
+        let (layout, task) = (&self.task, &scratch.ahead.task.buffer);
         row.pid = layout.pid.of(task);
         row.tgid = layout.tgid.of(task);
         row.name = crate::text::guest_array_text(layout.comm.of(task));
@@ -368,7 +463,7 @@ impl ProcessReader {
         self.directories(&mut row, scratch, &mut share);
         // Kernel threads have no memory of their own (what they borrow for a while is somebody else's).
         if !mm.is_null() && !row.kernel_thread {
-            self.memory(&mut row, mm, scratch, &mut share);
+            self.memory(&mut row, scratch, &mut share);
         }
         row
     }
@@ -389,7 +484,7 @@ impl ProcessReader {
         if !self.has(ProcessFields::SCHED) {
             return;
         }
-        let (layout, task) = (&self.task, &scratch.task);
+        let (layout, task) = (&self.task, &scratch.ahead.task.buffer);
         // DEFAULT_PRIO is 120, MAX_RT_PRIO 100 (include/linux/sched/prio.h).
         row.nice = Some(layout.static_prio.of(task).wrapping_sub(120));
         row.priority = Some(layout.prio.of(task).wrapping_sub(100));
@@ -402,7 +497,7 @@ impl ProcessReader {
         if !self.has(ProcessFields::START) {
             return;
         }
-        let since_boot = self.task.start_boottime.of(&scratch.task);
+        let since_boot = self.task.start_boottime.of(&scratch.ahead.task.buffer);
         row.start_ticks = Some(since_boot / TICK);
         row.start_time = self.clock.as_ref().and_then(|clock| clock.wall(since_boot));
         if row.start_time.is_none() && self.clock.is_some() {
@@ -417,16 +512,22 @@ impl ProcessReader {
         if !self.has(ProcessFields::SECCOMP) {
             return;
         }
-        row.seccomp = self.task.seccomp_mode.map(|mode| mode.of(&scratch.task));
-        row.seccomp_filters = self.task.seccomp_filters.map(|count| count.of(&scratch.task));
-        row.no_new_privs = Some(self.task.atomic_flags.of(&scratch.task) & state::PFA_NO_NEW_PRIVS != 0);
+        row.seccomp = self
+            .task
+            .seccomp_mode
+            .map(|mode| mode.of(&scratch.ahead.task.buffer));
+        row.seccomp_filters = self
+            .task
+            .seccomp_filters
+            .map(|count| count.of(&scratch.ahead.task.buffer));
+        row.no_new_privs =
+            Some(self.task.atomic_flags.of(&scratch.ahead.task.buffer) & state::PFA_NO_NEW_PRIVS != 0);
     }
 
     fn signal(&self, row: &mut Process, scratch: &mut Scratch<'_>) {
         let Some(reader) = &self.signal else { return };
-        let space = self.kernel.space();
-        let address = self.task.signal.of(&scratch.task);
-        if let Err(error) = reader.spans.read(space, address, &mut scratch.signal) {
+        let address = self.task.signal.of(&scratch.ahead.task.buffer);
+        if let Some(error) = scratch.ahead.signal.error.take() {
             let names = [
                 (
                     ProcessFields::SIGNAL,
@@ -437,7 +538,7 @@ impl ProcessReader {
             self.unreadable(row, &names, &Problem::read("threads", &error).reason);
             return;
         }
-        let (layout, signal) = (&reader.layout, &scratch.signal);
+        let (layout, signal) = (&reader.layout, &scratch.ahead.signal.buffer);
         if self.has(ProcessFields::SIGNAL) {
             row.threads = Some(layout.nr_threads.of(signal));
             row.oom_score_adj = Some(layout.oom_score_adj.of(signal));
@@ -495,13 +596,12 @@ impl ProcessReader {
 
     fn credentials(&self, row: &mut Process, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let Some(reader) = &self.cred else { return };
-        let address = self.task.cred.of(&scratch.task);
-        if let Err(error) = reader.read(address, &mut scratch.cred) {
+        if let Some(error) = scratch.ahead.cred.error.take() {
             let names = [(ProcessFields::CREDENTIALS, CREDENTIALS)];
             self.unreadable(row, &names, &Problem::read("uid", &error).reason);
             return;
         }
-        let (layout, cred) = (&reader.cred, &scratch.cred);
+        let (layout, cred) = (&reader.cred, &scratch.ahead.cred.buffer);
         row.uid = Some(layout.uid.of(cred));
         row.euid = Some(layout.euid.of(cred));
         row.suid = Some(layout.suid.of(cred));
@@ -533,7 +633,7 @@ impl ProcessReader {
             return;
         }
         if let Some(reader) = &self.pids {
-            let pid = self.task.thread_pid.of(&scratch.task);
+            let pid = self.task.thread_pid.of(&scratch.ahead.task.buffer);
             // A task that is being released has none left.
             if !pid.is_null() {
                 let numbers = reader
@@ -552,7 +652,7 @@ impl ProcessReader {
                 }
             }
         }
-        let nsproxy = self.task.nsproxy.of(&scratch.task);
+        let nsproxy = self.task.nsproxy.of(&scratch.ahead.task.buffer);
         // A zombie has given its namespaces back.
         if let (Some(reader), false) = (&self.namespaces, nsproxy.is_null()) {
             match reader.of_nsproxy(nsproxy, &mut scratch.namespaces) {
@@ -577,7 +677,7 @@ impl ProcessReader {
         let (Some(reader), Some(member)) = (&self.cgroups, self.task.cgroups) else {
             return;
         };
-        let set = member.of(&scratch.task);
+        let set = member.of(&scratch.ahead.task.buffer);
         if set.is_null() {
             return;
         }
@@ -598,7 +698,7 @@ impl ProcessReader {
         let (Some(places), true) = (&self.places, self.has(ProcessFields::CWD)) else {
             return;
         };
-        let fs = self.task.fs.of(&scratch.task);
+        let fs = self.task.fs.of(&scratch.ahead.task.buffer);
         // A zombie has given it back.
         if !fs.is_null() {
             row.cwd = row.path("cwd", places.cwd(fs, &mut scratch.places), share);
@@ -610,16 +710,18 @@ impl ProcessReader {
         let (Some(places), Some(mm), true) = (&self.places, &self.mm, self.has(ProcessFields::EXE)) else {
             return;
         };
-        let file = mm.layout.exe_file.map_or(Gva(0), |member| member.of(&scratch.mm));
+        let file = mm
+            .layout
+            .exe_file
+            .map_or(Gva(0), |member| member.of(&scratch.ahead.mm.buffer));
         if !file.is_null() {
             row.exe = row.path("exe", places.file(file, &mut scratch.places), share);
         }
     }
 
-    fn memory(&self, row: &mut Process, address: Gva, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
+    fn memory(&self, row: &mut Process, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let Some(reader) = &self.mm else { return };
-        let space = self.kernel.space();
-        if let Err(error) = reader.spans.read(space, address, &mut scratch.mm) {
+        if let Some(error) = scratch.ahead.mm.error.take() {
             let names = [
                 (ProcessFields::MEMORY, SIZES),
                 (ProcessFields::EXE, &["exe"]),
@@ -629,7 +731,7 @@ impl ProcessReader {
             self.unreadable(row, &names, &Problem::read("mm", &error).reason);
             return;
         }
-        let (layout, mm) = (&reader.layout, &scratch.mm);
+        let (layout, mm) = (&reader.layout, &scratch.ahead.mm.buffer);
         if let Some(rss) = &self.rss {
             let kb = |pages: u64| Some(pages.saturating_mul(4));
             row.vm_size_kb = kb(layout.total_vm.of(mm));
@@ -657,8 +759,12 @@ impl ProcessReader {
         let Some(MmReader { layout, .. }) = &self.mm else {
             return;
         };
-        let mm = &scratch.mm;
-        let space = match self.kernel.user_memory(layout.pgd.of(mm)) {
+        let mm = &scratch.ahead.mm.buffer;
+        let ahead = (Gva(layout.arg_start.of(mm)), scratch.ahead.arguments.as_slice());
+        let space = match self
+            .kernel
+            .user_memory(layout.pgd.of(mm), scratch.ahead.root, ahead)
+        {
             Ok(space) => space,
             Err(error) => {
                 let names = [

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
 use vmsight_arch::paging::{self, Absent, PageFault, PagingMode};
-use vmsight_arch::{Dtb, Gva};
+use vmsight_arch::{Dtb, Gpa, Gva};
 use vmsight_memory::{AddressSpace, GuestMemory, ReadCause, ReadError};
 
+use super::ahead::STRETCH;
 use super::layouts::{MmLayout, TaskLayout};
 use crate::budget::{NO_ROOM, Share};
 use crate::layout::Buffer;
@@ -32,11 +34,21 @@ pub(crate) struct UserMemory<'k> {
     memory: &'k GuestMemory,
     mode: PagingMode,
     dtb: Dtb,
+    /// What was read of it before, and from where.
+    ahead: (Gva, &'k [u8]),
 }
 
 impl UserMemory<'_> {
     /// Reads `buf.len()` bytes at `gva`. Pages that the process has taken its own rights to away are read like others.
     pub(crate) fn read(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
+        let (start, ahead) = self.ahead;
+        let known = usize::try_from(gva.0.wrapping_sub(start.0))
+            .ok()
+            .and_then(|from| ahead.get(from..from.checked_add(buf.len())?));
+        if let Some(known) = known {
+            buf.copy_from_slice(known);
+            return Ok(());
+        }
         let mut at = gva;
         let mut rest = buf;
         while !rest.is_empty() {
@@ -64,13 +76,32 @@ impl Kernel {
         Ok(Dtb(self.space().translate(pgd)?.gpa.0 & !0xfff))
     }
 
-    /// A look into the memory below `pgd`.
-    pub(crate) fn user_memory(&self, pgd: Gva) -> Result<UserMemory<'_>, PageFault> {
+    /// A look into the memory below `pgd`, whose root is `root` if that is known, and of which the bytes in `ahead` were read already.
+    pub(crate) fn user_memory<'k>(
+        &'k self,
+        pgd: Gva,
+        root: Option<Dtb>,
+        ahead: (Gva, &'k [u8]),
+    ) -> Result<UserMemory<'k>, PageFault> {
         Ok(UserMemory {
             memory: self.memory(),
             mode: self.space().mode(),
-            dtb: self.user_root(pgd)?,
+            dtb: root.map_or_else(|| self.user_root(pgd), Ok)?,
+            ahead,
         })
+    }
+
+    /// [`Self::user_root`], with what `stretches` remembers of the kernel's large pages.
+    pub(crate) fn known_user_root(&self, pgd: Gva, stretches: &mut FxHashMap<u64, Gpa>) -> Option<Dtb> {
+        let within = (1 << STRETCH) - 1;
+        if let Some(start) = stretches.get(&(pgd.0 >> STRETCH)) {
+            return Some(Dtb((start.0 | (pgd.0 & within)) & !0xfff));
+        }
+        let page = self.space().translate(pgd).ok()?;
+        if u32::from(page.page_shift) >= STRETCH {
+            stretches.insert(pgd.0 >> STRETCH, Gpa(page.gpa.0 & !within));
+        }
+        Some(Dtb(page.gpa.0 & !0xfff))
     }
 }
 

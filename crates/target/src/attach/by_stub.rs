@@ -52,7 +52,9 @@ pub(super) fn attach(address: &GdbAddress, options: &AttachOptions<'_>) -> Resul
 fn ask(stub: &mut Gdb, info: &VmInfo) -> Result<Vec<HostRange>, String> {
     let mut backends = monitor::parse_memdev(&stub.hmp("info memdev").map_err(|e| e.to_string())?);
     leave_out_devices(&mut backends, info);
-    layout_of(from_monitor::ask(&backends, |line| stub.hmp(line)))
+    layout_of(from_monitor::ask(&backends, |lines| {
+        lines.iter().map(|line| stub.hmp(line)).collect()
+    }))
 }
 
 fn through_stub(

@@ -191,15 +191,23 @@ fn machines() -> io::Result<Vec<Machine>> {
 
 /// Whether a process runs a machine, and which program it is. `kvm_holders` are the processes known to hold one.
 fn identify(process: Process, kvm_holders: &BTreeSet<u32>) -> Option<Machine> {
-    // Zombies and kernel threads have no command line.
+    let file_name = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let holds_kvm = kvm_holders.contains(&process.pid);
+    // The executable is the truth where we may see it, and nearly every process is told by it to be no machine:
+    // a host has hundreds, and each file of /proc that is read costs as much as this link.
+    let seen = match process.exe() {
+        Ok(path) => Some(file_name(&path.to_string_lossy())).filter(|name| holds_kvm || is_vmm(name)),
+        // Zombies and kernel threads have none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(_) => Some(String::new()),
+    }?;
+    // Zombies have no command line, kernel threads neither.
     let args = process.cmdline().ok().filter(|a| !a.is_empty())?;
     let comm = process.comm().ok()?;
-    let file_name = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
-    // The executable is the truth where we may see it. Where not, the first argument must fit the short name:
-    // each alone is easily set to anything.
-    let program = match process.exe() {
-        Ok(path) => file_name(&path.to_string_lossy()),
-        Err(_) => {
+    // Where it may not be seen, the first argument must fit the short name: each alone is easily set to anything.
+    let program = match seen {
+        name if !name.is_empty() => name,
+        _ => {
             let first = file_name(args.first().map(String::as_str).unwrap_or_default());
             let short: String = first.chars().take(comm.len().max(1)).collect();
             // QEMU's `-name process=` renames the process, so an emulator's name as first argument is enough.
@@ -215,7 +223,7 @@ fn identify(process: Process, kvm_holders: &BTreeSet<u32>) -> Option<Machine> {
         name if is_release_of(name, "firecracker") => Vmm::Firecracker,
         name if is_release_of(name, "cloud-hypervisor") => Vmm::CloudHypervisor,
         "crosvm" if args.get(1..).is_some_and(|a| a.iter().any(|a| a == "run")) => Vmm::Crosvm,
-        _ if kvm_holders.contains(&process.pid) => Vmm::Other,
+        _ if holds_kvm => Vmm::Other,
         _ => return None,
     };
     Some(Machine {
@@ -225,6 +233,14 @@ fn identify(process: Process, kvm_holders: &BTreeSet<u32>) -> Option<Machine> {
         comm,
         args,
     })
+}
+
+/// Whether a program of this name may run a machine. crosvm's does so only with some arguments.
+fn is_vmm(program: &str) -> bool {
+    is_system_emulator(program)
+        || is_release_of(program, "firecracker")
+        || is_release_of(program, "cloud-hypervisor")
+        || program == "crosvm"
 }
 
 /// Whether a program is `name` as it is installed or as its releases are called: `firecracker-v1.7.0-x86_64`,
@@ -315,6 +331,27 @@ mod tests {
         ] {
             assert!(!is_release_of(no, "firecracker"), "{no}");
         }
+    }
+
+    #[test]
+    fn most_processes_are_told_by_their_program() {
+        for yes in [
+            "qemu-system-x86_64",
+            "firecracker-v1.7.0-x86_64",
+            "cloud-hypervisor",
+            "crosvm",
+        ] {
+            assert!(is_vmm(yes), "{yes}");
+        }
+        for no in ["bash", "qemu-img", "firecracker-containerd", ""] {
+            assert!(!is_vmm(no), "{no}");
+        }
+        // A program of any name is one where the kernel says so.
+        let me = Process {
+            pid: std::process::id(),
+        };
+        assert!(identify(me, &BTreeSet::new()).is_none());
+        assert!(identify(me, &BTreeSet::from([me.pid])).is_some_and(|m| m.vmm == Vmm::Other));
     }
 
     #[test]

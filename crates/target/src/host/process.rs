@@ -274,7 +274,8 @@ pub(crate) fn boot_time() -> io::Result<u64> {
 
 /// Reads at most `max` bytes of a file.
 pub(crate) fn read_bounded(path: &Path, max: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+    // Files of /proc do not tell their length. Most of them come whole in one read of a page.
+    let mut bytes = Vec::with_capacity(4096);
     File::open(path)?.take(max).read_to_end(&mut bytes)?;
     Ok(bytes)
 }

@@ -1,6 +1,6 @@
 //! The layout as QEMU's monitor tells it, checked against the process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{HostRange, joined};
 use crate::host::maps::Mapping;
@@ -24,11 +24,11 @@ impl<E> From<E> for MonitorFailure<E> {
     }
 }
 
-/// Asks for the layout. `hmp` runs one line of the human monitor; `backends` are the ids of the memory backends.
+/// Asks for the layout. `hmp` runs lines of the human monitor in their order, and gives a text for each; `backends` are the ids of the memory backends.
 /// The guest changes its layout while its firmware runs, so answers that disagree are asked for again.
 pub(crate) fn ask<E>(
     backends: &[String],
-    mut hmp: impl FnMut(&str) -> Result<String, E>,
+    mut hmp: impl FnMut(&[String]) -> Result<Vec<String>, E>,
 ) -> Result<Vec<HostRange>, MonitorFailure<E>> {
     let mut last = String::new();
     for _ in 0..3 {
@@ -42,16 +42,19 @@ pub(crate) fn ask<E>(
 
 fn ask_once<E>(
     backends: &[String],
-    hmp: &mut impl FnMut(&str) -> Result<String, E>,
+    hmp: &mut impl FnMut(&[String]) -> Result<Vec<String>, E>,
 ) -> Result<Vec<HostRange>, MonitorFailure<E>> {
     let inconsistent = |reason: String| Err(MonitorFailure::Inconsistent(reason));
-    let Some(flat) = monitor::guest_memory(&hmp("info mtree -f")?, backends) else {
+    let [tree, blocks] = &hmp(&["info mtree -f", "info ramblock"].map(str::to_owned))?[..] else {
+        return inconsistent("not every command was answered".into());
+    };
+    let Some(flat) = monitor::guest_memory(tree, backends) else {
         return inconsistent("info mtree -f shows no address space called memory".into());
     };
     if flat.is_empty() {
         return inconsistent("info mtree -f shows no main memory".into());
     }
-    let blocks = monitor::parse_ramblocks(&hmp("info ramblock")?);
+    let blocks = monitor::parse_ramblocks(blocks);
     // From QEMU 8.1 on the table of blocks says where each lies; a block's id ends with its region's name.
     let mut bases: BTreeMap<&str, u64> = BTreeMap::new();
     for range in &flat {
@@ -80,13 +83,20 @@ fn ask_once<E>(
     }
     // The address of a byte of each block, asked for outright. gpa2hva takes what is plain RAM only, so shadowed
     // ROM is placed through its block.
-    let mut asked = 0;
+    let mut placed: BTreeSet<&str> = bases.keys().copied().collect();
+    let mut asked = Vec::new();
     for range in flat.iter().filter(|r| r.kind.ends_with("ram")) {
-        if asked >= MAX_CHECKED && bases.contains_key(range.block.as_str()) {
-            continue;
+        if placed.insert(&range.block) || asked.len() < MAX_CHECKED {
+            asked.push(range);
         }
-        asked += 1;
-        let Some(hva) = monitor::parse_gpa2hva(&hmp(&format!("gpa2hva {:#x}", range.gpa))?) else {
+    }
+    let lines: Vec<String> = asked.iter().map(|r| format!("gpa2hva {:#x}", r.gpa)).collect();
+    let answers = hmp(&lines)?;
+    if answers.len() != asked.len() {
+        return inconsistent("not every command was answered".into());
+    }
+    for (range, answer) in asked.into_iter().zip(&answers) {
+        let Some(hva) = monitor::parse_gpa2hva(answer) else {
             return inconsistent(format!("gpa2hva knows no memory at {:#x}", range.gpa));
         };
         let Some(base) = hva.checked_sub(range.offset) else {
@@ -138,6 +148,14 @@ mod tests {
     const MTREE: &str = include_str!("../monitor/captured/qemu10.0-q35-backends.mtree");
     const NEW: &str = include_str!("../monitor/captured/qemu10.0-q35-backends.ramblock");
     const OLD: &str = include_str!("../monitor/captured/qemu7.2-q35-backends.ramblock");
+
+    /// Asks line by line.
+    fn ask<E>(
+        backends: &[String],
+        mut answer: impl FnMut(&str) -> Result<String, E>,
+    ) -> Result<Vec<HostRange>, MonitorFailure<E>> {
+        super::ask(backends, |lines| lines.iter().map(|line| answer(line)).collect())
+    }
 
     /// Answers as the captured machine did, with its blocks where `NEW` says they are.
     fn answer(line: &str, blocks: &str) -> Result<String, ()> {
@@ -193,6 +211,23 @@ mod tests {
             ask(&backends(), |_| Err(7)),
             Err(MonitorFailure::Monitor(7))
         ));
+    }
+
+    #[test]
+    fn few_questions_are_asked_and_many_at_once() {
+        let mut asked = Vec::new();
+        let layout: Result<_, MonitorFailure<()>> = super::ask(&backends(), |lines| {
+            asked.push(lines.len());
+            lines.iter().map(|line| answer(line, OLD)).collect()
+        });
+        assert_eq!(asked.len(), 2, "{asked:?}");
+        assert_eq!(asked[0], 2);
+        assert!(layout.is_ok());
+        // A monitor that leaves out an answer must not have the others taken for it.
+        let short: Result<_, MonitorFailure<()>> = super::ask(&backends(), |lines| {
+            lines.iter().skip(1).map(|line| answer(line, OLD)).collect()
+        });
+        assert!(matches!(short, Err(MonitorFailure::Inconsistent(r)) if r.contains("answered")));
     }
 
     #[test]

@@ -29,6 +29,23 @@ pub(crate) use connect::{connect_socket, connect_unix, unix_socket};
 /// The longest answer taken. `info mtree -f` of a machine with hundreds of devices has about a megabyte.
 const MAX_ANSWER: usize = 32 << 20;
 
+/// The command that runs one of the human monitor.
+const HUMAN: &str = "human-monitor-command";
+
+/// Most commands that are sent before the first is answered: they must fit into the socket's buffer.
+const AT_ONCE: usize = 64;
+
+/// A line that asks for a command.
+fn request(command: &str, arguments: Value) -> String {
+    let mut request = json!({ "execute": command });
+    if !arguments.is_null()
+        && let Some(object) = request.as_object_mut()
+    {
+        object.insert("arguments".into(), arguments);
+    }
+    format!("{request}\n")
+}
+
 /// A connection to a QMP monitor, past the greeting.
 #[derive(Debug)]
 pub struct Qmp {
@@ -140,15 +157,12 @@ impl Qmp {
     /// Runs a command and waits for its answer. Events that come meanwhile are passed over.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         let deadline = Instant::now() + self.timeout;
-        let mut request = json!({ "execute": command });
-        if !arguments.is_null()
-            && let Some(object) = request.as_object_mut()
-        {
-            object.insert("arguments".into(), arguments);
-        }
-        let mut line = request.to_string();
-        line.push('\n');
-        self.send(line.as_bytes(), deadline, command)?;
+        self.send(request(command, arguments).as_bytes(), deadline, command)?;
+        self.answer(deadline, command)
+    }
+
+    /// Waits for the answer to a command that was sent.
+    fn answer(&mut self, deadline: Instant, command: &str) -> Result<Value, QmpError> {
         loop {
             let mut answer = self.message(deadline, command)?;
             if let Some(value) = answer.get_mut("return") {
@@ -177,7 +191,42 @@ impl Qmp {
 
     /// Runs a command of the human monitor and gives its text, lines ended by `\n`.
     pub fn hmp(&mut self, line: &str) -> Result<String, QmpError> {
-        let value = self.execute("human-monitor-command", json!({ "command-line": line }))?;
+        let value = self.execute(HUMAN, json!({ "command-line": line }))?;
+        self.human_text(value)
+    }
+
+    /// Runs commands of the human monitor in their order and gives the text of each. They are sent at once: a busy QEMU lets
+    /// each that is sent alone wait for its turn.
+    ///
+    /// # Errors
+    /// The first that occurs. Where a command failed, those behind it have been run too.
+    pub fn hmp_all(&mut self, lines: &[String]) -> Result<Vec<String>, QmpError> {
+        let mut texts = Vec::with_capacity(lines.len());
+        for lines in lines.chunks(AT_ONCE) {
+            let deadline = Instant::now() + self.timeout;
+            let requests: String = lines
+                .iter()
+                .map(|line| request(HUMAN, json!({ "command-line": line })))
+                .collect();
+            self.send(requests.as_bytes(), deadline, HUMAN)?;
+            let mut failed = None;
+            for _ in lines {
+                // As if each had been sent when the one before it was answered.
+                let deadline = Instant::now() + self.timeout;
+                match self.answer(deadline, HUMAN) {
+                    Ok(value) => texts.push(self.human_text(value)?),
+                    Err(error @ QmpError::Command { .. }) => failed = failed.or(Some(error)),
+                    Err(error) => return Err(error),
+                }
+            }
+            if let Some(error) = failed {
+                return Err(error);
+            }
+        }
+        Ok(texts)
+    }
+
+    fn human_text(&self, value: Value) -> Result<String, QmpError> {
         match value {
             Value::String(text) => Ok(text.replace("\r\n", "\n")),
             _ => Err(self.protocol("human-monitor-command gave no text")),

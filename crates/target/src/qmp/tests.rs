@@ -120,6 +120,42 @@ fn answers_errors_and_events() {
 }
 
 #[test]
+fn commands_are_sent_at_once_and_answered_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut input = io::BufReader::new(stream.try_clone().unwrap()).lines();
+        let mut say = |line: &str| stream.write_all(line.as_bytes()).unwrap();
+        say(GREETING);
+        input.next();
+        say("{\"return\":{}}\n");
+        for answers in [
+            ["{\"return\":\"a\"}\n", "{\"return\":\"b\\r\\n\"}\n"],
+            [
+                "{\"error\":{\"class\":\"x\",\"desc\":\"no\"}}\n",
+                "{\"return\":\"d\"}\n",
+            ],
+        ] {
+            // Both are here before either is answered.
+            let [first, second] = [input.next().unwrap().unwrap(), input.next().unwrap().unwrap()];
+            assert!(first.contains("one") && second.contains("two"));
+            answers.into_iter().for_each(&mut say);
+        }
+        input.next();
+        say("{\"return\":\"e\"}\n");
+    });
+    let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
+    let lines = ["one", "two"].map(str::to_owned);
+    assert_eq!(qmp.hmp_all(&lines).unwrap(), ["a", "b\n"]);
+    assert!(matches!(qmp.hmp_all(&lines), Err(QmpError::Command { .. })));
+    // The answer behind the error is not taken for that to what follows.
+    assert_eq!(qmp.hmp("three").unwrap(), "e");
+    server.join().unwrap();
+}
+
+#[test]
 fn an_end_midway_says_that_the_vm_exited() {
     let (_dir, path, handle) = server(&[GREETING, "{\"return\":{}}\n"]);
     let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
