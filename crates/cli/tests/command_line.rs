@@ -398,20 +398,40 @@ fn nothing_but_results_on_standard_output_and_no_progress_where_nobody_watches()
     assert!(out.stderr.is_empty(), "{}", text(&out.stderr));
 }
 
+/// A run on a terminal, after something else was done to that: how it ended, and what was shown.
+fn on_a_terminal(before: &str, arguments: &str) -> (Option<i32>, String) {
+    let line = format!("{before} {} {arguments}", env!("CARGO_BIN_EXE_vmsight"));
+    let out = Command::new("script").args(["-qec", &line, "/dev/null"]).output();
+    let out = out.expect("script(1) of bsdutils, which every Debian has");
+    (out.status.code(), text(&out.stdout).replace("\r\n", "\n"))
+}
+
+#[test]
+fn a_table_is_as_wide_as_its_terminal() {
+    let f = file(&vec![b'Q'; 1 << 16]);
+    let path = f.path().to_str().unwrap();
+    let whole = text(&vmsight(&["read", path, "phys:0", "16", "--as", "u64"]).stdout);
+    let longest = whole.lines().map(str::len).max().unwrap();
+    let on = |columns: usize| {
+        let arguments = format!("read {path} phys:0 16 --as u64 --color never");
+        let (code, out) = on_a_terminal(&format!("stty cols {columns};"), &arguments);
+        assert_eq!(code, Some(0), "{out}");
+        out
+    };
+    assert_eq!(on(longest), whole);
+    let cut = on(longest - 5);
+    assert!(cut.contains('…'), "{cut}");
+    assert!(cut.lines().all(|l| l.chars().count() <= longest - 5), "{cut}");
+    // A serial console says that it has no columns at all: nobody knows how many.
+    assert_eq!(on(0), whole);
+}
+
 #[test]
 fn raw_bytes_go_to_a_terminal_only_when_forced() {
     let f = file(&vec![b'Q'; 1 << 16]);
     let on_a_terminal = |more: &str| {
-        let command = format!(
-            "{} read {} phys:0 8 --as bytes {more}",
-            env!("CARGO_BIN_EXE_vmsight"),
-            f.path().display()
-        );
-        let out = Command::new("script")
-            .args(["-qec", &command, "/dev/null"])
-            .output();
-        let out = out.expect("script(1) of bsdutils, which every Debian has");
-        (out.status.code(), text(&out.stdout))
+        let path = f.path().display();
+        on_a_terminal("", &format!("read {path} phys:0 8 --as bytes {more}"))
     };
     let (code, out) = on_a_terminal("");
     assert_eq!(code, Some(2));

@@ -39,7 +39,7 @@ impl Cmd {
         }
         let style = global.style();
         if global.output != Format::Table || style.columns.is_some() {
-            session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings)?)?;
+            session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
             return Ok(Outcome::Fine);
         }
         let mut out = style.out()?;

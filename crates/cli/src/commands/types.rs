@@ -66,7 +66,7 @@ impl Cmd {
         if let Some(pattern) = &self.search {
             let found: Vec<_> = layout::search(types, pattern, Kinds::all()).collect();
             let columns = &["kind", "name", "size", "members"];
-            session.print(&Sheet::new(columns, &found, Vec::new())?)?;
+            session.print(&Sheet::new(columns, &found, Vec::new()))?;
             return Ok(if found.is_empty() {
                 Outcome::Nothing
             } else {

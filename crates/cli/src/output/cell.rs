@@ -1,15 +1,24 @@
 //! One value as text. Everything that comes out of a guest is written by somebody who may want to own the
 //! terminal it is shown on, so nothing but printable characters leaves here.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 use serde_json::Value;
 
-use super::json;
-
 /// The text with every control, format and invisible character made visible as `\n`, `\x1b`, `\u{202e}` ….
 pub(crate) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
+    escape_into(&mut out, text);
+    out
+}
+
+/// Appends the text as [`escape`] shows it.
+pub(super) fn escape_into(out: &mut String, text: &str) {
+    if text.bytes().all(|b| matches!(b, b' '..=b'~') && b != b'\\') {
+        out.push_str(text);
+        return;
+    }
     for c in text.chars() {
         match c {
             '\n' => out.push_str("\\n"),
@@ -25,7 +34,6 @@ pub(crate) fn escape(text: &str) -> String {
             c => out.push(c),
         }
     }
-    out
 }
 
 /// Characters that change how others look, or cannot be seen: C1 controls, bidirectional overrides, zero-width
@@ -54,14 +62,20 @@ pub(crate) fn shown(value: &Value) -> String {
     }
 }
 
-/// A value as one CSV field: null is empty, nested values are JSON. A spreadsheet would run a field that begins
-/// like a formula, and the text may be an attacker's: such a field is led by an apostrophe.
-pub(crate) fn plain(value: &Value) -> String {
-    match value {
-        Value::Null => String::new(),
-        Value::String(s) => field(s),
-        other => json::text(other),
+/// A value, in its JSON form, as one CSV field: null is empty, nested values are JSON. A spreadsheet would run a field
+/// that begins like a formula, and the text may be an attacker's: such a field is led by an apostrophe.
+pub(super) fn plain(json: &str) -> Result<Cow<'_, str>, serde_json::Error> {
+    if json == "null" {
+        return Ok(Cow::Borrowed(""));
     }
+    let Some(text) = json.strip_prefix('"').and_then(|text| text.strip_suffix('"')) else {
+        return Ok(Cow::Borrowed(json));
+    };
+    Ok(Cow::Owned(if text.contains('\\') {
+        field(&serde_json::from_str::<String>(json)?)
+    } else {
+        field(text)
+    }))
 }
 
 /// Text as one CSV field, also where it stands in the header.
@@ -89,14 +103,15 @@ mod tests {
 
     #[test]
     fn a_formula_is_text_in_csv() {
-        assert_eq!(plain(&Value::from("=cmd|' /C calc'!A0")), "'=cmd|' /C calc'!A0");
-        assert_eq!(plain(&Value::from(-3)), "-3");
-        assert_eq!(plain(&Value::Null), "");
+        assert_eq!(plain("\"=cmd|' /C calc'!A0\"").unwrap(), "'=cmd|' /C calc'!A0");
+        assert_eq!(plain("-3").unwrap(), "-3");
+        assert_eq!(plain("null").unwrap(), "");
+        assert_eq!(plain(r#""null""#).unwrap(), "null");
         assert_eq!(field("=1+1"), "'=1+1");
     }
 
     #[test]
-    fn a_list_in_csv_steers_no_terminal_either() {
-        assert_eq!(plain(&Value::from(vec!["\u{9b}31m"])), "[\"\\u009b31m\"]");
+    fn a_text_in_csv_is_escaped_once() {
+        assert_eq!(plain(r#""a\"b\\c\u009b""#).unwrap(), "a\"b\\\\c\\u{9b}");
     }
 }

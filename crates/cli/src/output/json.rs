@@ -3,23 +3,55 @@
 //! written as `\u009b`: to whoever parses it the same text.
 
 use std::io::{self, Write};
+use std::ops::Range;
 
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, Serializer};
 
-use super::cell::is_deceptive;
+use super::{cell::is_deceptive, fields::Sink};
 
 /// Writes a value in one line.
-pub(crate) fn write(out: &mut dyn Write, value: &impl Serialize) -> serde_json::Result<()> {
+pub(crate) fn write<W: Write, T: Serialize + ?Sized>(out: W, value: &T) -> serde_json::Result<()> {
     value.serialize(&mut Serializer::with_formatter(out, Ascii))
 }
 
-/// A value in one line.
-pub(super) fn text(value: &impl Serialize) -> String {
-    let mut out = Vec::new();
-    match write(&mut out, value) {
-        Ok(()) => String::from_utf8_lossy(&out).into_owned(),
-        Err(_) => String::new(),
+/// The cells of one row, one behind the other.
+#[derive(Default)]
+pub(super) struct Cells {
+    text: Vec<u8>,
+    /// By column, where there is one.
+    places: Vec<Option<Range<usize>>>,
+}
+
+impl Cells {
+    pub(super) fn new(columns: usize) -> Cells {
+        Cells {
+            text: Vec::new(),
+            places: vec![None; columns],
+        }
+    }
+
+    /// Begins a new row.
+    pub(super) fn clear(&mut self) {
+        self.text.clear();
+        self.places.fill(None);
+    }
+
+    /// The value in a column, where the row has it.
+    pub(super) fn get(&self, column: usize) -> Option<&str> {
+        let place = self.places.get(column)?.clone()?;
+        std::str::from_utf8(self.text.get(place)?).ok()
+    }
+}
+
+impl Sink for Cells {
+    fn cell<T: Serialize + ?Sized>(&mut self, column: usize, value: &T) -> serde_json::Result<()> {
+        let start = self.text.len();
+        write(&mut self.text, value)?;
+        if let Some(place) = self.places.get_mut(column) {
+            *place = Some(start..self.text.len());
+        }
+        Ok(())
     }
 }
 
@@ -28,6 +60,9 @@ struct Ascii;
 
 impl Formatter for Ascii {
     fn write_string_fragment<W: ?Sized + Write>(&mut self, out: &mut W, text: &str) -> io::Result<()> {
+        if text.bytes().all(|b| b < 0x7f) {
+            return CompactFormatter.write_string_fragment(out, text);
+        }
         let mut done = 0;
         for (at, c) in text
             .char_indices()
@@ -54,7 +89,9 @@ mod tests {
             "csi\u{9b}31m": "\u{7f}\u{202e}exe.png\u{2066}",
             "list": ["\u{200f}", "\x1b[2J\u{85}", "größe 日本 🦀", "\u{e0041}"],
         });
-        let text = text(&value);
+        let mut cells = Cells::new(1);
+        cells.cell(0, &value).unwrap();
+        let text = cells.get(0).unwrap();
         assert!(
             !text.chars().any(|c| c.is_control() || is_deceptive(c)),
             "{text:?}"
@@ -63,6 +100,6 @@ mod tests {
             text.contains("größe 日本 🦀") && text.contains("\\u009b31m"),
             "{text}"
         );
-        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);
+        assert_eq!(serde_json::from_str::<Value>(text).unwrap(), value);
     }
 }

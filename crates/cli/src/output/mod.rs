@@ -1,12 +1,16 @@
 //! What a person or a program gets to see: one listing model, four ways to print it.
 
 mod cell;
+mod fields;
 pub(crate) mod json;
 mod progress;
 mod sheet;
 mod table;
+mod terminal;
+mod text;
 
 pub(crate) use cell::{escape, field};
+pub(crate) use fields::{Fields, Record, Sink};
 pub(crate) use progress::Progress;
 pub(crate) use sheet::{PROBLEMS, Row, Sheet, to_map};
 
@@ -85,27 +89,19 @@ impl Style {
     }
 
     /// Prints a sheet to standard output, its warnings to standard error.
-    pub(crate) fn print(&self, sheet: &Sheet) -> Result<()> {
+    pub(crate) fn print<R: Record>(&self, sheet: &Sheet<R>) -> Result<()> {
         // What is wrong with the columns asked for is said before anything is printed.
         sheet.shown(self)?;
         let mut out = self.out()?;
-        self.write(sheet, &mut out)?;
+        let marked = self.write(sheet, &mut out)?;
         out.flush()?;
         drop(out);
         sheet.warnings.iter().for_each(|w| self.warn(w));
-        if self.format == Format::Table {
-            let shown = sheet.shown(self)?;
-            let marked = sheet
-                .rows
-                .iter()
-                .filter(|r| sheet::hides_problems(r, &shown))
-                .count();
-            if marked > 0 {
-                let rows = if marked == 1 { "row has" } else { "rows have" };
-                self.warn(&format!(
-                    "{marked} {rows} problems (marked !): -o json shows them, or --columns problems"
-                ));
-            }
+        if marked > 0 {
+            let rows = if marked == 1 { "row has" } else { "rows have" };
+            self.warn(&format!(
+                "{marked} {rows} problems (marked !): -o json shows them, or --columns problems"
+            ));
         }
         Ok(())
     }
@@ -117,39 +113,95 @@ impl Style {
         }
     }
 
-    /// Writes a sheet in the chosen format.
-    pub(crate) fn write(&self, sheet: &Sheet, out: &mut dyn Write) -> Result<()> {
+    /// Writes a sheet in the chosen format. How many rows are marked: they have problems that are not shown.
+    pub(crate) fn write<R: Record>(&self, sheet: &Sheet<R>, out: &mut dyn Write) -> Result<usize> {
         match self.format {
-            Format::Table => table::write(sheet, self, out)?,
+            Format::Table => return table::write(sheet, self, out),
             Format::Json => {
                 // One object a line inside the array: still one JSON document, yet diffable and greppable.
-                let keys = sheet.shown(self)?;
                 out.write_all(b"[")?;
-                for (i, row) in sheet.rows.iter().enumerate() {
-                    out.write_all(if i == 0 { b"\n" } else { b",\n" })?;
-                    json::write(out, &*sheet.pick(row, &keys))?;
-                }
+                let mut before: &[u8] = b"\n";
+                self.objects(sheet, |object| {
+                    out.write_all(std::mem::replace(&mut before, b",\n"))?;
+                    out.write_all(object)
+                })?;
                 out.write_all(b"\n]\n")?;
             }
-            Format::Jsonl => {
-                let keys = sheet.shown(self)?;
-                for row in &sheet.rows {
-                    json::write(out, &*sheet.pick(row, &keys))?;
-                    out.write_all(b"\n")?;
+            Format::Jsonl => self.objects(sheet, |object| {
+                out.write_all(object)?;
+                out.write_all(b"\n")
+            })?,
+            Format::Csv => self.csv(sheet, out)?,
+        }
+        Ok(0)
+    }
+
+    /// Each row as a JSON object.
+    fn objects<R: Record>(
+        &self,
+        sheet: &Sheet<R>,
+        mut write: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<()> {
+        // Up to a value: the comma before its key, the key and the colon.
+        let mut columns: Vec<(usize, Vec<u8>)> = Vec::new();
+        for key in sheet.shown(self)? {
+            let column = sheet.column(key)?;
+            // An object has each key once.
+            if columns.iter().all(|(c, _)| *c != column) {
+                let mut before = Vec::new();
+                if !columns.is_empty() {
+                    before.push(b',');
                 }
+                json::write(&mut before, key)?;
+                before.push(b':');
+                columns.push((column, before));
             }
-            Format::Csv => {
-                let keys = sheet.shown(self)?;
-                let mut csv = csv::Writer::from_writer(out);
-                if !self.no_headers {
-                    csv.write_record(keys.iter().map(|k| field(k)))?;
-                }
-                for row in &sheet.rows {
-                    let row = sheet.pick(row, &keys);
-                    csv.write_record(row.values().map(cell::plain))?;
-                }
-                csv.flush()?;
+        }
+        let mut object = Vec::new();
+        self.each(sheet, |cells| {
+            object.clear();
+            object.push(b'{');
+            for (column, before) in &columns {
+                object.extend_from_slice(before);
+                let value = cells.get(*column).unwrap_or(sheet.absent(*column));
+                object.extend_from_slice(value.as_bytes());
             }
+            object.push(b'}');
+            Ok(write(&object)?)
+        })
+    }
+
+    fn csv<R: Record>(&self, sheet: &Sheet<R>, out: &mut dyn Write) -> Result<()> {
+        let keys = sheet.shown(self)?;
+        let columns = keys.iter().map(|k| sheet.column(k)).collect::<Result<Vec<_>>>()?;
+        let mut csv = csv::Writer::from_writer(out);
+        if !self.no_headers {
+            csv.write_record(keys.iter().map(|k| field(k)))?;
+        }
+        self.each(sheet, |cells| {
+            for column in &columns {
+                let value = cells.get(*column).unwrap_or(sheet.absent(*column));
+                csv.write_field(cell::plain(value)?.as_bytes())?;
+            }
+            Ok(csv.write_record(None::<&[u8]>)?)
+        })?;
+        csv.flush()?;
+        Ok(())
+    }
+
+    /// Each row's shown cells in their JSON form.
+    fn each<R: Record>(
+        &self,
+        sheet: &Sheet<R>,
+        mut done: impl FnMut(&json::Cells) -> Result<()>,
+    ) -> Result<()> {
+        let keys = sheet.shown(self)?;
+        let cells = json::Cells::new(sheet.keys.len());
+        let mut fields = Fields::new(&sheet.keys, |key| keys.contains(&key), cells);
+        for row in &sheet.rows {
+            fields.sink.clear();
+            fields.take(row)?;
+            done(&fields.sink)?;
         }
         Ok(())
     }
@@ -159,3 +211,6 @@ impl Style {
 pub(crate) fn warn(message: &str) {
     let _ = writeln!(io::stderr(), "vmsight: warning: {}", escape(message));
 }
+
+#[cfg(test)]
+mod forms_tests;

@@ -1,12 +1,13 @@
 //! A listing as rows of named values, whatever it is a listing of.
 
-use std::borrow::Cow;
-
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{Format, Style};
+use super::{
+    Format, Style,
+    fields::{Fields, Record, Sink},
+};
 
 /// A row with fixed fields.
 pub(crate) trait Row: Serialize {
@@ -15,13 +16,13 @@ pub(crate) trait Row: Serialize {
 }
 
 /// Rows of named values.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Sheet {
+#[derive(Clone, Debug)]
+pub(crate) struct Sheet<R = Map<String, Value>> {
     /// Every column there is, in order. They are the keys of each row in JSON, whatever the row at hand has.
     pub(crate) keys: Vec<&'static str>,
     /// Those that a table shows when nobody says.
     pub(crate) columns: &'static [&'static str],
-    pub(crate) rows: Vec<Map<String, Value>>,
+    pub(crate) rows: Vec<R>,
     pub(crate) warnings: Vec<String>,
 }
 
@@ -31,33 +32,25 @@ impl Sheet {
         Sheet {
             keys: keys.to_vec(),
             columns,
-            ..Sheet::default()
+            rows: Vec::new(),
+            warnings: Vec::new(),
         }
     }
+}
 
-    /// Turns typed rows into a sheet.
-    pub(crate) fn new<T: Row>(
-        columns: &'static [&'static str],
-        rows: &[T],
-        warnings: Vec<String>,
-    ) -> Result<Sheet> {
-        Ok(Sheet {
+impl<'a, T: Row> Sheet<&'a T> {
+    /// Typed rows as a sheet.
+    pub(crate) fn new(columns: &'static [&'static str], rows: &'a [T], warnings: Vec<String>) -> Self {
+        Sheet {
             keys: T::COLUMNS.to_vec(),
             columns,
-            rows: rows.iter().map(to_map).collect::<Result<_>>()?,
+            rows: rows.iter().collect(),
             warnings,
-        })
-    }
-
-    /// Adds a column behind the others, made from each row.
-    pub(crate) fn add_column(&mut self, key: &'static str, value: impl Fn(&Map<String, Value>) -> Value) {
-        self.keys.push(key);
-        for row in &mut self.rows {
-            let value = value(row);
-            row.insert(key.to_owned(), value);
         }
     }
+}
 
+impl<R: Record> Sheet<R> {
     /// The columns to print: those asked for, else the view's own in a table and all elsewhere.
     pub(crate) fn shown<'a>(&'a self, style: &'a Style) -> Result<Vec<&'a str>> {
         let Some(asked) = &style.columns else {
@@ -75,22 +68,44 @@ impl Sheet {
         Ok(asked.iter().map(String::as_str).collect())
     }
 
-    /// The row reduced to some keys; what it does not have is null, and its problems are then none.
-    pub(crate) fn pick<'a>(&self, row: &'a Map<String, Value>, keys: &[&str]) -> Cow<'a, Map<String, Value>> {
-        if row.len() == keys.len() && row.keys().zip(keys).all(|(a, b)| a == b) {
-            return Cow::Borrowed(row);
-        }
-        let value = |key: &str| match row.get(key) {
-            Some(value) => value.clone(),
-            None if key == PROBLEMS => Value::Array(Vec::new()),
-            None => Value::Null,
-        };
-        Cow::Owned(keys.iter().map(|k| ((*k).to_owned(), value(k))).collect())
+    /// Which of the keys a column is.
+    pub(super) fn column(&self, key: &str) -> Result<usize> {
+        let column = self.keys.iter().position(|k| *k == key);
+        column.with_context(|| format!("there is no column {key:?}; this is a bug in vmsight"))
     }
 
-    /// Whether anything is known to be missing or wrong.
-    pub(crate) fn is_doubtful(&self) -> bool {
-        !self.warnings.is_empty() || self.rows.iter().any(|row| problems(row).next().is_some())
+    /// What stands, in JSON, for a value that a row does not have: null, and its problems are then none.
+    pub(super) fn absent(&self, column: usize) -> &'static str {
+        match self.keys.get(column) {
+            Some(&PROBLEMS) => "[]",
+            _ => "null",
+        }
+    }
+
+    /// Whether anything is known to be missing or wrong. Looks through all rows.
+    pub(crate) fn is_doubtful(&self) -> Result<bool> {
+        let mut fields = Fields::new(&self.keys, |key| key == PROBLEMS, Problems::default());
+        for row in &self.rows {
+            fields.take(row)?;
+            if !fields.sink.0.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(!self.warnings.is_empty())
+    }
+}
+
+#[cfg(test)]
+impl<R: Record> Sheet<R> {
+    /// The rows as whoever reads their JSON sees them.
+    pub(crate) fn maps(&self) -> Vec<Map<String, Value>> {
+        let style = Style {
+            format: Format::Json,
+            ..Style::default()
+        };
+        let mut out = Vec::new();
+        style.write(self, &mut out).unwrap();
+        serde_json::from_slice(&out).unwrap()
     }
 }
 
@@ -106,27 +121,33 @@ pub(crate) fn to_map(row: &impl Serialize) -> Result<Map<String, Value>> {
 pub(crate) const PROBLEMS: &str = "problems";
 
 /// What a row says is wrong with it.
-pub(crate) fn problems(row: &Map<String, Value>) -> impl Iterator<Item = &str> {
-    row.get(PROBLEMS)
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-}
+#[derive(Default)]
+pub(super) struct Problems(pub(super) Vec<String>);
 
-/// Why a field of a row is null, where the row says so.
-pub(crate) fn reason<'a>(row: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
-    problems(row).find_map(|p| p.strip_prefix(key)?.strip_prefix(": "))
-}
-
-/// Whether a row has a problem that a table of these columns does not show.
-pub(crate) fn hides_problems(row: &Map<String, Value>, shown: &[&str]) -> bool {
-    if shown.contains(&PROBLEMS) {
-        return false;
+impl Problems {
+    pub(super) fn read<T: Serialize + ?Sized>(&mut self, value: &T) -> serde_json::Result<()> {
+        self.0.clear();
+        if let Value::Array(problems) = serde_json::to_value(value)? {
+            self.0.extend(problems.into_iter().filter_map(|p| match p {
+                Value::String(problem) => Some(problem),
+                _ => None,
+            }));
+        }
+        Ok(())
     }
-    let visible = |key: &&str| row.get(*key).is_none_or(Value::is_null) && reason(row, key).is_some();
-    // One reason is shown for each empty cell; all others are hidden.
-    problems(row).count() > shown.iter().filter(|key| visible(key)).count()
+
+    /// Why a field of the row is null, where the row says so.
+    pub(super) fn reason(&self, key: &str) -> Option<&str> {
+        self.0
+            .iter()
+            .find_map(|p| p.strip_prefix(key)?.strip_prefix(": "))
+    }
+}
+
+impl Sink for Problems {
+    fn cell<T: Serialize + ?Sized>(&mut self, _: usize, value: &T) -> serde_json::Result<()> {
+        self.read(value)
+    }
 }
 
 #[cfg(test)]
@@ -196,21 +217,33 @@ mod tests {
 
     #[test]
     fn a_problem_that_no_column_shows_is_marked() {
-        let row = |v: Value| v.as_object().cloned().unwrap();
-        let hidden = row(json!({"pid": 1, "name": "a", "problems": ["exe: paged out"]}));
-        let shown = row(json!({"pid": 1, "name": null, "problems": ["name: paged out"]}));
-        let both = row(json!({"pid": 1, "name": null, "problems": ["name: paged out", "exe: paged out"]}));
-        assert!(hides_problems(&hidden, &["pid", "name"]));
-        assert!(!hides_problems(&shown, &["pid", "name"]));
-        assert!(hides_problems(&both, &["pid", "name"]));
-        assert!(!hides_problems(&both, &["pid", "problems"]));
-        assert!(!hides_problems(&row(json!({"pid": 1})), &["pid"]));
-
-        let mut sheet = sheet(json!([{"pid": 1, "name": "good"}]));
-        sheet.rows.push(hidden);
+        let hidden = json!({"pid": 1, "name": "a", "problems": ["exe: paged out"]});
+        let shown = json!({"pid": 1, "name": null, "problems": ["name: paged out"]});
+        let both = json!({"pid": 1, "name": null, "problems": ["name: paged out", "exe: paged out"]});
+        let good = json!({"pid": 1, "name": "good"});
+        let sheet = sheet(json!([good, hidden, shown, both]));
         assert_eq!(
             written(&sheet, &Style::default()),
-            "PID  NAME\n  1  good\n  1  a  !\n"
+            "PID  NAME\n  1  good\n  1  a  !\n  1  <paged out>\n  1  <paged out>  !\n"
         );
+        let marks = |columns: &[&str]| {
+            let style = asked(columns, Format::Table);
+            written(&sheet, &style).matches("  !\n").count()
+        };
+        assert_eq!(marks(&["pid"]), 3);
+        assert_eq!(marks(&["pid", "problems"]), 0);
+    }
+
+    #[test]
+    fn a_sheet_is_doubtful_by_a_row_or_a_warning() {
+        let good = sheet(json!([{"pid": 1}, {"pid": 2, "problems": []}]));
+        assert!(!good.is_doubtful().unwrap());
+        assert!(
+            sheet(json!([{"pid": 1, "problems": ["exe: paged out"]}, {"pid": 2}]))
+                .is_doubtful()
+                .unwrap()
+        );
+        let warnings = vec!["a list is cut".to_owned()];
+        assert!(Sheet { warnings, ..good }.is_doubtful().unwrap());
     }
 }

@@ -20,7 +20,7 @@ use vmsight_target::{AttachOptions, PauseGuard, Target, TargetKind, TargetSpec};
 
 use crate::{
     args::Global,
-    output::{Progress, Sheet, Style, warn},
+    output::{Progress, Record, Sheet, Style, warn},
     place::{Base, Place},
 };
 
@@ -39,6 +39,8 @@ pub(crate) struct Session {
     style: Style,
     /// What it finds will be written to: where a name is not clear, nothing is guessed.
     writing: bool,
+    /// Another session follows when this one is over.
+    repeats: bool,
     /// Names whose doubt was told.
     told: RefCell<Vec<String>>,
 }
@@ -123,23 +125,32 @@ impl Session {
             target,
             style: global.style(),
             writing: write,
+            repeats: global.watch.is_some(),
             told: RefCell::default(),
         })
     }
 
     /// Prints what was found, and says so where the VM ended meanwhile.
-    pub(crate) fn print(&self, sheet: &Sheet) -> Result<()> {
+    pub(crate) fn print<R: Record>(&self, sheet: &Sheet<R>) -> Result<()> {
         self.print_as(&self.style, sheet)
     }
 
     /// The same in another style than the command line's.
-    pub(crate) fn print_as(&self, style: &Style, sheet: &Sheet) -> Result<()> {
+    pub(crate) fn print_as<R: Record>(&self, style: &Style, sheet: &Sheet<R>) -> Result<()> {
         // All has been read: the guest need not stand still while somebody reads what is printed.
         self.pause.take();
         // Asked before it is printed: a VM that ends while its rows are written has done them no harm.
         let ended = self.has_ended();
         style.print(sheet)?;
-        self.tell(ended, sheet.is_doubtful())
+        self.tell(ended, ended && sheet.is_doubtful()?)
+    }
+
+    /// Is done with rows that were printed. The program ends soon, and with it all its memory: only where it goes on
+    /// (`--watch`) is what they hold given back, piece by piece.
+    pub(crate) fn let_go<T>(&self, rows: Vec<T>) {
+        if !self.repeats {
+            std::mem::forget(rows);
+        }
     }
 
     /// For results that were printed by other means: what is to be said where the VM is gone by now, an error where

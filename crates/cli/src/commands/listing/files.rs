@@ -2,9 +2,7 @@
 
 use anyhow::{Context, Result};
 use clap::Args;
-use serde_json::Value;
 use vmsight_linux::{
-    Listing,
     file::{FileFilter, OpenFile},
     module::ModuleFields,
 };
@@ -13,7 +11,7 @@ use super::{all_there, found, print};
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Sheet},
+    output::{Fields, Format, Record, Row, Sheet, Sink},
     session::Session,
 };
 
@@ -71,7 +69,7 @@ impl Lsof {
             listing.warn("the guest has no such files open");
         }
         if self.sockets {
-            session.print(&sockets(listing)?)?;
+            session.print(&sockets(&listing.rows, listing.warnings))?;
         } else {
             print(&session, LSOF, listing)?;
         }
@@ -86,17 +84,28 @@ pub(super) const LSOF: &[&str] = &[
     "pid", "name", "fd", "type", "access", "device", "inode", "path", "endpoint", "peers",
 ];
 
+/// An open socket: its protocol is a column of its own, behind the others.
+struct OpenSocket<'a>(&'a OpenFile);
+
+const PROTOCOL: &str = "protocol";
+
+impl Record for OpenSocket<'_> {
+    fn fields<S: Sink>(&self, to: &mut Fields<'_, S>) -> serde_json::Result<()> {
+        self.0.fields(to)?;
+        to.field(PROTOCOL, &self.0.endpoint.as_deref().and_then(protocol))
+    }
+}
+
 /// Sockets as rows of their own columns: in front what tells one, then what it is connected to.
-fn sockets(listing: Listing<OpenFile>) -> Result<Sheet> {
-    let table = &[
-        "pid", "name", "fd", "protocol", "inode", "socket", "endpoint", "peers",
-    ];
-    let mut sheet = Sheet::new(table, &listing.rows, listing.warnings)?;
-    sheet.add_column("protocol", |row| {
-        let endpoint = row.get("endpoint").and_then(Value::as_str);
-        endpoint.and_then(protocol).into()
-    });
-    Ok(sheet)
+fn sockets(files: &[OpenFile], warnings: Vec<String>) -> Sheet<OpenSocket<'_>> {
+    Sheet {
+        keys: [OpenFile::COLUMNS, &[PROTOCOL]].concat(),
+        columns: &[
+            "pid", "name", "fd", PROTOCOL, "inode", "socket", "endpoint", "peers",
+        ],
+        rows: files.iter().map(OpenSocket).collect(),
+        warnings,
+    }
 }
 
 /// An endpoint begins with its protocol: `tcp 10.0.0.1:22->…`, `unix /run/x`, `unix->/run/x`.
@@ -192,6 +201,7 @@ impl Lsmod {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::Value;
     use vmsight_linux::{Problem, file::Owner};
 
     fn socket(endpoint: Option<&str>) -> OpenFile {
@@ -239,9 +249,9 @@ mod tests {
             socket(Some("unix /run/x y")),
             socket(None),
         ];
-        let listing = Listing::new(rows, Vec::new());
-        let sheet = sockets(listing).unwrap();
-        let of = |i: usize, key: &str| sheet.rows[i][key].clone();
+        let sheet = sockets(&rows, Vec::new());
+        let maps = sheet.maps();
+        let of = |i: usize, key: &str| maps[i][key].clone();
         for i in 0..3 {
             assert_eq!(of(i, "socket"), "0xffff888000001000");
             assert_eq!(

@@ -19,7 +19,9 @@ use crate::{
 
 /// Prints a listing; a table shows these columns of it unless others are asked for.
 fn print<T: Row>(session: &Session, columns: &'static [&'static str], listing: Listing<T>) -> Result<()> {
-    session.print(&Sheet::new(columns, &listing.rows, listing.warnings)?)
+    session.print(&Sheet::new(columns, &listing.rows, listing.warnings))?;
+    session.let_go(listing.rows);
+    Ok(())
 }
 
 /// Where something was asked for by name and is not there, exit code 1.

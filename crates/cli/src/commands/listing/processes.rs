@@ -3,13 +3,13 @@
 use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Map, Value};
-use vmsight_linux::{Kernel, Listing, Process, ProcessFields, process_tree};
+use vmsight_linux::{Kernel, Listing, Process, ProcessFields, Thread, TreeNode, process_tree};
 
 use super::{all_there, found, no_process, print};
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, PROBLEMS, Row, Sheet, to_map},
+    output::{Fields, Format, PROBLEMS, Record, Row, Sheet, Sink},
     session::Session,
 };
 
@@ -68,23 +68,55 @@ impl Ps {
                 }
             }
         }
-        session.print(&with_kind(PS, &listing.rows, listing.warnings)?)?;
+        session.print(&with_kind(PS, &listing.rows, listing.warnings))?;
+        session.let_go(listing.rows);
         Ok(found(all))
     }
 }
 
-/// A sheet of processes or threads, with their kind.
-fn with_kind<T: Row>(columns: &'static [&'static str], rows: &[T], warnings: Vec<String>) -> Result<Sheet> {
-    let mut sheet = Sheet::new(columns, rows, warnings)?;
-    sheet.add_column(KIND, kind);
-    Ok(sheet)
+/// What is the kernel's or a user's.
+trait Task: Row {
+    fn is_of_kernel(&self) -> bool;
+
+    /// What its [`KIND`] says.
+    fn kind(&self) -> &'static str {
+        if self.is_of_kernel() { "kernel" } else { "user" }
+    }
 }
 
-fn kind(row: &Map<String, Value>) -> Value {
-    match row.get("kernel_thread") {
-        Some(Value::Bool(true)) => "kernel".into(),
-        Some(Value::Bool(false)) => "user".into(),
-        _ => Value::Null,
+impl Task for Process {
+    fn is_of_kernel(&self) -> bool {
+        self.kernel_thread
+    }
+}
+
+impl Task for Thread {
+    fn is_of_kernel(&self) -> bool {
+        self.kernel_thread
+    }
+}
+
+/// A process or thread, with its kind behind all else.
+struct WithKind<'a, T>(&'a T);
+
+impl<T: Task> Record for WithKind<'_, T> {
+    fn fields<S: Sink>(&self, to: &mut Fields<'_, S>) -> serde_json::Result<()> {
+        self.0.fields(to)?;
+        to.field(KIND, self.0.kind())
+    }
+}
+
+/// A sheet of processes or threads, with their kind.
+fn with_kind<'a, T: Task>(
+    columns: &'static [&'static str],
+    rows: &'a [T],
+    warnings: Vec<String>,
+) -> Sheet<WithKind<'a, T>> {
+    Sheet {
+        keys: [T::COLUMNS, &[KIND]].concat(),
+        columns,
+        rows: rows.iter().map(WithKind).collect(),
+        warnings,
     }
 }
 
@@ -161,29 +193,37 @@ impl Pstree {
             .context("listing processes")?;
         listing.rows.retain(|p| !(self.user && p.kernel_thread));
         let keys = [&["depth", "orphan", "tree"], Process::COLUMNS, &[KIND]].concat();
-        let mut sheet = Sheet::with_keys(&keys, TREE);
-        sheet.warnings = listing.warnings;
-        for node in process_tree(&listing.rows) {
-            let Some(process) = listing.rows.get(node.row) else {
-                continue;
-            };
-            let fields = to_map(process)?;
-            let kind = kind(&fields);
-            let mut row = Map::new();
-            row.insert("depth".into(), node.depth.into());
-            row.insert("orphan".into(), node.orphan.into());
-            let branch = branch(&node.more_siblings, node.depth);
-            let mark = if node.orphan { "?" } else { "" };
-            row.insert(
-                "tree".into(),
-                format!("{branch}{mark}{} {}", process.pid, process.name).into(),
-            );
-            row.extend(fields);
-            row.insert(KIND.into(), kind);
-            sheet.rows.push(row);
-        }
+        let nodes = process_tree(&listing.rows);
+        let place = |node: TreeNode| {
+            let process = listing.rows.get(node.row)?;
+            Some(Placed { node, process })
+        };
+        let sheet = Sheet {
+            keys,
+            columns: TREE,
+            rows: nodes.into_iter().filter_map(place).collect(),
+            warnings: listing.warnings,
+        };
         session.print(&sheet)?;
         Ok(Outcome::Fine)
+    }
+}
+
+/// A process at its place in the tree, which comes before all else.
+struct Placed<'a> {
+    node: TreeNode,
+    process: &'a Process,
+}
+
+impl Record for Placed<'_> {
+    fn fields<S: Sink>(&self, to: &mut Fields<'_, S>) -> serde_json::Result<()> {
+        let (node, process) = (&self.node, self.process);
+        to.field("depth", &node.depth)?;
+        to.field("orphan", &node.orphan)?;
+        let branch = branch(&node.more_siblings, node.depth);
+        let mark = if node.orphan { "?" } else { "" };
+        to.field("tree", &format!("{branch}{mark}{} {}", process.pid, process.name))?;
+        WithKind(process).fields(to)
     }
 }
 
@@ -223,7 +263,8 @@ impl Threads {
         let session = Session::open(global, &self.target)?;
         let listing = session.kernel()?.threads(self.pid).context("listing threads")?;
         let any = self.pid.is_none() || !listing.rows.is_empty();
-        session.print(&with_kind(THREADS, &listing.rows, listing.warnings)?)?;
+        session.print(&with_kind(THREADS, &listing.rows, listing.warnings))?;
+        session.let_go(listing.rows);
         Ok(found(any))
     }
 }
@@ -398,12 +439,29 @@ mod tests {
     /// A process may call itself what it likes: whose thread it is, is another column.
     #[test]
     fn a_process_named_like_a_kernel_thread_is_still_a_process() {
-        let row = |kernel: bool| {
-            let row = serde_json::json!({"cmdline": "[kworker/0:1]", "kernel_thread": kernel});
-            row.as_object().cloned().unwrap()
-        };
-        assert_eq!(kind(&row(true)), "kernel");
-        assert_eq!(kind(&row(false)), "user");
+        #[derive(serde::Serialize)]
+        struct Named {
+            cmdline: &'static str,
+            kernel_thread: bool,
+        }
+        impl Row for Named {
+            const COLUMNS: &'static [&'static str] = &["cmdline", "kernel_thread"];
+        }
+        impl Task for Named {
+            fn is_of_kernel(&self) -> bool {
+                self.kernel_thread
+            }
+        }
+        let rows = [true, false].map(|kernel_thread| Named {
+            cmdline: "[kworker/0:1]",
+            kernel_thread,
+        });
+        let shown = with_kind(PS, &rows, Vec::new()).maps();
+        assert_eq!(shown[0]["cmdline"], shown[1]["cmdline"]);
+        assert_eq!(
+            (&shown[0][KIND], &shown[1][KIND]),
+            (&"kernel".into(), &"user".into())
+        );
         assert!(PS.contains(&KIND) && THREADS.contains(&KIND) && TREE.contains(&KIND));
     }
 
