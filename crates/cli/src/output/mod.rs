@@ -163,8 +163,7 @@ impl Style {
             object.push(b'{');
             for (column, before) in &columns {
                 object.extend_from_slice(before);
-                let value = cells.get(*column).unwrap_or(sheet.absent(*column));
-                object.extend_from_slice(value.as_bytes());
+                object.extend_from_slice(cells.get(*column).unwrap_or(sheet.absent(*column)));
             }
             object.push(b'}');
             Ok(write(&object)?)
@@ -181,7 +180,7 @@ impl Style {
         self.each(sheet, |cells| {
             for column in &columns {
                 let value = cells.get(*column).unwrap_or(sheet.absent(*column));
-                csv.write_field(cell::plain(value)?.as_bytes())?;
+                csv.write_field(cell::plain(std::str::from_utf8(value)?)?.as_bytes())?;
             }
             Ok(csv.write_record(None::<&[u8]>)?)
         })?;

@@ -75,10 +75,10 @@ impl<R: Record> Sheet<R> {
     }
 
     /// What stands, in JSON, for a value that a row does not have: null, and its problems are then none.
-    pub(super) fn absent(&self, column: usize) -> &'static str {
+    pub(super) fn absent(&self, column: usize) -> &'static [u8] {
         match self.keys.get(column) {
-            Some(&PROBLEMS) => "[]",
-            _ => "null",
+            Some(&PROBLEMS) => b"[]",
+            _ => b"null",
         }
     }
 

@@ -321,7 +321,11 @@ impl Line {
                 self.text.push_str(end);
             }
             None => {
-                let shown = text.trim_end_matches(' ');
+                let shown = if text.ends_with(' ') {
+                    text.trim_end_matches(' ')
+                } else {
+                    text
+                };
                 if !shown.is_empty() {
                     self.flush();
                     self.text.push_str(shown);
