@@ -10,7 +10,7 @@ use vmsight_memory::{AddressSpace, GvaReadOp, ReadError};
 use vmsight_symbols::{TypeId, Types};
 
 use crate::LinuxError;
-use crate::task::ahead::Object;
+use crate::task::ahead::{GROUP, Object};
 
 /// The largest stretch of one structure that is buffered. `task_struct`, the largest of all, has about 14 KB.
 const MAX_BUFFER: u64 = 64 << 10;
@@ -404,14 +404,21 @@ impl Spans {
         }
     }
 
-    /// Reads the stretches of many structures, all in one batch.
+    /// Reads the stretches of many structures: in one batch where memory must be asked for. Where it is mapped, a batch costs more
+    /// instructions than it saves waiting, for the kernel's own structures lie in few large pages.
     pub(crate) fn read_all<'b>(
         &self,
         space: &AddressSpace,
         objects: impl Iterator<Item = (Gva, &'b mut Object)>,
     ) {
-        let mut ops = Vec::new();
-        let mut errors = Vec::new();
+        if space.memory().is_all_mapped() {
+            objects.for_each(|(base, object)| {
+                object.error = self.read(space, base, &mut object.buffer).err();
+            });
+            return;
+        }
+        let mut ops = Vec::with_capacity(GROUP * self.pieces.len());
+        let mut errors = Vec::with_capacity(GROUP);
         for (base, object) in objects {
             let mut rest = object.buffer.bytes.as_mut_slice();
             let mut at = self.start;

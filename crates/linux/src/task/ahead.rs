@@ -2,7 +2,8 @@
 //!
 //! What a row needs lies in half a dozen structures and as many page tables, each known only when the one before it was read. Row by
 //! row, each of them would be waited for alone: for memory that no cache of the processor holds, and in the memory of another
-//! process for a system call. Read for many rows together, those waits are one.
+//! process for a system call. Read for many rows together, those waits are one. (The structures themselves are read in a batch only
+//! where memory must be asked for: see [`Spans::read_all`](crate::layout::Spans::read_all).)
 //!
 //! Only reading is done here. What a row says of what could not be read is for the row to say.
 
@@ -14,7 +15,7 @@ use vmsight_memory::{GuestMemory, ReadError, ReadOp};
 use crate::layout::Buffer;
 
 /// Processes that are read together: enough for the waits to be shared, few enough for the first cache of the processor.
-pub(super) const GROUP: usize = 32;
+pub(crate) const GROUP: usize = 32;
 
 /// A structure that was read, or why it was not.
 #[derive(Debug, Default)]
