@@ -75,23 +75,27 @@ def rows(folder, truth):
         {m["name"] for m in truth["modules"]},
     )
 
-    # Every descriptor; and the paths of files that still have one, for processes that see the whole tree.
+    # Every descriptor, also of threads with open files of their own; and the paths of files that still have one, for processes
+    # that see the whole tree.
     rows = read("linux.lsof.Lsof")
-    theirs = [(p, f) for p in processes for f in p["fds"]]
-    bad |= differences("lsof (numbers)", {(r["PID"], r["FD"]) for r in rows}, {(p["pid"], f["fd"]) for p, f in theirs})
+    theirs = [(p, p["pid"], f) for p in processes for f in p["fds"]]
+    theirs += [(p, t["tid"], f) for p in processes for t in p["threads"] for f in t["fds"]]
+    bad |= differences(
+        "lsof (numbers)", {(r["PID"], r["FD"]) for r in rows}, {(p["pid"], f["fd"]) for p, _, f in theirs}
+    )
     plain = {
-        (p["pid"], f["fd"]): f["link"]
-        for p, f in theirs
+        (tid, f["fd"]): (p["pid"], tid, f["fd"], f["link"])
+        for p, tid, f in theirs
         if f["link"].startswith("/") and f["links"] and p["root"] == "/"
     }
     bad |= differences(
         "lsof (paths)",
-        {(r["PID"], r["FD"], r["Path"]) for r in rows if (r["PID"], r["FD"]) in plain},
-        {(pid, fd, path) for (pid, fd), path in plain.items()},
+        {(r["PID"], r["TID"], r["FD"], r["Path"]) for r in rows if (r["TID"], r["FD"]) in plain},
+        set(plain.values()),
     )
 
     # TCP sockets that a process holds. One that is bound and no more is in no table of the guest's /proc.
-    held = {f["inode"] for _, f in theirs if f["link"].startswith("socket:")}
+    held = {f["inode"] for _, _, f in theirs if f["link"].startswith("socket:")}
     number = lambda text: int(text) if str(text).isdigit() else 0
     bad |= differences(
         "sockstat (TCP)",

@@ -41,8 +41,9 @@ pub fn info(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
         .lsm
         .as_ref()
         .map(|l| l.split(',').map(str::to_owned).collect::<Vec<_>>());
-    // The newest of the lab's kernels has no variable any more that holds their names.
-    if kernel.find_symbol(&["lsm_names"]).is_some() {
+    // The newest of the lab's kernels has no variable any more that holds their names; and a guest without a workload has
+    // nothing mounted that would say.
+    if lsm.is_some() && kernel.find_symbol(&["lsm_names"]).is_some() {
         out.same("lsm", info.lsm.as_ref(), lsm.as_ref());
     }
     out.same("taint_mask", info.taint_mask, Some(said.tainted));

@@ -36,7 +36,7 @@ pub(super) fn passed(kernel: &Kernel, truth: &Truth) -> u64 {
 /// Whether it may have run after the account: kernel threads, the first process, which waited for the account, and the one whose
 /// arguments were then paged out. The others stand still.
 pub(super) fn may_run(process: &Process) -> bool {
-    process.kthread || process.pid == 1 || process.paged_out.is_some()
+    process.kthread || process.pid == 1 || process.comm == "paged-out"
 }
 
 /// The start by the wall clock: ticks since boot, added to a boot time that is cut to whole seconds and adjusted while the guest runs.
