@@ -79,7 +79,9 @@ def rows(folder, truth):
     # that see the whole tree.
     rows = read("linux.lsof.Lsof")
     theirs = [(p, p["pid"], f) for p in processes for f in p["fds"]]
-    theirs += [(p, t["tid"], f) for p in processes for t in p["threads"] for f in t["fds"]]
+    # (Not those of a process whose leader has exited: the list of processes that volatility3 goes by leaves it out.)
+    lasting_leaders = [p for p in processes if p["state"] != "Z"]
+    theirs += [(p, t["tid"], f) for p in lasting_leaders for t in p["threads"] for f in t["fds"]]
     bad |= differences(
         "lsof (numbers)", {(r["PID"], r["FD"]) for r in rows}, {(p["pid"], f["fd"]) for p, _, f in theirs}
     )
