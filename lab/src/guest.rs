@@ -404,7 +404,8 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|w| w == needle)
 }
 
-fn console(folder: &Path) -> String {
+/// What a guest wrote on its console so far.
+pub(crate) fn console(folder: &Path) -> String {
     let raw = fs::read(folder.join("console.log")).unwrap_or_default();
     String::from_utf8_lossy(&raw).replace('\r', "")
 }

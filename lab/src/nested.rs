@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cache::Lock;
 use crate::cpio::Archive;
-use crate::guest::BOOTING;
+use crate::guest::{BOOTING, console};
 use crate::kernel::Kernel;
 use crate::truth::{Truth, frame};
 use crate::{folder, initramfs};
@@ -192,21 +192,22 @@ fn boot(vmlinuz: &Path, folder: &Path) -> Result<()> {
         .stderr(File::create(folder.join("qemu.log"))?)
         .spawn()
         .context("start setpriv and qemu-system-x86_64 (see script/packages.txt)")?;
-    let console =
-        || String::from_utf8_lossy(&fs::read(folder.join("console.log")).unwrap_or_default()).into_owned();
     let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(status) = host.try_wait()? {
             if status.success() {
                 return Ok(());
             }
-            bail!("the KVM host ended with {status}: {}", console());
+            bail!("the KVM host ended with {status}: {}", console(folder));
         }
-        let panicked = console().contains("Kernel panic");
+        let panicked = console(folder).contains("Kernel panic");
         if panicked || Instant::now() > deadline {
             host.kill()?;
             host.wait()?;
-            bail!("the KVM host did not finish; its console says:\n{}", console());
+            bail!(
+                "the KVM host did not finish; its console says:\n{}",
+                console(folder)
+            );
         }
         std::thread::sleep(Duration::from_millis(200));
     }

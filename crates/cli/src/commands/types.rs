@@ -162,9 +162,10 @@ fn rows(layout: &Layout) -> Result<Vec<Map<String, Value>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::session::typed::tests::{int, member};
     use vmsight_symbols::{
         TypeId,
-        types::{Builder, Def, MemberDef},
+        types::{Builder, Def},
     };
 
     fn shown(builder: Builder, id: TypeId) -> Vec<Map<String, Value>> {
@@ -179,27 +180,8 @@ mod tests {
     #[test]
     fn members_values_and_bare_types_have_the_same_columns() {
         let mut b = Builder::new();
-        let int = b.add(&Def::Int {
-            name: "int",
-            size: 4,
-            signed: true,
-            is_char: false,
-            is_bool: false,
-        });
-        let members = [
-            MemberDef {
-                name: "a",
-                type_id: int,
-                bit_offset: 0,
-                bit_size: Some(3),
-            },
-            MemberDef {
-                name: "b",
-                type_id: int,
-                bit_offset: 32,
-                bit_size: None,
-            },
-        ];
+        let number = int(&mut b, "int", 4);
+        let members = [member("a", number, 0, Some(3)), member("b", number, 32, None)];
         let pair = b.add(&Def::Struct {
             name: "pair",
             size: 8,
@@ -222,42 +204,17 @@ mod tests {
         assert_eq!(shown(b, colour)[0]["value"], 1);
 
         let mut b = Builder::new();
-        let int = b.add(&Def::Int {
-            name: "int",
-            size: 4,
-            signed: true,
-            is_char: false,
-            is_bool: false,
-        });
-        let rows = shown(b, int);
+        let number = int(&mut b, "int", 4);
+        let rows = shown(b, number);
         assert_eq!((rows.len(), &rows[0]["size"]), (1, &4.into()));
     }
 
     #[test]
     fn a_type_that_is_cut_says_so_in_its_rows() {
         let mut b = Builder::new();
-        let int = b.add(&Def::Int {
-            name: "int",
-            size: 4,
-            signed: true,
-            is_char: false,
-            is_bool: false,
-        });
+        let number = int(&mut b, "int", 4);
         let id = b.reserve();
-        let members = [
-            MemberDef {
-                name: "x",
-                type_id: int,
-                bit_offset: 0,
-                bit_size: None,
-            },
-            MemberDef {
-                name: "",
-                type_id: id,
-                bit_offset: 0,
-                bit_size: None,
-            },
-        ];
+        let members = [member("x", number, 0, None), member("", id, 0, None)];
         b.define(
             id,
             &Def::Struct {

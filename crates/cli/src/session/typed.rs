@@ -415,4 +415,4 @@ impl Reader<'_> {
 
 #[cfg(test)]
 #[path = "typed_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -1,7 +1,13 @@
 use super::*;
 use vmsight_symbols::types::{Builder, Def, MemberDef};
 
-fn member(name: &'static str, type_id: TypeId, bit_offset: u64, bit_size: Option<u8>) -> MemberDef<'static> {
+/// A member of a structure.
+pub(crate) fn member(
+    name: &'static str,
+    type_id: TypeId,
+    bit_offset: u64,
+    bit_size: Option<u8>,
+) -> MemberDef<'static> {
     MemberDef {
         name,
         type_id,
@@ -10,7 +16,8 @@ fn member(name: &'static str, type_id: TypeId, bit_offset: u64, bit_size: Option
     }
 }
 
-fn int(builder: &mut Builder, name: &'static str, size: u32) -> TypeId {
+/// An unsigned integer.
+pub(crate) fn int(builder: &mut Builder, name: &'static str, size: u32) -> TypeId {
     builder.add(&Def::Int {
         name,
         size,
