@@ -1,0 +1,74 @@
+//! What a backend is.
+
+use std::fmt;
+use std::time::Instant;
+
+use vmsight_arch::Registers;
+use vmsight_hooks::{BackendKind, Capability, Event, Hook, HookId, Verdict};
+
+use crate::EventError;
+
+/// Arms hooks, delivers events, applies verdicts. Every method may be called from any thread at any time; an event is
+/// held until it is answered, and what is held stays so until then, whatever else is called.
+///
+/// Dropping a backend takes all its hooks out and lets all vCPUs go.
+pub trait Backend: Send + Sync + fmt::Debug {
+    /// Which one this is.
+    fn kind(&self) -> BackendKind;
+
+    /// What it can do with this VM.
+    fn capabilities(&self) -> Vec<Capability>;
+
+    /// Arms a hook. From the return on no vCPU passes it unnoticed.
+    ///
+    /// # Errors
+    /// [`EventError::Unsupported`] and [`EventError::Limit`] where it cannot; nothing is armed then.
+    fn arm(&self, hook: &Hook) -> Result<HookId, EventError>;
+
+    /// Takes a hook out. From the return on none of its events is delivered, and vCPUs that it held go on. An id that is
+    /// not armed (any more) is no error.
+    ///
+    /// # Errors
+    /// Where the VM could not be reached.
+    fn disarm(&self, id: HookId) -> Result<(), EventError>;
+
+    /// The next event; `None` where none comes until `deadline`.
+    ///
+    /// # Errors
+    /// [`EventError::Gone`] when the VM ended.
+    fn next(&self, deadline: Instant) -> Result<Option<Event>, EventError>;
+
+    /// Wakes those who wait in [`Self::next`]: they return `None` early.
+    fn wake(&self);
+
+    /// All registers of the vCPU that waits with `event`.
+    ///
+    /// # Errors
+    /// Where the event is not held any more, or the VM could not be reached.
+    fn registers(&self, event: &Event) -> Result<Registers, EventError>;
+
+    /// Applies a verdict and lets the vCPU go. For events that are not held this does nothing.
+    ///
+    /// # Errors
+    /// [`EventError::Verdict`] where it does not fit; the vCPU goes on all the same.
+    fn answer(&self, event: &Event, verdict: &Verdict) -> Result<(), EventError>;
+
+    /// Events of a hook that were lost because nobody fetched them in time, and occurrences it counted.
+    ///
+    /// # Errors
+    /// Where the VM could not be reached.
+    fn counts(&self, id: HookId) -> Result<Counts, EventError>;
+}
+
+/// What became of a hook's occurrences.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// How often it happened, in its scope.
+    pub occurred: u64,
+    /// Events that were told, held or not.
+    pub told: u64,
+    /// Events for which there was no room.
+    pub dropped: u64,
+    /// Events for which no verdict came in time.
+    pub expired: u64,
+}

@@ -1,0 +1,14 @@
+//! Hooks in running guests: backends that deliver events, and the monitor that answers them.
+//!
+//! [`Monitor`] is what a program uses: it arms hooks, hands out events one by one or calls back, and sees to it that each
+//! event gets exactly one verdict. What does the work is a [`Backend`].
+
+#![forbid(unsafe_code)]
+
+mod backend;
+mod error;
+mod monitor;
+
+pub use backend::{Backend, Counts};
+pub use error::EventError;
+pub use monitor::{HookGuard, Monitor, Occurrence};
