@@ -7,6 +7,7 @@
 
 mod backend;
 mod error;
+pub mod linux;
 mod monitor;
 
 pub use backend::{Backend, Counts};

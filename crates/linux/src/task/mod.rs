@@ -4,6 +4,7 @@ pub(crate) mod ahead;
 mod cgroup;
 mod container;
 mod cred;
+mod current;
 mod ids;
 pub(crate) mod layouts;
 mod names;
@@ -21,6 +22,7 @@ pub(crate) mod user;
 pub(crate) mod walk;
 
 pub use cgroup::Cgroup;
+pub use current::{Current, CurrentReader};
 pub use process::{Process, ProcessFields};
 pub use threads::Thread;
 pub use tree::{TreeNode, process_tree};

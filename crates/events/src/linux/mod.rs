@@ -1,0 +1,14 @@
+//! Named hooks of a Linux guest, built from plain ones: system calls, processes, modules.
+//!
+//! Where to hook is found in the guest's own memory by symbol and by disassembly; what an event means is read through its
+//! own structures. So these work with every backend that can hook execution.
+
+mod error;
+mod lifecycle;
+mod site;
+mod syscall;
+
+pub use error::TraceError;
+pub use lifecycle::{Lifecycle, LifecycleRecord, LifecycleTrace};
+pub use site::{SyscallSite, syscall_sites};
+pub use syscall::{Argument, SyscallRecord, SyscallTrace, Value};

@@ -1,0 +1,209 @@
+//! The system calls of a kernel: numbers, names, parameters, handlers.
+//!
+//! Numbers and handlers are those of the kernel's own tables. What the parameters are is what the kernel keeps for its
+//! event tracing (`syscalls_metadata`, CONFIG_FTRACE_SYSCALLS): their types and names as in its source. So this needs no list
+//! of ours and is right for every build.
+
+use rustc_hash::FxHashMap;
+use vmsight_arch::Gva;
+
+use crate::{Kernel, LinuxError};
+
+/// More than any table has: x86-64's ends below 600.
+const MAX_SYSCALLS: u64 = 1024;
+/// Registers that carry arguments.
+const MAX_PARAMETERS: i32 = 6;
+/// Longest name of a type, parameter or call.
+const MAX_TEXT: usize = 128;
+
+/// How a call was made.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Abi {
+    /// SYSCALL from 64-bit code.
+    X64,
+    /// INT 0x80, SYSENTER, or SYSCALL from 32-bit code.
+    Ia32,
+}
+
+/// A parameter, as in the kernel's source.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Parameter {
+    /// Its type: `const char *`, `umode_t`.
+    pub declared: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// A system call.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Syscall {
+    /// Its number.
+    pub number: u32,
+    /// Its name for people, as strace and the manual pages have it: `openat`, `stat`.
+    pub name: String,
+    /// Its parameters; `None` where the kernel does not say.
+    pub parameters: Option<Vec<Parameter>>,
+    /// The function that the table names now.
+    pub handler: Gva,
+}
+
+/// All of one ABI's.
+#[derive(Clone, Debug)]
+pub struct SyscallTable {
+    /// How they are called.
+    pub abi: Abi,
+    calls: Vec<Syscall>,
+    names: FxHashMap<String, u32>,
+}
+
+impl SyscallTable {
+    /// The call with this number.
+    pub fn get(&self, number: u32) -> Option<&Syscall> {
+        self.calls.get(usize::try_from(number).ok()?)
+    }
+
+    /// The call with this name.
+    pub fn named(&self, name: &str) -> Option<&Syscall> {
+        self.get(*self.names.get(name)?)
+    }
+
+    /// All of them, by number.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Syscall> {
+        self.calls.iter()
+    }
+}
+
+impl Kernel {
+    /// The kernel's system calls.
+    ///
+    /// # Errors
+    /// If the table cannot be found or read.
+    pub fn syscalls(&self, abi: Abi) -> Result<SyscallTable, LinuxError> {
+        let symbol = match abi {
+            Abi::X64 => "sys_call_table",
+            Abi::Ia32 => "ia32_sys_call_table",
+        };
+        let table = self.symbol(symbol)?;
+        let metadata = match abi {
+            Abi::X64 => self
+                .symbol_pointer("syscalls_metadata")
+                .ok()
+                .filter(|at| !at.is_null()),
+            // The array is indexed by the numbers of 64-bit calls.
+            Abi::Ia32 => None,
+        };
+        let mut calls = Vec::new();
+        for number in 0..self.entries_of(table) {
+            let at = table.wrapping_add(number * 8);
+            let handler = self.pointer(at).map_err(LinuxError::read(symbol, at))?;
+            let Some(name) = self.handler_name(handler) else {
+                break; // past the end
+            };
+            let entry = metadata.and_then(|array| self.pointer(array.wrapping_add(number * 8)).ok());
+            let entry = entry.filter(|at| !at.is_null());
+            calls.push(Syscall {
+                number: number as u32,
+                // A handler that somebody put there tells nothing; the kernel's other list still does.
+                name: match name.is_empty() {
+                    true => entry.and_then(|at| self.declared_name(at)).unwrap_or(name),
+                    false => name,
+                },
+                parameters: entry.and_then(|at| self.parameters(at)),
+                handler,
+            });
+        }
+        let names = calls.iter().rev().map(|c| (c.name.clone(), c.number)).collect();
+        Ok(SyscallTable { abi, calls, names })
+    }
+
+    /// How many entries fit between a table and the next symbol.
+    fn entries_of(&self, table: Gva) -> u64 {
+        let linked = self.image().link_time(table);
+        let next = self
+            .profile()
+            .symbols
+            .range(linked.saturating_add(1)..u64::MAX)
+            .next();
+        next.map_or(MAX_SYSCALLS, |s| s.address.wrapping_sub(linked) / 8)
+            .min(MAX_SYSCALLS)
+    }
+
+    /// The name of a call by the symbol of its handler; a handler that is none of the kernel's keeps its place, without
+    /// a name.
+    fn handler_name(&self, handler: Gva) -> Option<String> {
+        if handler.is_null() {
+            return None;
+        }
+        if !self.image().contains(handler) {
+            return Some(String::new());
+        }
+        let linked = self.image().link_time(handler);
+        let (symbol, offset) = self.profile().symbols.nearest(linked)?;
+        if offset != 0 {
+            return Some(String::new());
+        }
+        // Several calls that a kernel lacks share one handler, and several symbols an address.
+        let mut at = self.profile().symbols.range(linked..linked.saturating_add(1));
+        let name = at.find_map(|s| bare(s.name)).or_else(|| bare(symbol.name))?;
+        Some(usual(name).to_owned())
+    }
+
+    /// The name in the `struct syscall_metadata` at `metadata`.
+    fn declared_name(&self, metadata: Gva) -> Option<String> {
+        let at = metadata.wrapping_add(self.offset("syscall_metadata", "name").ok()?);
+        let name = self.text(self.pointer(at).ok()?, MAX_TEXT).ok()?;
+        Some(usual(name.strip_prefix("sys_")?).to_owned())
+    }
+
+    /// What the `struct syscall_metadata` at `metadata` says of the parameters.
+    fn parameters(&self, metadata: Gva) -> Option<Vec<Parameter>> {
+        let member = |name| Some(metadata.wrapping_add(self.offset("syscall_metadata", name).ok()?));
+        let count = self.space().read_u32(member("nb_args")?).ok()? as i32;
+        if !(0..=MAX_PARAMETERS).contains(&count) {
+            return None;
+        }
+        if count == 0 {
+            return Some(Vec::new());
+        }
+        let types = self.pointer(member("types")?).ok()?;
+        let names = self.pointer(member("args")?).ok()?;
+        let text = |array: Gva, i: i32| {
+            let at = self.pointer(array.wrapping_add(i as u64 * 8)).ok()?;
+            self.text(at, MAX_TEXT).ok()
+        };
+        (0..count)
+            .map(|i| {
+                Some(Parameter {
+                    declared: text(types, i)?,
+                    name: text(names, i)?,
+                })
+            })
+            .collect()
+    }
+}
+
+/// `openat` of `__x64_sys_openat`.
+fn bare(symbol: &str) -> Option<&str> {
+    const PREFIXES: [&str; 6] = [
+        "__x64_sys_",
+        "__ia32_sys_",
+        "__ia32_compat_sys_",
+        "__x64_compat_sys_",
+        "__x32_compat_sys_",
+        "sys_",
+    ];
+    PREFIXES.iter().find_map(|prefix| symbol.strip_prefix(prefix))
+}
+
+/// What people call a call that the kernel's source has by another name.
+fn usual(name: &str) -> &str {
+    match name {
+        "newstat" => "stat",
+        "newlstat" => "lstat",
+        "newfstat" => "fstat",
+        "newuname" => "uname",
+        "sendfile64" => "sendfile",
+        "umount" => "umount2",
+        other => other,
+    }
+}
