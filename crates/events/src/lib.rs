@@ -7,9 +7,12 @@
 
 mod backend;
 mod error;
+pub mod gdb;
 pub mod linux;
 mod monitor;
+mod open;
 
 pub use backend::{Backend, Counts};
 pub use error::EventError;
 pub use monitor::{HookGuard, Monitor, Occurrence};
+pub use open::{OpenOptions, open};

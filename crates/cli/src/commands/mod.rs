@@ -11,6 +11,7 @@ pub(crate) mod regs;
 pub(crate) mod shell;
 pub(crate) mod strings;
 pub(crate) mod symbols;
+pub(crate) mod trace;
 pub(crate) mod translate;
 pub(crate) mod types;
 pub(crate) mod write;

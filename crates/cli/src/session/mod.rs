@@ -175,6 +175,11 @@ impl Session {
         &self.style
     }
 
+    /// The target itself.
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
     /// What the target is called.
     pub(crate) fn name(&self) -> &str {
         &self.target.name

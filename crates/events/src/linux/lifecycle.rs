@@ -11,6 +11,7 @@ use vmsight_linux::{Current, CurrentReader, Kernel};
 
 use super::TraceError;
 use super::site::function;
+use super::whose::Whose;
 use crate::{HookGuard, Monitor, Occurrence};
 
 /// PATH_MAX.
@@ -123,6 +124,7 @@ impl fmt::Display for LifecycleRecord {
 pub struct LifecycleTrace {
     kernel: Kernel,
     current: CurrentReader,
+    whose: Whose,
     hooks: FxHashMap<HookId, Lifecycle>,
     guards: Vec<HookGuard>,
 }
@@ -136,9 +138,17 @@ impl LifecycleTrace {
         Ok(Self {
             kernel: kernel.clone(),
             current: kernel.current()?,
+            whose: Whose::default(),
             hooks: FxHashMap::default(),
             guards: Vec::new(),
         })
+    }
+
+    /// Only of these processes; with `follow` also of those that they start from now on.
+    #[must_use]
+    pub fn of(mut self, pids: impl IntoIterator<Item = i32>, follow: bool) -> Self {
+        self.whose = Whose::only(pids, follow);
+        self
     }
 
     /// Arms one hook; it is taken out when this is dropped.
@@ -162,7 +172,7 @@ impl LifecycleTrace {
     ///
     /// # Errors
     /// If it cannot be said who did it. What else cannot be read is left out of the record.
-    pub fn take(&self, occurrence: &Occurrence) -> Result<Option<LifecycleRecord>, TraceError> {
+    pub fn take(&mut self, occurrence: &Occurrence) -> Result<Option<LifecycleRecord>, TraceError> {
         let event = occurrence.event();
         let Some(what) = self.hooks.get(&event.hook).copied() else {
             return Ok(None);
@@ -176,6 +186,9 @@ impl LifecycleTrace {
             .current
             .describe(task)
             .map_err(TraceError::read("the current task", task))?;
+        if !self.whose.concerns(&self.current, &current) {
+            return Ok(None);
+        }
         let mut record = LifecycleRecord {
             sequence: event.sequence,
             time: event.time,

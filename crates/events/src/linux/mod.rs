@@ -3,11 +3,14 @@
 //! Where to hook is found in the guest's own memory by symbol and by disassembly; what an event means is read through its
 //! own structures. So these work with every backend that can hook execution.
 
+mod control;
 mod error;
 mod lifecycle;
 mod site;
 mod syscall;
+mod whose;
 
+pub use control::{ControlRecord, ControlSite, ControlTrace, control_sites};
 pub use error::TraceError;
 pub use lifecycle::{Lifecycle, LifecycleRecord, LifecycleTrace};
 pub use site::{SyscallSite, syscall_sites};

@@ -17,10 +17,11 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use vmsight_arch::{Dtb, Gva, Registers};
 use vmsight_hooks::{Delivery, Hook, HookId};
 use vmsight_linux::syscall::{Abi, Syscall, SyscallTable};
-use vmsight_linux::{Current, CurrentReader, Kernel};
+use vmsight_linux::{CurrentReader, Kernel};
 
 use super::TraceError;
 use super::site::{SyscallSite, syscall_sites};
+use super::whose::Whose;
 use crate::{HookGuard, Monitor, Occurrence};
 
 /// `struct pt_regs`: its size and where what is read of it lies (arch/x86/include/asm/ptrace.h; user ABI, never changed).
@@ -53,10 +54,7 @@ pub struct SyscallTrace {
     sites: Vec<SyscallSite>,
     /// Names of calls to be told of; all where `None`.
     wanted: Option<FxHashSet<String>>,
-    /// Processes to be told of; all where `None`.
-    pids: Option<FxHashSet<i32>>,
-    /// Whether the children of those are followed.
-    follow: bool,
+    whose: Whose,
     pending: FxHashMap<Gva, SyscallRecord>,
     hooks: FxHashMap<HookId, (SyscallSite, Phase)>,
     guards: Vec<HookGuard>,
@@ -92,8 +90,7 @@ impl SyscallTrace {
             x64,
             ia32,
             wanted: (!names.is_empty()).then(|| names.iter().cloned().collect()),
-            pids: None,
-            follow: false,
+            whose: Whose::default(),
             pending: FxHashMap::default(),
             hooks: FxHashMap::default(),
             guards: Vec::new(),
@@ -103,8 +100,7 @@ impl SyscallTrace {
     /// Only of these processes; with `follow` also of those that they start from now on.
     #[must_use]
     pub fn of(mut self, pids: impl IntoIterator<Item = i32>, follow: bool) -> Self {
-        self.pids = Some(pids.into_iter().collect());
-        self.follow = follow;
+        self.whose = Whose::only(pids, follow);
         self
     }
 
@@ -189,7 +185,7 @@ impl SyscallTrace {
             .current
             .describe(task)
             .map_err(TraceError::read("the current task", task))?;
-        if !concerns(&mut self.pids, self.follow, &self.current, &current) {
+        if !self.whose.concerns(&self.current, &current) {
             return Ok(None);
         }
         let places = match site.abi {
@@ -272,27 +268,6 @@ impl SyscallTrace {
             .map_err(TraceError::read("the caller's registers", at))?;
         Ok(bytes)
     }
-}
-
-/// Whether a process is one to be told of; where children are followed it becomes one if its parent is.
-fn concerns(
-    pids: &mut Option<FxHashSet<i32>>,
-    follow: bool,
-    reader: &CurrentReader,
-    current: &Current,
-) -> bool {
-    let Some(pids) = pids else { return true };
-    if pids.contains(&current.pid) {
-        return true;
-    }
-    let child = follow
-        && reader
-            .parent(current.task)
-            .is_ok_and(|parent| pids.contains(&parent));
-    if child {
-        pids.insert(current.pid);
-    }
-    child
 }
 
 fn word(bytes: &[u8; pt_regs::SIZE], at: usize) -> u64 {
