@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    disas, info, kmsg, list, listing, raw, regs, shell, strings, symbols, trace, translate, types, write,
+    disas, guard, info, kmsg, list, listing, raw, regs, shell, strings, symbols, trace, translate, types,
+    write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -180,6 +181,8 @@ pub(crate) enum Command {
     Types(types::Cmd),
     /// What happens in a running guest, as it happens
     Trace(trace::Cmd),
+    /// Hold a running guest to rules: deny what they forbid, and say who tried
+    Guard(guard::Cmd),
     /// Print a completion script for a shell
     Completions(shell::Completions),
     /// Write the manual pages
@@ -190,7 +193,11 @@ impl Command {
     /// Whether it may be run again and again: it shows something and changes nothing.
     pub(crate) fn can_repeat(&self) -> bool {
         match self {
-            Command::Write(_) | Command::Trace(_) | Command::Completions(_) | Command::Man(_) => false,
+            Command::Write(_)
+            | Command::Trace(_)
+            | Command::Guard(_)
+            | Command::Completions(_)
+            | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),
             _ => true,
         }

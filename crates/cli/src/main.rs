@@ -96,6 +96,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Symbols(c) => c.run(global),
         Command::Types(c) => c.run(global),
         Command::Trace(c) => c.run(global),
+        Command::Guard(c) => c.run(global),
         Command::Completions(c) => c.run(),
         Command::Man(c) => c.run(),
     }

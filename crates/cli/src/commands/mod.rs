@@ -2,6 +2,7 @@
 
 pub(crate) mod columns;
 pub(crate) mod disas;
+pub(crate) mod guard;
 pub(crate) mod info;
 pub(crate) mod kmsg;
 pub(crate) mod list;
@@ -9,6 +10,7 @@ pub(crate) mod listing;
 pub(crate) mod raw;
 pub(crate) mod regs;
 pub(crate) mod shell;
+pub(crate) mod stream;
 pub(crate) mod strings;
 pub(crate) mod symbols;
 pub(crate) mod trace;

@@ -5,6 +5,7 @@
 
 mod control;
 mod error;
+mod guard;
 mod lifecycle;
 mod site;
 mod syscall;
@@ -12,6 +13,7 @@ mod whose;
 
 pub use control::{ControlRecord, ControlSite, ControlTrace, control_sites};
 pub use error::TraceError;
+pub use guard::{Guard, Incident, Judgement, Rule, RuleError};
 pub use lifecycle::{Lifecycle, LifecycleRecord, LifecycleTrace};
 pub use site::{SyscallSite, syscall_sites};
 pub use syscall::{Argument, SyscallRecord, SyscallTrace, Value};

@@ -1,8 +1,7 @@
 //! `vmsight trace`: what happens in a guest, as it happens.
 
 mod plain;
-mod row;
-mod stream;
+pub(crate) mod row;
 mod summary;
 
 use std::sync::Arc;
@@ -16,10 +15,10 @@ use vmsight_events::linux::{Lifecycle, LifecycleTrace, SyscallTrace};
 use vmsight_events::{EventError, Monitor, Occurrence, OpenOptions, open};
 use vmsight_hooks::{BackendKind, Delivery, Expiry, Verdict};
 
+use crate::commands::stream::Stream;
 use crate::{Outcome, args::Global, session::Session};
 use plain::PlainTrace;
 use row::Row;
-use stream::Stream;
 use summary::Summary;
 
 /// How long a wait for an event lasts before it is asked whether to go on at all.
@@ -93,7 +92,18 @@ pub(crate) struct Cmd {
     backend: Option<BackendKind>,
 }
 
-fn backend(text: &str) -> Result<BackendKind, String> {
+/// A flag that Ctrl-C and SIGTERM set. The second one ends the program at once: whoever asks twice is not to wait for us.
+pub(crate) fn on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_conditional_default(signal, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    Ok(stop)
+}
+
+/// For clap: a backend by its name.
+pub(crate) fn backend(text: &str) -> Result<BackendKind, String> {
     let all = [BackendKind::GdbStub, BackendKind::AgentKvm, BackendKind::AgentTcg];
     all.into_iter().find(|b| b.name() == text).ok_or_else(|| {
         let names: Vec<_> = all.iter().map(|b| b.name()).collect();
@@ -116,12 +126,7 @@ impl Cmd {
             Some(_) => bail!("--for takes seconds"),
             None => None,
         };
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            // Whoever asks twice is not to wait for us.
-            signal_hook::flag::register_conditional_default(signal, stop.clone())?;
-            signal_hook::flag::register(signal, stop.clone())?;
-        }
+        let stop = on_interrupt()?;
         let session = Session::open(global, &self.target)?;
         let options = OpenOptions {
             backend: self.backend,
@@ -131,7 +136,7 @@ impl Cmd {
         let mut traces = self.arm(&session, &monitor)?;
         let mut shown = Shown {
             stream: (!self.summary)
-                .then(|| Stream::new(session.style()))
+                .then(|| Stream::new::<Row>(session.style()))
                 .transpose()?,
             summary: Summary::default(),
             left: self.count.unwrap_or(u64::MAX),

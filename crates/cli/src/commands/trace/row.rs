@@ -8,23 +8,7 @@ use vmsight_linux::Current;
 use vmsight_linux::syscall::Abi;
 
 use super::plain::PlainRecord;
-
-/// Every key of an event's JSON form, in order.
-pub(super) const KEYS: &[&str] = &[
-    "time",
-    "event",
-    "vcpu",
-    "pid",
-    "tid",
-    "name",
-    "uid",
-    "subject",
-    "args",
-    "result",
-    "error",
-    "duration_us",
-    "text",
-];
+use crate::commands::stream::Happening;
 
 /// An event.
 pub(super) enum Row {
@@ -85,26 +69,30 @@ impl Row {
             Self::Plain(record) => record.text.clone(),
         }
     }
+}
 
-    /// A line for people.
-    pub(super) fn line(&self) -> String {
-        let who = match self.current() {
-            Some(c) if c.pid == c.tid => format!("{:<15} {:>6}", c.name, c.pid),
-            Some(c) => format!("{:<15} {:>6}/{}", c.name, c.pid, c.tid),
-            None => format!("{:<15} {:>6}", "-", "-"),
-        };
-        let uid = self
-            .current()
-            .and_then(|c| c.uid)
-            .map_or("-".to_owned(), |u| u.to_string());
-        let time = timestamp(self.time());
-        // The clock of the day is enough for eyes; the day stands in the JSON form.
-        let clock = time.get(11..26).unwrap_or(&time);
-        format!("{clock} {:>2} {who} {uid:>5}  {}", self.vcpu(), self.text())
+impl Happening for Row {
+    const KEYS: &'static [&'static str] = &[
+        "time",
+        "event",
+        "vcpu",
+        "pid",
+        "tid",
+        "name",
+        "uid",
+        "subject",
+        "args",
+        "result",
+        "error",
+        "duration_us",
+        "text",
+    ];
+
+    fn line(&self) -> String {
+        line(self.time(), self.vcpu(), self.current(), &self.text())
     }
 
-    /// A flat object.
-    pub(super) fn object(&self) -> Map<String, Value> {
+    fn object(&self) -> Map<String, Value> {
         let current = self.current();
         let mut map = Map::new();
         map.insert("time".into(), timestamp(self.time()).into());
@@ -155,8 +143,24 @@ impl Row {
     }
 }
 
+/// When, where, who, what.
+pub(crate) fn line(time: SystemTime, vcpu: u32, current: Option<&Current>, text: &str) -> String {
+    let who = match current {
+        Some(c) if c.pid == c.tid => format!("{:<15} {:>6}", c.name, c.pid),
+        Some(c) => format!("{:<15} {:>6}/{}", c.name, c.pid, c.tid),
+        None => format!("{:<15} {:>6}", "-", "-"),
+    };
+    let uid = current
+        .and_then(|c| c.uid)
+        .map_or("-".to_owned(), |u| u.to_string());
+    let time = timestamp(time);
+    // The clock of the day is enough for eyes; the day stands in the JSON form.
+    let clock = time.get(11..26).unwrap_or(&time);
+    format!("{clock} {vcpu:>2} {who} {uid:>5}  {text}")
+}
+
 /// `2026-11-28T09:36:48.196123Z`
-fn timestamp(time: SystemTime) -> String {
+pub(crate) fn timestamp(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let nanoseconds = i64::try_from(since.as_nanos()).unwrap_or(i64::MAX);
     let text = vmsight_linux::clock::rfc3339(nanoseconds).unwrap_or_default();

@@ -4,11 +4,24 @@ use std::io::{self, Write};
 
 use anyhow::{Result, bail};
 
-use super::row::{KEYS, Row};
+use serde_json::{Map, Value};
+
 use crate::output::{Format, Style, escape, field, json};
 
+/// Something that happened, in the two forms in which it is shown.
+pub(crate) trait Happening {
+    /// Every key of its JSON form, in order.
+    const KEYS: &'static [&'static str];
+
+    /// A line for people. It is escaped before it is printed.
+    fn line(&self) -> String;
+
+    /// A flat object.
+    fn object(&self) -> Map<String, Value>;
+}
+
 /// Where events go.
-pub(super) struct Stream {
+pub(crate) struct Stream {
     format: Format,
     /// The keys shown.
     keys: Vec<String>,
@@ -18,16 +31,19 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    pub(super) fn new(style: &Style) -> Result<Self> {
+    /// For events of one kind.
+    pub(crate) fn new<H: Happening>(style: &Style) -> Result<Self> {
         let keys: Vec<String> = match &style.columns {
-            Some(columns) if columns.as_slice() == ["all"] => KEYS.iter().map(|k| (*k).to_owned()).collect(),
+            Some(columns) if columns.as_slice() == ["all"] => {
+                H::KEYS.iter().map(|k| (*k).to_owned()).collect()
+            }
             Some(columns) => {
-                if let Some(unknown) = columns.iter().find(|c| !KEYS.contains(&c.as_str())) {
-                    bail!("no column {unknown:?} here; there are: {}", KEYS.join(", "));
+                if let Some(unknown) = columns.iter().find(|c| !H::KEYS.contains(&c.as_str())) {
+                    bail!("no column {unknown:?} here; there are: {}", H::KEYS.join(", "));
                 }
                 columns.clone()
             }
-            None => KEYS.iter().map(|k| (*k).to_owned()).collect(),
+            None => H::KEYS.iter().map(|k| (*k).to_owned()).collect(),
         };
         let stream = Self {
             format: style.format,
@@ -42,7 +58,7 @@ impl Stream {
     }
 
     /// Prints one event, at once: whoever reads along wants it now.
-    pub(super) fn write(&mut self, row: &Row) -> Result<()> {
+    pub(crate) fn write<H: Happening>(&mut self, row: &H) -> Result<()> {
         let first = self.rows == 0;
         self.rows += 1;
         if self.format == Format::Table && !self.chosen {
@@ -65,8 +81,8 @@ impl Stream {
             }
             Format::Csv | Format::Table => {
                 let cells = self.keys.iter().map(|key| match object.get(key) {
-                    None | Some(serde_json::Value::Null) => String::new(),
-                    Some(serde_json::Value::String(text)) => text.clone(),
+                    None | Some(Value::Null) => String::new(),
+                    Some(Value::String(text)) => text.clone(),
                     Some(other) => other.to_string(),
                 });
                 let cells: Vec<String> = cells.collect();
@@ -82,7 +98,7 @@ impl Stream {
     }
 
     /// What ends the output.
-    pub(super) fn finish(self) -> Result<()> {
+    pub(crate) fn finish(self) -> Result<()> {
         match (self.format, self.rows) {
             (Format::Json, 0) => self.print(b"[\n]\n"),
             (Format::Json, _) => self.print(b"\n]\n"),
