@@ -45,6 +45,12 @@ fn attribute(text: &str, name: &str) -> Option<String> {
     Some(rest.split_once('"')?.0.to_owned())
 }
 
+/// The number of a register, by which it is written, and its size in bytes.
+pub(super) fn index(registers: &[Register], name: &str) -> Option<(usize, usize)> {
+    let at = registers.iter().position(|r| r.name == name)?;
+    Some((at, registers.get(at)?.bits.div_ceil(8)))
+}
+
 /// Takes the registers out of a `g` packet's answer. `None` where it does not have those of an x86-64 machine.
 /// Registers that the stub does not know (`x`) and what it does not carry (descriptor tables, segment limits, MSRs
 /// but the two GS bases) stay as in [`Registers::default`].
