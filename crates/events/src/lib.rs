@@ -7,6 +7,7 @@
 
 mod backend;
 mod error;
+pub mod gdb;
 mod monitor;
 
 pub use backend::{Backend, Counts};

@@ -101,13 +101,21 @@ impl Target {
         if let Some(stub) = present(&monitor.hmp("info chardev")?) {
             let address = address(process, &stub)
                 .ok_or_else(|| no(format!("it has a stub that cannot be connected to ({stub})")))?;
-            // A connection whose end is gone, of somebody who was killed, is waited for.
-            refuse_if_busy(&address, info.pid, Instant::now() + timeout)?;
-            let Some(left) = left_behind(&address) else {
+            let left = left_behind(&address);
+            let deadline = Instant::now() + timeout;
+            // The watch of one that was killed holds the connection for a moment, until the last words are read.
+            while left.as_ref().is_some_and(|left| left.maker_is_gone())
+                && refuse_if_busy(&address, info.pid, deadline).is_err()
+                && Instant::now() < deadline
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            refuse_if_busy(&address, info.pid, deadline)?;
+            let Some(left) = left else {
                 return Debug::connect(&address, Some(info.identity()), timeout, Some(running), None);
             };
             monitor.hmp("gdbserver none")?;
-            remove(&left);
+            remove(&left.folder);
         }
         let lease = open(monitor, info).map_err(no)?;
         let address = GdbAddress::Unix(lease.folder.join("stub"));
@@ -160,14 +168,31 @@ fn make(folder: &Path, owner: Option<u32>) -> std::io::Result<()> {
     }
 }
 
-/// The folder of a stub that a vmsight which was killed left behind.
-fn left_behind(address: &GdbAddress) -> Option<PathBuf> {
+/// A stub that another vmsight opened.
+#[derive(Debug)]
+struct Left {
+    folder: PathBuf,
+    maker: u32,
+}
+
+impl Left {
+    /// Whether that one is gone.
+    fn maker_is_gone(&self) -> bool {
+        Process { pid: self.maker }.is_gone()
+    }
+}
+
+/// Whose stub that is, where it is one of ours.
+fn left_behind(address: &GdbAddress) -> Option<Left> {
     let GdbAddress::Unix(path) = address else {
         return None;
     };
     let folder = path.parent()?;
-    let name = folder.file_name()?.to_str()?;
-    name.starts_with(FOLDER).then(|| folder.to_owned())
+    let name = folder.file_name()?.to_str()?.strip_prefix(FOLDER)?;
+    Some(Left {
+        folder: folder.to_owned(),
+        maker: name.split('-').next()?.parse().ok()?,
+    })
 }
 
 /// The stub in the text of `info chardev`: QEMU calls its device `gdb`.
@@ -249,8 +274,21 @@ mod tests {
         assert_eq!(address(me, "pty:/dev/pts/3"), None);
         assert_eq!(address(me, "tcp:localhost:x"), None);
         let ours = address(me, "unix:/run/vmsight-gdb-1-0/stub").unwrap();
-        assert_eq!(left_behind(&ours), Some("/run/vmsight-gdb-1-0".into()));
-        assert_eq!(left_behind(&address(me, "unix:/run/web/gdb").unwrap()), None);
-        assert_eq!(left_behind(&tcp("h", 1).unwrap()), None);
+        let left = left_behind(&ours).unwrap();
+        assert_eq!(
+            (left.folder.to_str(), left.maker),
+            (Some("/run/vmsight-gdb-1-0"), 1)
+        );
+        assert!(!left.maker_is_gone());
+        for not_ours in [
+            "unix:/run/web/gdb",
+            "unix:/run/vmsight-gdb-x-0/stub",
+            "tcp:[::1]:99",
+        ] {
+            assert!(
+                left_behind(&address(me, not_ours).unwrap()).is_none(),
+                "{not_ours}"
+            );
+        }
     }
 }
