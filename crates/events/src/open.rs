@@ -31,5 +31,16 @@ impl Default for OpenOptions {
 /// [`EventError::NoBackend`] where none does: a dump, or a VM without QMP socket and agent; [`EventError::Busy`] where
 /// somebody debugs it already.
 pub fn open(target: &Target, options: OpenOptions) -> Result<Monitor, EventError> {
-    gdb::open(target, options)
+    match options.backend {
+        None | Some(BackendKind::GdbStub) => gdb::open(
+            target,
+            gdb::GdbOptions {
+                timeout: options.timeout,
+            },
+        ),
+        Some(other) => Err(EventError::NoBackend {
+            target: target.name.clone(),
+            why: format!("the {other} backend is not there"),
+        }),
+    }
 }

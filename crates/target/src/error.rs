@@ -162,6 +162,14 @@ pub enum TargetError {
         /// What is missing.
         why: String,
     },
+    /// There is no gdb stub to be had.
+    #[error("{target} has no gdb stub to be used: {why}")]
+    NoStub {
+        /// The target.
+        target: String,
+        /// What is missing, or who stands in the way.
+        why: String,
+    },
     /// The process that would let the VM go on if we died could not be started, so the VM was not paused.
     #[error("the VM was not paused: {what}: {source}")]
     Guard {

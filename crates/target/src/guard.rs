@@ -22,6 +22,21 @@ printf "$1"
 while read -r line <&1; do case $line in *"$2"*) exit 0;; esac; done
 "#;
 
+/// The same with a word that changes what is sent: `hold` makes it `$2`, `go` makes it `$1` again.
+const SWITCHED: &str = r#"
+trap '' HUP INT QUIT TERM TSTP PIPE
+say=$1
+while read -r word; do
+    case $word in
+        hold) say=$2;;
+        go) say=$1;;
+        *) exit 0;;
+    esac
+done
+printf "$say"
+sleep 1
+"#;
+
 /// Runs a command when we are gone.
 const RUN: &str = r#"
 trap '' HUP INT QUIT TERM TSTP PIPE
@@ -51,6 +66,32 @@ impl Guard {
             .spawn()?;
         let pipe = child.stdin.take();
         Ok(Self { child, pipe })
+    }
+
+    /// Sets up a watch over a connection whose answers have no lines: `go` is what it sends when we are gone, `hold`
+    /// what it sends after [`Self::hold`].
+    pub(crate) fn switched(connection: OwnedFd, go: &str, hold: &str) -> io::Result<Self> {
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", SWITCHED, "vmsight-guard", go, hold])
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin") // sleep is no builtin
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::from(connection))
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        let pipe = child.stdin.take();
+        Ok(Self { child, pipe })
+    }
+
+    /// Chooses between the two things that a watch of [`Self::switched`] sends.
+    pub(crate) fn hold(&mut self, hold: bool) -> io::Result<()> {
+        let word: &[u8] = if hold { b"hold\n" } else { b"go\n" };
+        match &mut self.pipe {
+            Some(pipe) => pipe.write_all(word),
+            None => Ok(()),
+        }
     }
 
     /// Sets up a watch that runs `command` when we are gone.

@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{PauseGuard, Pauses, lock};
-use crate::gdb::{Gdb, GdbError};
+use crate::TargetError;
+use crate::gdb::{Debug, Gdb, GdbError};
 use crate::host::process::Identity;
 use crate::spec::GdbAddress;
 
@@ -59,6 +60,11 @@ impl GdbControl {
 
     fn connect(&self) -> Result<Gdb, GdbError> {
         Gdb::connect(&self.address, self.server, self.timeout)
+    }
+
+    /// A connection for hooks.
+    pub(crate) fn debug(&self, timeout: Duration) -> Result<Debug, TargetError> {
+        Debug::connect(&self.address, self.server, timeout, None, None)
     }
 
     /// Whether the machine goes on when the pause ends.

@@ -61,6 +61,16 @@ pub enum GdbError {
         /// What is wrong.
         reason: String,
     },
+    /// It refused what it was told.
+    #[error("gdb stub {address} refuses {what} ({answer})")]
+    Refused {
+        /// Where.
+        address: String,
+        /// What it was told.
+        what: String,
+        /// What it answered: `E22`, or nothing where it does not know the packet.
+        answer: String,
+    },
     /// It cannot do what is needed.
     #[error(
         "gdb stub {address} cannot {what}: it is not QEMU's, or a QEMU that is too old (4.2 or later is needed)"

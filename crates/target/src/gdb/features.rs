@@ -16,16 +16,19 @@ pub(super) struct Register {
 
 /// The files that a description includes.
 pub(super) fn includes(xml: &str) -> Vec<String> {
-    xml.split("<xi:include")
+    without_comments(xml)
+        .split("<xi:include")
         .skip(1)
         .take(64)
         .filter_map(|t| attribute(t, "href"))
         .collect()
 }
 
-/// The registers of a description in their order, which is the order of the `g` packet.
+/// The registers of a description in their order, which is the order of the `g` packet. QEMU's has some in comments (the
+/// bases of CS, SS, DS and ES), which the packet does not carry.
 pub(super) fn registers(xml: &str) -> Vec<Register> {
-    xml.split("<reg ")
+    without_comments(xml)
+        .split("<reg ")
         .skip(1)
         .take(MAX_REGISTERS)
         .filter_map(|text| {
@@ -38,11 +41,27 @@ pub(super) fn registers(xml: &str) -> Vec<Register> {
         .collect()
 }
 
+/// The text without its comments; one without end is a comment to the end.
+fn without_comments(xml: &str) -> String {
+    let mut parts = xml.split("<!--");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        text.push_str(part.split_once("-->").map_or("", |(_, rest)| rest));
+    }
+    text
+}
+
 /// The value of an attribute of the element that `text` is the rest of.
 fn attribute(text: &str, name: &str) -> Option<String> {
     let element = text.split('>').next()?;
     let (_, rest) = element.split_once(&format!("{name}=\""))?;
     Some(rest.split_once('"')?.0.to_owned())
+}
+
+/// The number of a register, by which it is written, and its size in bytes.
+pub(super) fn index(registers: &[Register], name: &str) -> Option<(usize, usize)> {
+    let at = registers.iter().position(|r| r.name == name)?;
+    Some((at, registers.get(at)?.bits.div_ceil(8)))
 }
 
 /// Takes the registers out of a `g` packet's answer. `None` where it does not have those of an x86-64 machine.
@@ -113,6 +132,8 @@ mod tests {
         for name in vmsight_arch::registers::GPR_NAMES {
             xml.push_str(&format!("<reg name=\"{name}\" bitsize=\"64\" type=\"int64\"/>\n"));
         }
+        // As QEMU's own has it, from 4.2 to 10.
+        xml.push_str("<!-- bases --><!--reg name=\"cs_base\" bitsize=\"64\"/>\n<reg name=\"ss_base\" bitsize=\"64\"/-->");
         for (name, bits) in [
             ("rip", 64),
             ("eflags", 32),
@@ -159,6 +180,7 @@ mod tests {
     fn includes_and_nonsense() {
         let xml = "<target><xi:include href=\"a.xml\"/><xi:include href=\"b.xml\"/></target>";
         assert_eq!(includes(xml), ["a.xml", "b.xml"]);
+        assert_eq!(without_comments("a<!--b-->c<!-- d --> e<!--f"), "ac e");
         assert!(registers("<reg name=\"x\"/><reg bitsize=\"99999999999999\" name=\"y\"/><reg ").is_empty());
     }
 }

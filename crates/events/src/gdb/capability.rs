@@ -1,0 +1,133 @@
+//! What the stub can do, and who can do the rest.
+
+use vmsight_hooks::{BackendKind, Capability, Feature, VerdictKind};
+use vmsight_target::gdb::Accelerator;
+
+/// Verdicts at an instruction that is about to be executed.
+const EXECUTE: &[VerdictKind] = &[
+    VerdictKind::Continue,
+    VerdictKind::Skip,
+    VerdictKind::Return,
+    VerdictKind::SetRegisters,
+    VerdictKind::Pause,
+    VerdictKind::Step,
+    VerdictKind::Remove,
+];
+/// Verdicts after a write.
+const WRITE: &[VerdictKind] = &[
+    VerdictKind::Continue,
+    VerdictKind::Deny,
+    VerdictKind::SetRegisters,
+    VerdictKind::SetData,
+    VerdictKind::Pause,
+    VerdictKind::Step,
+    VerdictKind::Remove,
+];
+/// Verdicts after anything else.
+const DONE: &[VerdictKind] = &[
+    VerdictKind::Continue,
+    VerdictKind::SetRegisters,
+    VerdictKind::Pause,
+    VerdictKind::Step,
+    VerdictKind::Remove,
+];
+
+/// The table for a VM that is run by `accelerator`.
+pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
+    let capability = |feature, mechanism: &str, limits: &str, verdicts: &[VerdictKind]| Capability {
+        feature,
+        mechanism: mechanism.to_owned(),
+        limits: limits.to_owned(),
+        verdicts: verdicts.to_owned(),
+    };
+    let step = capability(
+        Feature::Step,
+        "single step of one vCPU",
+        "the other vCPUs stand still, and interrupts and the guest's timers wait",
+        DONE,
+    );
+    match accelerator {
+        Accelerator::Tcg => vec![
+            capability(
+                Feature::Execute,
+                "QEMU's breakpoints",
+                "every stop halts the whole VM; a string instruction with a repeat prefix may be told more than once",
+                EXECUTE,
+            ),
+            capability(
+                Feature::VirtualRead,
+                "QEMU's watchpoints",
+                "told when it is done; by virtual address only; of one instruction's accesses to several hooked places the \
+                 first is told; not what devices read",
+                DONE,
+            ),
+            capability(
+                Feature::VirtualWrite,
+                "QEMU's watchpoints",
+                "told when it is done: deny writes the old bytes back, and another vCPU may have read the new ones; by \
+                 virtual address only; of one instruction's accesses to several hooked places the first is told; not what \
+                 devices write; where two vCPUs write to one hooked range at the same moment the value between is not known",
+                WRITE,
+            ),
+            step,
+        ],
+        Accelerator::Kvm => vec![
+            capability(
+                Feature::Execute,
+                "4 debug registers, then INT3",
+                "every stop halts the whole VM; INT3 bytes can be seen by the guest, and need the address to be mapped when \
+                 they are armed",
+                EXECUTE,
+            ),
+            capability(
+                Feature::VirtualRead,
+                "debug registers",
+                "only together with writes; 1, 2, 4 or 8 bytes, aligned; at most 4 with the breakpoints; told when it is \
+                 done; a write of the same value looks like a read; where two vCPUs stop at the same moment one event may be lost",
+                DONE,
+            ),
+            capability(
+                Feature::VirtualWrite,
+                "debug registers",
+                "1, 2, 4 or 8 bytes, aligned; at most 4 with the breakpoints; told when it is done: deny writes the old \
+                 bytes back, and another vCPU may have read the new ones; where two vCPUs stop at the same moment one event \
+                 may be lost",
+                WRITE,
+            ),
+            step,
+        ],
+    }
+}
+
+/// The backends that can do what the stub cannot.
+pub(super) fn instead(feature: Feature) -> &'static [BackendKind] {
+    use BackendKind::{AgentKvm, AgentTcg};
+    match feature {
+        Feature::PhysicalRead
+        | Feature::PhysicalWrite
+        | Feature::PhysicalExecute
+        | Feature::ControlWrite
+        | Feature::MsrWrite
+        | Feature::MsrRead
+        | Feature::Interrupt
+        | Feature::Port => &[AgentKvm, AgentTcg],
+        _ => &[AgentTcg],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_in_the_table_has_somebody_else() {
+        for accelerator in [Accelerator::Tcg, Accelerator::Kvm] {
+            let table = table(accelerator);
+            for feature in Feature::ALL {
+                let here = table.iter().any(|c| c.feature == *feature);
+                assert!(here || !instead(*feature).is_empty(), "{feature}");
+            }
+            assert!(table.iter().all(|c| !c.verdicts.contains(&VerdictKind::Inject)));
+        }
+    }
+}
