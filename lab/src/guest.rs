@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -16,6 +16,7 @@ use crate::cache::Lock;
 use crate::flat;
 use crate::folder::Folder;
 use crate::initramfs;
+use crate::orders::{Account, Order, Orders, Prepared};
 use crate::qmp::Qmp;
 use crate::spec::{Memory, Spec};
 
@@ -40,6 +41,7 @@ pub struct Guest {
     process: Process,
     truth: Truth,
     boot_time: Duration,
+    orders: OnceLock<Orders>,
     folder: Folder,
 }
 
@@ -76,6 +78,7 @@ impl Guest {
             process,
             truth,
             boot_time: started.elapsed(),
+            orders: OnceLock::new(),
             folder,
         })
     }
@@ -123,6 +126,34 @@ impl Guest {
     /// What it wrote on its console so far.
     pub fn console(&self) -> String {
         console(self.folder.path())
+    }
+
+    /// The socket on which it takes orders, if it does. QEMU serves one client at a time.
+    pub fn orders_path(&self) -> Option<PathBuf> {
+        self.spec.orders.then(|| self.folder.path().join("orders"))
+    }
+
+    /// The line on which it takes orders, connected to when it is first asked for.
+    pub fn orders(&self) -> Result<&Orders> {
+        let path = self
+            .orders_path()
+            .with_context(|| format!("guest {} takes no orders", self.spec))?;
+        if let Some(orders) = self.orders.get() {
+            return Ok(orders);
+        }
+        // Where another thread was faster, QEMU serves that one, and this connection goes unused.
+        let orders = Orders::connect(&path)?;
+        Ok(self.orders.get_or_init(|| orders))
+    }
+
+    /// Has it do something, and waits for its account: see [`Orders::order`].
+    pub fn order(&self, order: impl Into<Order>) -> Result<Account> {
+        self.orders()?.order(order)
+    }
+
+    /// Has it make something ready: see [`Orders::prepare`].
+    pub fn prepare(&self, order: impl Into<Order>) -> Result<Prepared<'_>> {
+        self.orders()?.prepare(order)
     }
 
     /// Connects to its QMP socket.
@@ -319,10 +350,17 @@ fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: b
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp"))]);
     }
     let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "vmsight.lab"];
+    if spec.orders {
+        words.push("vmsight.orders");
+    }
     words.extend(spec.kernel_args.iter().map(String::as_str));
     command
         .args(["-serial", &format!("file:{}", at("console.log"))])
-        .args(["-serial", &format!("file:{}", at("truth.log"))])
+        .args(["-serial", &format!("file:{}", at("truth.log"))]);
+    if spec.orders {
+        command.args(orders_line(&folder.join("orders")));
+    }
+    command
         .arg("-kernel")
         .arg(vmlinuz)
         .arg("-initrd")
@@ -335,6 +373,17 @@ fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: b
         // A Ctrl-C is for us; we then end it in order.
         .process_group(0);
     command
+}
+
+/// The arguments of QEMU that give a guest its line for orders, at a socket at `path`; they come after those of two other serial
+/// ports. The guest has to have `vmsight.orders` on its kernel command line.
+pub fn orders_line(path: &Path) -> [String; 4] {
+    [
+        "-chardev".to_owned(),
+        format!("socket,id=orders,path={},server=on,wait=off", path.display()),
+        "-serial".to_owned(),
+        "chardev:orders".to_owned(),
+    ]
 }
 
 /// Waits for the truth and the word that the guest is quiet.

@@ -83,6 +83,9 @@ struct GuestArgs {
     /// No workload.
     #[arg(long)]
     idle: bool,
+    /// Take orders: lines of JSON on a socket.
+    #[arg(long)]
+    orders: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -115,13 +118,14 @@ impl GuestArgs {
             },
             vcpus: self.vcpus,
             qmp: !self.no_qmp,
+            orders: self.orders,
             ..Spec::new(self.kernel)
         };
         if let Some(count) = self.procs {
             spec = spec.sleepers(count);
         }
         if self.idle {
-            spec.kernel_args.push("vmsight.idle".to_owned());
+            spec = spec.idle();
         }
         spec
     }
@@ -171,6 +175,7 @@ fn boot(spec: &Spec, keep: bool, as_json: bool) -> Result<()> {
         "kernel": guest.truth().system.release,
         "pid": guest.pid(),
         "qmp": guest.qmp_path(),
+        "orders": guest.orders_path(),
         "memory": guest.memory_path(),
         "truth": truth,
         "console": guest.folder().join("console.log"),

@@ -50,6 +50,8 @@ pub struct Spec {
     pub vcpus: u32,
     /// Whether it has a QMP socket. Without one, nobody has prepared anything: it cannot be dumped either.
     pub qmp: bool,
+    /// Whether it takes [orders](crate::orders), on a third serial port.
+    pub orders: bool,
     /// More words for the kernel command line; `vmsight.procs=N` adds N sleeping processes, `vmsight.idle` leaves the
     /// workload out.
     pub kernel_args: Vec<String>,
@@ -71,6 +73,7 @@ impl Spec {
             memory: Memory::File,
             vcpus: 1,
             qmp: true,
+            orders: false,
             kernel_args: Vec::new(),
             qemu_args: Vec::new(),
         }
@@ -83,6 +86,18 @@ impl Spec {
             qmp: false,
             ..Spec::new(kernel)
         }
+    }
+
+    /// With no workload: it boots faster, and next to nothing runs in it.
+    pub fn idle(mut self) -> Spec {
+        self.kernel_args.push("vmsight.idle".to_owned());
+        self
+    }
+
+    /// Taking orders.
+    pub fn orders(mut self) -> Spec {
+        self.orders = true;
+        self
     }
 
     /// With this many sleeping processes more.

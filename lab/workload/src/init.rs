@@ -13,7 +13,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{chdir, chroot, sethostname};
 use vmsight_workload::frame;
 
-use crate::play::{Part, STAGE, join_cgroup, send};
+use crate::play::{Part, STAGE, busybox, join_cgroup, send};
 use crate::{machine, modules, roles};
 
 /// Says that this is the second start.
@@ -51,7 +51,7 @@ fn guest() -> Result<()> {
     modules::load()?;
     sethostname("vmsight-lab")?;
     fs::create_dir_all(STAGE)?;
-    for name in roles::names().chain(["collector"]) {
+    for name in roles::names().chain(["collector", "orders", "witness"]) {
         fs::hard_link("/init", format!("{STAGE}/{name}")).with_context(|| format!("link {name}"))?;
     }
     join_cgroup("/init.scope")?;
@@ -76,6 +76,13 @@ fn guest() -> Result<()> {
         Part::new("sleepers")
             .args(["sleepers".to_owned(), options.sleepers.to_string()])
             .start()?;
+    }
+    if options.orders {
+        // A workload has seen to it; without one there is still an order that connects.
+        if options.idle {
+            busybox("ip link set lo up")?;
+        }
+        Part::new("orders").start()?;
     }
     if !options.idle {
         // The last thing, because it lasts for a minute only.
@@ -136,6 +143,8 @@ struct Options {
     idle: bool,
     /// `vmsight.procs=N`: that many processes more.
     sleepers: u32,
+    /// `vmsight.orders`: serve orders.
+    orders: bool,
 }
 
 impl Options {
@@ -144,10 +153,13 @@ impl Options {
         let mut options = Options {
             idle: false,
             sleepers: 0,
+            orders: false,
         };
         for word in line.split_ascii_whitespace() {
             if word == "vmsight.idle" {
                 options.idle = true;
+            } else if word == "vmsight.orders" {
+                options.orders = true;
             } else if let Some(number) = word.strip_prefix("vmsight.procs=") {
                 options.sleepers = number.parse().with_context(|| format!("'{word}'"))?;
             }

@@ -6,6 +6,7 @@
 
 pub mod frame;
 pub mod net;
+pub mod orders;
 pub mod process;
 pub mod system;
 pub mod text;

@@ -1,5 +1,6 @@
 //! What runs inside a lab guest: as `/init` it sets the guest up and starts the workload; under any other name it
-//! plays that part of the workload (see [`roles`]); as `collector` it writes the guest's account of itself.
+//! plays that part of the workload (see [`roles`]); as `collector` it writes the guest's account of itself; as
+//! `orders` it does what tests order (see [`serve`]).
 //!
 //! One static binary, many names: each process of the workload has a name, a path and arguments of its own, as in a
 //! real system, and none of them has to say what it is there for.
@@ -10,6 +11,7 @@ mod machine;
 mod modules;
 mod play;
 mod roles;
+mod serve;
 mod sys;
 
 use std::path::Path;
@@ -30,6 +32,8 @@ fn main() -> ExitCode {
             eprintln!("vmsight-workload: this runs inside lab guests only");
             return ExitCode::from(2);
         }
+        "orders" => serve::run(),
+        "witness" => serve::witness(),
         role => roles::perform(role),
     };
     match outcome {

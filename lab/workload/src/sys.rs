@@ -20,6 +20,16 @@ pub(crate) fn fork() -> io::Result<Side> {
     }
 }
 
+/// As [`fork`]; the parent learns the child's pid, which a child that may make no getpid(2) need not know.
+pub(crate) fn fork_with_pid() -> io::Result<(Side, i32)> {
+    // SAFETY: as in `fork`.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok((Side::Child, 0)),
+        pid => Ok((Side::Parent, pid)),
+    }
+}
+
 /// Forks with the parent held in uninterruptible sleep until the child ends or execs.
 pub(crate) fn fork_and_hold_parent() -> io::Result<Side> {
     let flags = libc::CLONE_VFORK | libc::SIGCHLD;
@@ -77,6 +87,12 @@ pub(crate) fn advise(at: usize, length: usize, advice: i32) -> io::Result<()> {
     );
     // SAFETY: these kinds of advice change where the contents are, not what they are.
     check(unsafe { libc::madvise(at as *mut libc::c_void, length, advice) })
+}
+
+/// Has the kernel use no huge pages in a range of memory.
+pub(crate) fn small_pages(at: usize, length: usize) -> io::Result<()> {
+    // SAFETY: this advice changes no contents.
+    check(unsafe { libc::madvise(at as *mut libc::c_void, length, libc::MADV_NOHUGEPAGE) })
 }
 
 /// Locks a range of memory.
