@@ -7,7 +7,7 @@
 //! machine is noisy for all; time is the thread's own; the median of the rounds is printed.
 //!
 //! "random page": addresses are known beforehand, so the processor has many reads under way at once, as many as its window
-//! of a few hundred instructions holds, and its queue of some 90 loads. A plain read is one of each; ours are about 35
+//! of a few hundred instructions holds, and of loads fewer. A plain read is one of each; ours are about 35
 //! instructions (physical), 70 (virtual, with the proof; 26 of them load), 50 (the same in a large page; 20 load) and 120 (a walk),
 //! so fewer are under way: what is lost is not time spent on instructions, and the more is lost the longer memory takes to
 //! answer ("chained: raw mmap" says how long). Batches get it back.

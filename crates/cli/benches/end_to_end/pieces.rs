@@ -11,8 +11,8 @@ pub(crate) enum Pieces {
     /// Pages of 4 KiB, each with an entry of its own in the page tables of whoever maps it. So it is where a program wrote or
     /// read the file here and there, and on file systems that know nothing else.
     Small,
-    /// Up to 2 MiB (large folios: XFS since Linux 5.18, ext4 since 6.16), as many as memory is there in one piece for. So it
-    /// is where the file was read from front to back, as by `cp` or `sha256sum`.
+    /// Up to 2 MiB (large folios), where the file system has them and memory is there in one piece. So it is where the file was
+    /// read from front to back, as by `sha256sum`.
     Large,
 }
 
