@@ -2,12 +2,15 @@
 //!
 //! `cargo bench -p vmsight-memory --bench space`: a table of nanoseconds a read, the ratio to the plain read, and the
 //! ratio that is aimed at. A shared memory file of 512 MiB stands for the guest, with page tables of four levels in
-//! it that map every frame, in random order, by pages of 4 KiB. Rounds of all reads take turns, so that a noisy
+//! it that map every frame, in random order, by pages of 4 KiB; and further tables that map all of it, in order, by pages of
+//! 2 MiB ("large pages"), as a kernel's direct map does, in which most of what is read of a kernel lies. Rounds of all reads take turns, so that a noisy
 //! machine is noisy for all; time is the thread's own; the median of the rounds is printed.
 //!
 //! "random page": addresses are known beforehand, so the processor has many reads under way at once, as many as its window
-//! of a few hundred instructions holds. A plain read is one instruction; ours are about 35 (physical), 65 (virtual, with the
-//! proof) and 120 (a walk), so fewer are under way: what is lost is not time spent on instructions. Batches get it back.
+//! of a few hundred instructions holds, and of loads fewer. A plain read is one of each; ours are about 35
+//! instructions (physical), 70 (virtual, with the proof; 26 of them load), 50 (the same in a large page; 20 load) and 120 (a walk),
+//! so fewer are under way: what is lost is not time spent on instructions, and the more is lost the longer memory takes to
+//! answer ("chained: raw mmap" says how long). Batches get it back.
 //! "chained": each address depends on the last value, as when a list is followed; one read is under way in any case.
 //!
 //! With `--json` the table is one JSON array. Without `--bench` (as a test) the guest is small and nothing is measured to be
@@ -34,6 +37,8 @@ use vmsight_memory::{AddressSpace, GuestMemory, GvaReadOp, Mapping, ProcessMemor
 
 /// Where the guest maps its frames.
 const BASE: u64 = 0xffff_8880_0000_0000;
+/// Where it maps all memory in order, by large pages.
+const LARGE: u64 = 0xffff_c880_0000_0000;
 /// A working set that the second-level cache holds.
 const HOT_PAGES: usize = 64;
 
@@ -43,6 +48,8 @@ struct Guest {
     dump: GuestMemory,
     process: GuestMemory,
     root: u64,
+    /// The root of tables that map all of memory by large pages.
+    large: u64,
     /// The frame of each virtual page.
     frames: Vec<u32>,
 }
@@ -68,8 +75,9 @@ impl Guest {
             .map_raw(&file)
             .unwrap();
         let total = size / 0x1000;
-        // A table for 512 pages, one for 512 tables, and two above; at random places like all frames.
-        let tables = total / 512 + total / (512 * 512) + 4;
+        // A table for 512 pages, one for 512 tables, and two above; for large pages one level less. At random places like all
+        // frames.
+        let tables = total / 512 + total / (512 * 512) + 4 + total / (512 * 512) + 4;
         let mut order: Vec<u32> = (0..total as u32).collect();
         let mut state = 0x1234_5678_9abc_def1;
         for i in (1..order.len()).rev() {
@@ -111,6 +119,22 @@ impl Guest {
             }
             put(table + (gva >> 12 & 511) * 8, u64::from(frame) << 12 | 0x63);
         }
+        let large = free.next().expect("enough tables were counted");
+        clear(large);
+        for gpa in (0..size).step_by(0x20_0000) {
+            let gva = LARGE + gpa;
+            let mut table = large;
+            for level in (3..=4).rev() {
+                let at = table + (gva >> (3 + 9 * level) & 511) * 8;
+                if get(at) == 0 {
+                    let new = free.next().expect("enough tables were counted");
+                    clear(new);
+                    put(at, new | 0x63);
+                }
+                table = get(at) & 0x000f_ffff_ffff_f000;
+            }
+            put(table + (gva >> 21 & 511) * 8, gpa | 0xe3);
+        }
         let build = |mapping| {
             GuestMemory::builder()
                 .mapped(Gpa(0), size, &mapping, 0)
@@ -137,12 +161,17 @@ impl Guest {
             dump,
             process,
             root,
+            large,
             frames,
         }
     }
 
     fn space(&self, memory: &GuestMemory) -> AddressSpace {
         AddressSpace::new(memory.clone(), PagingMode::X86Level4, Dtb(self.root))
+    }
+
+    fn large_space(&self, memory: &GuestMemory) -> AddressSpace {
+        AddressSpace::new(memory.clone(), PagingMode::X86Level4, Dtb(self.large))
     }
 }
 
@@ -288,7 +317,17 @@ fn main() {
         })
         .collect();
 
+    let in_large: Vec<Target> = targets
+        .iter()
+        .map(|t| Target {
+            gva: LARGE + t.gpa,
+            gpa: t.gpa,
+        })
+        .collect();
+
     let warm = guest.space(&guest.live);
+    let large = guest.large_space(&guest.live);
+    let large_dump = guest.large_space(&guest.dump);
     let dump = guest.space(&guest.dump);
     // One slot: nearly every read misses what is remembered, walks, and remembers.
     let cold = AddressSpace::with_slots(guest.live.clone(), PagingMode::X86Level4, Dtb(guest.root), 0);
@@ -310,6 +349,9 @@ fn main() {
         for space in [&warm, &dump, &cold, &cold_dump] {
             assert_eq!(space.read_u64(Gva(t.gva)).unwrap(), t.gpa | 1 << 62);
         }
+        for space in [&large, &large_dump] {
+            assert_eq!(space.read_u64(Gva(LARGE + t.gpa)).unwrap(), t.gpa | 1 << 62);
+        }
     }
 
     let mut table = Table { rows: Vec::new() };
@@ -318,12 +360,13 @@ fn main() {
     let sum = |read: &dyn Fn() -> u64| {
         black_box(read());
     };
-    let u64s = |space: &AddressSpace| {
+    let u64s_of = |space: &AddressSpace, targets: &[Target]| {
         targets
             .iter()
             .fold(0, |s, t| s ^ space.read_u64(Gva(t.gva)).unwrap_or(1))
     };
-    let chained = |space: &AddressSpace| {
+    let u64s = |space: &AddressSpace| u64s_of(space, &targets);
+    let chained = |space: &AddressSpace, targets: &[Target]| {
         targets
             .iter()
             .fold(0, |s, t| space.read_u64(Gva(t.gva ^ (s >> 63))).unwrap_or(1))
@@ -388,6 +431,20 @@ fn main() {
         table.round("u64 random page: virtual, warm, dump", RAW, None, reads, || {
             sum(&|| u64s(&dump))
         });
+        table.round(
+            "u64 random page: large pages, warm",
+            RAW,
+            Some(1.5),
+            reads,
+            || sum(&|| u64s_of(&large, &in_large)),
+        );
+        table.round(
+            "u64 random page: large pages, warm, dump",
+            RAW,
+            None,
+            reads,
+            || sum(&|| u64s_of(&large_dump, &in_large)),
+        );
 
         // One after the other, as when a list is followed: each address waits for the last value.
         table.round(CHAIN, CHAIN, None, reads, || {
@@ -401,10 +458,13 @@ fn main() {
             });
         });
         table.round("u64 chained: virtual, cold", CHAIN, None, reads, || {
-            sum(&|| chained(&cold))
+            sum(&|| chained(&cold, &targets))
         });
         table.round("u64 chained: virtual, warm", CHAIN, None, reads, || {
-            sum(&|| chained(&warm))
+            sum(&|| chained(&warm, &targets))
+        });
+        table.round("u64 chained: large pages, warm", CHAIN, None, reads, || {
+            sum(&|| chained(&large, &in_large))
         });
 
         // A guest whose memory is not shared: a system call a read, or a batch.

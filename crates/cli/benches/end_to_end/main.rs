@@ -6,7 +6,8 @@
 //!
 //! All runs take turns, so that a noisy machine is noisy for all. The page cache is warm: a round goes before those that count.
 //! "nothing cached" is a run with an empty profile cache, which it fills, as a user's first run on a kernel does. The floors
-//! are processes that map the same dump until as much of it is in their page tables as vmsight had. "in a program" is the same
+//! are processes that map the same dump until as much of it is in their page tables as vmsight had. What a page of it costs
+//! depends on how the page cache holds it, so the largest listing is run with that known, too. "in a program" is the same
 //! by the libraries, in this process: attaching, finding the kernel, and the list as values, without a process and a table.
 
 #![allow(
@@ -17,6 +18,7 @@
 
 mod floor;
 mod guest;
+mod pieces;
 mod run;
 mod table;
 
@@ -32,6 +34,7 @@ use vmsight_symbols::cache::Cache as Profiles;
 use vmsight_symbols::kernel::{Found, Hints, find};
 
 use guest::Guest;
+use pieces::Pieces;
 use run::{Peak, Run, timed, watched};
 use table::{Table, Times, verdict};
 
@@ -52,8 +55,8 @@ struct Case {
     target: OsString,
     /// Whether the kernel is known from an earlier run.
     cached: bool,
-    /// All fields as JSON, rather than a table of those that one sees first.
-    json: bool,
+    /// What else is said on the command line: which columns, or JSON of all fields.
+    arguments: &'static [&'static str],
     goal: Option<f64>,
     /// No answer with fewer rows is a right one.
     least: usize,
@@ -66,7 +69,7 @@ impl Case {
             name: format!("{name}, profile cached"),
             target: target.into(),
             cached: true,
-            json: false,
+            arguments: &[],
             goal: Some(CACHED),
             least: 50,
             runs: Vec::new(),
@@ -89,7 +92,17 @@ impl Case {
     fn in_json(self) -> Case {
         Case {
             name: format!("{}, JSON of all fields", self.name),
-            json: true,
+            arguments: &["--output", "json"],
+            goal: None,
+            ..self
+        }
+    }
+
+    /// What volatility3's pslist shows, but for the address of the task and the ids of the group.
+    fn with_few_columns(self) -> Case {
+        Case {
+            name: format!("{}, pslist's columns", self.name),
+            arguments: &["--columns", "pid,ppid,name,uid"],
             goal: None,
             ..self
         }
@@ -111,9 +124,7 @@ impl Case {
 
     fn command(&self, cache: &Cache) -> Command {
         let mut command = self.attached(cache);
-        if self.json {
-            command.args(["--output", "json"]);
-        }
+        command.args(self.arguments);
         command
     }
 
@@ -212,6 +223,27 @@ impl Parse {
     }
 }
 
+/// The listing with its dump in the page cache in small and in large pieces, next to a floor that has the same.
+fn by_pieces(case: &Case, cache: &Cache, own: u64, rounds: usize, table: &Table) {
+    let file = Path::new(&case.target);
+    for (pieces, what) in [(Pieces::Small, "pages of 4 KiB"), (Pieces::Large, "large pieces")] {
+        pieces::read_anew(file, pieces);
+        let bytes = watched(&mut case.command(cache)).mapped.saturating_sub(own);
+        let (mut runs, mut floors) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            floors.push(timed(&mut floor::command(file, bytes)).wall);
+            runs.push(timed(&mut case.command(cache)));
+        }
+        let floors = Times::new(floors);
+        let name = format!("floor, dump in {what}: {:.0} MB mapped", bytes as f64 / 1e6);
+        table.row(&name, &floors, None, None, None);
+        let walls = Times::new(runs.iter().map(|run| run.wall));
+        let cpu = Times::new(runs.iter().map(|run| run.cpu)).median();
+        let name = format!("10,000 processes more, dump in {what}");
+        table.row(&name, &walls, Some(cpu), None, Some(floors.median()));
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let Some((word, rest)) = arguments.split_first()
@@ -254,6 +286,7 @@ fn main() {
         for case in [
             Case::cached("10,000 processes more", &file).without_goal(),
             Case::cached("10,000 processes more", &file).in_json(),
+            Case::cached("10,000 processes more", &file).with_few_columns(),
         ] {
             cases.push(Case {
                 least: 10_000,
@@ -294,13 +327,23 @@ fn main() {
         let dump = PathBuf::from(&cases[many].target);
         listings.push(Listing::new("10,000 processes more", &dump, true, None));
     }
+    let many_mapped = many.map(|many| {
+        watched(&mut cases[many].command(&cache))
+            .mapped
+            .saturating_sub(own)
+    });
     let mut parse = Parse::new(&small);
 
     let (mut starts, mut floor_runs) = (Vec::new(), [Vec::new(), Vec::new()]);
+    let mut many_floor_runs = Vec::new();
     for _ in 0..rounds {
         starts.push(timed(vmsight().arg("--version")).wall);
         for (bytes, runs) in floors.iter().zip(&mut floor_runs) {
             runs.push(timed(&mut floor::command(&small, *bytes)).wall);
+        }
+        if let (Some(many), Some(bytes)) = (many, many_mapped) {
+            let file = Path::new(&cases[many].target);
+            many_floor_runs.push(timed(&mut floor::command(file, bytes)).wall);
         }
         for case in &mut cases {
             let run = timed(&mut case.command(&cache));
@@ -327,8 +370,18 @@ fn main() {
         let name = format!("floor, {name}: {:.1} MB mapped", *bytes as f64 / 1e6);
         table.row(&name, times, None, None, None);
     }
+    let many_floor = many_mapped.map(|bytes| {
+        let name = format!(
+            "floor, 10,000 processes more: {:.0} MB mapped",
+            bytes as f64 / 1e6
+        );
+        let times = Times::new(many_floor_runs);
+        table.row(&name, &times, None, None, None);
+        times.median()
+    });
     for case in &cases {
-        let floor = floor_times[usize::from(case.cached)].median();
+        let of_many = many_floor.filter(|_| case.least >= 10_000);
+        let floor = of_many.unwrap_or(floor_times[usize::from(case.cached)].median());
         table.row(
             &case.name,
             &case.wall(),
@@ -358,6 +411,12 @@ fn main() {
                 cases[2].wall(),
                 None,
             ),
+            (
+                ", pslist's columns",
+                cases[many + 2].wall(),
+                cases[1].wall(),
+                None,
+            ),
             (", in a program", listed(2), listed(1), Some(PROCESSES)),
         ] {
             table.derived(
@@ -368,6 +427,9 @@ fn main() {
                 "",
             );
         }
+    }
+    if let Some(many) = many {
+        by_pieces(&cases[many], &cache, own, rounds, &table);
     }
     if let Some(large) = large {
         for (index, what) in ["nothing cached", "profile cached"].into_iter().enumerate() {
@@ -383,7 +445,7 @@ fn main() {
     }
 
     println!(
-        "\n{:<52} {:>8} {:>8} {:>8} {:>8}",
+        "\n{:<58} {:>8} {:>8} {:>8} {:>8}",
         "MB at the peak", "own", "mapped", "total", "goal"
     );
     for case in &cases {
@@ -392,7 +454,7 @@ fn main() {
         });
         let [own, mapped, total] = [peak.anonymous, peak.mapped, peak.total].map(|bytes| bytes as f64 / 1e6);
         println!(
-            "{:<52} {own:>8.1} {mapped:>8.1} {total:>8.1} {MEMORY:>8.0}  {}",
+            "{:<58} {own:>8.1} {mapped:>8.1} {total:>8.1} {MEMORY:>8.0}  {}",
             case.name,
             verdict(own, Some(MEMORY))
         );

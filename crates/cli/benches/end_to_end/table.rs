@@ -29,7 +29,7 @@ impl Table {
     /// The head of the part with times, all of them milliseconds.
     pub(crate) fn times() -> Table {
         println!(
-            "{:<52} {:>8} {:>8} {:>8} {:>8}  {:>8}",
+            "{:<58} {:>8} {:>8} {:>8} {:>8}  {:>8}",
             "ms", "best", "median", "cpu", "goal", "× floor"
         );
         Table
@@ -49,7 +49,7 @@ impl Table {
         let goals = goal.map_or(String::new(), |g| format!("{g:.0}"));
         let floors = floor.map_or(String::new(), |f| format!("{:.1}", median / f));
         let line = format!(
-            "{name:<52} {best:>8.1} {median:>8.1} {cpu:>8} {goals:>8}  {floors:>8}  {}",
+            "{name:<58} {best:>8.1} {median:>8.1} {cpu:>8} {goals:>8}  {floors:>8}  {}",
             verdict(median, goal)
         );
         println!("{}", line.trim_end());
@@ -59,7 +59,7 @@ impl Table {
     pub(crate) fn derived(&self, name: &str, best: f64, median: f64, goal: Option<f64>, unit: &str) {
         let goals = goal.map_or(String::new(), |g| format!("{g}{unit}"));
         let line = format!(
-            "{name:<52} {best:>8.1} {median:>8.1} {:>8} {goals:>8}  {:>8}  {}",
+            "{name:<58} {best:>8.1} {median:>8.1} {:>8} {goals:>8}  {:>8}  {}",
             "",
             "",
             verdict(median, goal)

@@ -3,6 +3,7 @@
 use vmsight_arch::Gva;
 use vmsight_arch::paging::{Cursor, Progress, TableMemory};
 
+use super::hot::Place;
 use super::mapped::Mapped;
 use super::{AddressSpace, Backend, Inner, ReadError};
 
@@ -71,8 +72,8 @@ impl Inner {
         let mut places = [const { std::ptr::null() }; LANES];
         let mut unknown = false;
         for (to, op) in places.iter_mut().zip(&*ops) {
-            match mapped.hot.place(op.gva.0) {
-                Some((_, place, _)) => *to = place,
+            match mapped.hot.get(op.gva.0) {
+                Some(hit) => *to = hit.first(op.gva.0),
                 None => unknown = true,
             }
         }
@@ -81,10 +82,13 @@ impl Inner {
         }
         places.iter().take(ops.len()).for_each(|place| prefetch(*place));
         for (to, op) in places.iter_mut().zip(&*ops) {
-            let hit = mapped.hot.get(op.gva.0);
-            *to = hit
-                .and_then(|hit| mapped.window(&self.memory, hit.gpa, 1))
-                .unwrap_or(std::ptr::null());
+            let place = mapped.hot.get(op.gva.0).and_then(|hit| hit.usual(op.gva.0));
+            *to = match place {
+                Some(Place::At(gpa, _)) => mapped.window(&self.memory, gpa, 1),
+                // Asked for above.
+                Some(Place::Here(_)) | None => None,
+            }
+            .unwrap_or(std::ptr::null());
         }
         places.iter().take(ops.len()).for_each(|place| prefetch(*place));
         for op in ops {
@@ -108,7 +112,7 @@ impl Inner {
     /// Walks for those of up to [`LANES`] addresses of which nothing is remembered, one level of all at a time, and sends
     /// for their bytes: the reads that follow find it all in the processor's cache.
     fn walk_unknown(&self, mapped: &Mapped, ops: &[GvaReadOp<'_>]) {
-        let known = |op: &GvaReadOp<'_>| mapped.hot.place(op.gva.0).is_some();
+        let known = |op: &GvaReadOp<'_>| mapped.hot.get(op.gva.0).is_some();
         if ops.iter().all(known) {
             return;
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 use vmsight_arch::paging::{self, PagingMode, Resolved, TableMemory};
 use vmsight_arch::{Dtb, Gpa, Gva};
 
-use super::hot::{Hot, Seen, Shape, UPPER, USUAL};
+use super::hot::{Hot, Place, STRETCH, Seen, Shape, UPPER, USUAL, Way};
 use super::{Backend, Inner, ReadCause, ReadError, TRIES};
 use crate::{GuestMemory, copy, fault};
 
@@ -84,15 +84,21 @@ impl Mapped {
     /// Where the byte at `gpa` is mapped, with the `len` bytes from there on, which do not leave its 4 KiB page.
     #[inline(always)]
     pub(super) fn window(&self, memory: &GuestMemory, gpa: u64, len: usize) -> Option<*const u8> {
+        match self.near(gpa) {
+            Some(ptr) => Some(ptr),
+            None => other_window(memory, gpa, len),
+        }
+    }
+
+    /// The same, if it is in the two windows.
+    #[inline(always)]
+    fn near(&self, gpa: u64) -> Option<*const u8> {
         let [low, high] = &self.windows;
         // No branch: which of the two it is cannot be foreseen.
         let window = std::hint::select_unpredictable(gpa >= self.split, high, low);
         let at = gpa.wrapping_sub(window.start);
-        if at < window.len {
-            // SAFETY: inside the mapped range.
-            return Some(unsafe { window.base.add(at as usize) });
-        }
-        other_window(memory, gpa, len)
+        // SAFETY: inside the mapped range.
+        (at < window.len).then(|| unsafe { window.base.add(at as usize) })
     }
 }
 
@@ -109,10 +115,28 @@ fn is_within_page(gva: Gva, len: usize) -> bool {
 }
 
 impl Inner {
-    /// One access of `len` bytes in one page by what is remembered: `access` gets the mapped address. `None` where
-    /// nothing is, or the guest changed the tables.
+    /// One access in one page by what is remembered: `access` gets the mapped address. `None` where nothing is, or it is kept
+    /// in an unusual way or place, or the guest changed the tables.
     #[inline(always)]
     fn by_memory<const N: usize, T>(
+        &self,
+        mapped: &Mapped,
+        gva: Gva,
+        access: impl FnOnce(*const u8) -> T,
+    ) -> Option<T> {
+        let hit = mapped.hot.get(gva.0)?;
+        let (ptr, leaf) = match hit.usual(gva.0)? {
+            Place::Here(ptr) => (ptr, None),
+            Place::At(gpa, leaf) => (mapped.near(gpa)?, Some(leaf)),
+        };
+        let value = access(ptr);
+        // The proof is read after the bytes. SAFETY: what `leaf` says was read above.
+        (fault::all_is_well() && unsafe { hit.holds::<N>(leaf) }).then_some(value)
+    }
+
+    /// The same for what is remembered in an unusual way, or of unusual memory.
+    #[inline(never)]
+    fn by_odd_memory<T>(
         &self,
         mapped: &Mapped,
         gva: Gva,
@@ -120,10 +144,13 @@ impl Inner {
         access: impl FnOnce(*const u8) -> T,
     ) -> Option<T> {
         let hit = mapped.hot.get(gva.0)?;
-        let ptr = mapped.window(&self.memory, hit.gpa, len)?;
+        let Place::At(gpa, leaf) = hit.usual(gva.0).or_else(|| hit.other(gva.0))? else {
+            return None;
+        };
+        let ptr = mapped.window(&self.memory, gpa, len)?;
         let value = access(ptr);
-        // A compiler and, off x86, a processor fence is in `all_is_well`: the proof is read after the bytes.
-        (fault::all_is_well() && hit.holds::<N>()).then_some(value)
+        // SAFETY: as in `by_memory`.
+        (fault::all_is_well() && unsafe { hit.holds::<UPPER>(Some(leaf)) }).then_some(value)
     }
 
     /// The same by a walk. `None` also where the walk ends in a fault.
@@ -135,6 +162,11 @@ impl Inner {
         len: usize,
         access: impl Fn(*const u8) -> T,
     ) -> Option<T> {
+        if mapped.hot.get(gva.0).is_some()
+            && let Some(value) = self.by_odd_memory(mapped, gva, len, &access)
+        {
+            return Some(value);
+        }
         if !mapped.root.is_null() && !mapped.hot.is_second_miss(gva.0) {
             let value = if five {
                 self.by_short_walk::<5, T>(mapped, gva, len, &access)
@@ -242,12 +274,25 @@ impl Inner {
             return None;
         }
         // SAFETY: an address with `size` mapped bytes; `T` is an integer.
-        self.by_memory::<USUAL, T>(mapped, gva, size, |ptr| unsafe { copy::load::<T>(ptr) })
+        self.by_memory::<USUAL, T>(mapped, gva, |ptr| unsafe { copy::load::<T>(ptr) })
     }
 
-    /// [`Self::load`] where that had no answer: by a walk, or for what is not aligned.
+    /// [`Self::load`] where that had no answer: by a walk, or for what is not aligned, or in any other way.
     #[inline(never)]
-    pub(super) fn load_cold<T: Copy>(&self, gva: Gva) -> Option<T> {
+    pub(super) fn load_again<T: Copy, const SIZE: usize>(
+        &self,
+        gva: Gva,
+        of: impl FnOnce([u8; SIZE]) -> T,
+    ) -> Result<T, ReadError> {
+        match self.load_cold::<T>(gva) {
+            Some(value) => Ok(value),
+            None => self.load_slow(gva).map(of),
+        }
+    }
+
+    /// [`Self::load`] by a walk, or for what is not aligned.
+    #[inline(always)]
+    fn load_cold<T: Copy>(&self, gva: Gva) -> Option<T> {
         let (mapped, five) = self.mapped()?;
         let size = size_of::<T>();
         let aligned = gva.0 as usize & (size - 1) == 0;
@@ -258,16 +303,17 @@ impl Inner {
         let access = |ptr| unsafe { copy::load::<T>(ptr) };
         if five || !aligned {
             // Not asked yet.
-            if let Some(value) = self.by_memory::<UPPER, T>(mapped, gva, size, access) {
+            if let Some(value) = self.by_memory::<UPPER, T>(mapped, gva, access) {
                 return Some(value);
             }
         }
         self.by_walk((mapped, five), gva, size, access)
     }
 
-    /// [`Self::load_cold`] where that had no answer either: across pages, in remote memory, or the reason why not.
+    /// [`Self::load`] across pages, in remote memory, or the reason why not.
     #[cold]
-    pub(super) fn load_slow<const SIZE: usize>(&self, gva: Gva) -> Result<[u8; SIZE], ReadError> {
+    #[inline(never)]
+    fn load_slow<const SIZE: usize>(&self, gva: Gva) -> Result<[u8; SIZE], ReadError> {
         let mut bytes = [0; SIZE];
         self.read_slow(gva, &mut bytes)?;
         Ok(bytes)
@@ -297,9 +343,9 @@ impl Inner {
         // SAFETY: an address with `len` mapped bytes; `buf` is ours alone.
         let access = |ptr| unsafe { copy::copy(ptr, to, len) };
         let known = if five {
-            self.by_memory::<UPPER, ()>(mapped, gva, len, access)
+            self.by_memory::<UPPER, ()>(mapped, gva, access)
         } else {
-            self.by_memory::<USUAL, ()>(mapped, gva, len, access)
+            self.by_memory::<USUAL, ()>(mapped, gva, access)
         };
         known
             .or_else(|| self.by_walk((mapped, five), gva, len, access))
@@ -367,27 +413,33 @@ impl Inner {
         let Some((leaf, above)) = trail.seen().split_last().filter(|(_, above)| !above.is_empty()) else {
             return;
         };
-        let index = ((gva.0 >> 9) & shape.index) as usize;
-        let table = leaf.get().place.wrapping_sub(index);
-        if shape.index != 0 {
+        let leaf = leaf.get();
+        let stretch = Gpa(page.gpa.0 >> STRETCH << STRETCH);
+        let (way, entries) = if shape.is_small() {
+            let table = leaf.place.wrapping_sub((gva.0 >> 9) as usize & 0xff8);
             // The whole table must be mapped in one piece, not this entry alone.
             let Some(parent) = above.last() else { return };
             let gpa = Gpa(parent.get().value & shape.address);
             if mapped.window(&self.memory, gpa.0, 0x1000) != Some(table) {
                 return;
             }
-        }
-        let mut upper = [Seen::always(); UPPER];
-        if let Some(first) = above.first().filter(|_| self.live) {
-            upper = [first.get(); UPPER];
-            upper
-                .iter_mut()
-                .zip(above)
-                .for_each(|(to, from)| *to = from.get());
-        }
-        // SAFETY: the places are those the walk read through `window`, and the table was looked up whole. They are mapped
-        // as long as the memory, which `self` holds as long as its slots.
-        unsafe { mapped.hot.put(gva.0, table, &shape, &upper) };
+            (Way::Table(table, shape), above)
+        } else {
+            // All of the stretch, and not the bytes alone that were read.
+            match self.memory.mapped(stretch, 1 << STRETCH) {
+                Some(bytes) => (Way::Here(bytes), trail.seen()),
+                None => (Way::Table(leaf.place, shape), above),
+            }
+        };
+        let first = entries.first().map_or(Seen::always(), Cell::get);
+        let mut evidence = [first; UPPER];
+        evidence
+            .iter_mut()
+            .zip(entries)
+            .for_each(|(to, from)| *to = from.get());
+        // SAFETY: the places are those the walk read through `window`; the table was looked up whole, and so was the stretch.
+        // They are mapped as long as the memory, which `self` holds as long as its slots.
+        unsafe { mapped.hot.put(gva.0, &way, self.live.then_some(&evidence)) };
     }
 }
 

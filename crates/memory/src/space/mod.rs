@@ -1,8 +1,8 @@
 //! Virtual memory of a guest: an address space over its physical memory.
 //!
 //! A read goes through the guest's own page tables. What was learnt on the way is remembered, one slot for each
-//! stretch of 2 MiB: either the large page there, or where its table of small pages lies. The last entry is always
-//! read anew, so that slot is all a read of any of its 512 pages needs.
+//! stretch of 2 MiB: either where the large page there is mapped, or where its table of small pages lies. Of a table the last
+//! entry is always read anew, so that slot is all a read of any of its 512 pages needs.
 //!
 //! **Live memory.** The guest may rewrite its tables at any moment. A result counts only if, after the bytes were copied, every
 //! entry on the way still holds what it held before: then the tables led there while the copy was made. Otherwise the read is made
@@ -16,6 +16,7 @@ mod batch;
 mod cache;
 mod error;
 mod hot;
+mod look;
 mod mapped;
 mod partial;
 mod remote;
@@ -177,9 +178,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u64(&self, gva: Gva) -> Result<u64, ReadError> {
-        match self.inner.load::<u64>(gva).or_else(|| self.inner.load_cold(gva)) {
+        match self.inner.load::<u64>(gva) {
             Some(value) => Ok(u64::from_le(value)),
-            None => self.inner.load_slow(gva).map(u64::from_le_bytes),
+            None => self.inner.load_again(gva, u64::from_ne_bytes).map(u64::from_le),
         }
     }
 
@@ -189,9 +190,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u32(&self, gva: Gva) -> Result<u32, ReadError> {
-        match self.inner.load::<u32>(gva).or_else(|| self.inner.load_cold(gva)) {
+        match self.inner.load::<u32>(gva) {
             Some(value) => Ok(u32::from_le(value)),
-            None => self.inner.load_slow(gva).map(u32::from_le_bytes),
+            None => self.inner.load_again(gva, u32::from_ne_bytes).map(u32::from_le),
         }
     }
 
@@ -201,9 +202,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u16(&self, gva: Gva) -> Result<u16, ReadError> {
-        match self.inner.load::<u16>(gva).or_else(|| self.inner.load_cold(gva)) {
+        match self.inner.load::<u16>(gva) {
             Some(value) => Ok(u16::from_le(value)),
-            None => self.inner.load_slow(gva).map(u16::from_le_bytes),
+            None => self.inner.load_again(gva, u16::from_ne_bytes).map(u16::from_le),
         }
     }
 
@@ -213,9 +214,9 @@ impl AddressSpace {
     /// Why it could not be read.
     #[inline]
     pub fn read_u8(&self, gva: Gva) -> Result<u8, ReadError> {
-        match self.inner.load::<u8>(gva).or_else(|| self.inner.load_cold(gva)) {
+        match self.inner.load::<u8>(gva) {
             Some(value) => Ok(u8::from_le(value)),
-            None => self.inner.load_slow(gva).map(u8::from_le_bytes),
+            None => self.inner.load_again(gva, u8::from_ne_bytes).map(u8::from_le),
         }
     }
 

@@ -96,6 +96,89 @@ fn a_large_page_that_is_split_is_noticed() {
 }
 
 #[test]
+fn each_level_above_a_large_page_that_changes_is_noticed() {
+    for level in 2..=4u32 {
+        // In two pieces of 4 MiB: one page is whole in each.
+        let mut image = Image::new(0x80_0000, 64);
+        let large = 0xffff_8880_4000_0000;
+        image.map_large(large, 0x20_0000);
+        // A second chain of tables, to another page, at an address that differs at this level only.
+        let other = large ^ (1 << (3 + 9 * level));
+        image.map_large(other, 0x40_0000);
+        let (old, new) = (
+            image.entry(large, level).unwrap(),
+            image.entry(other, level).unwrap(),
+        );
+        for guest in live(&image) {
+            let space = guest.space();
+            let reads = |page: u64| {
+                for at in [0, 0x1f_fff8, 0x3008] {
+                    let gva = Gva(large + at);
+                    assert_eq!(
+                        space.read_u64(gva).unwrap(),
+                        image.u64(page + at),
+                        "{} level {level}",
+                        guest.kind
+                    );
+                    let mut buf = [0; 8];
+                    space.read(gva, &mut buf).unwrap();
+                    assert_eq!(u64::from_le_bytes(buf), image.u64(page + at));
+                    let mut ops = [GvaReadOp::new(gva, &mut buf)];
+                    space.read_batch(&mut ops);
+                    assert_eq!(ops[0].result, Ok(()));
+                    assert_eq!(u64::from_le_bytes(buf), image.u64(page + at));
+                }
+            };
+            reads(0x20_0000);
+            guest.put(old, image.u64(new));
+            reads(0x40_0000);
+            guest.put(old, 0);
+            assert!(
+                space.read_u64(Gva(large)).is_err(),
+                "{} level {level}",
+                guest.kind
+            );
+            guest.put(old, image.u64(old));
+            reads(0x20_0000);
+        }
+    }
+}
+
+#[test]
+fn a_large_page_is_read_as_far_as_it_is_there() {
+    let mut image = Image::new(0x80_0000, 64);
+    let large = 0xffff_8880_4000_0000;
+    image.map_large(large, 0x20_0000);
+    // Memory lacks the last half of the page, as a dump may that leaves out what it thinks of no use.
+    let there = [0..0x30_0000usize, 0x40_0000..image.bytes.len()];
+    let frozen = vmsight_memory::GuestMemory::from_bytes(
+        there
+            .iter()
+            .map(|range| {
+                (
+                    vmsight_arch::Gpa(range.start as u64),
+                    image.bytes[range.clone()].to_vec(),
+                )
+            })
+            .collect(),
+    )
+    .unwrap();
+    let space = vmsight_memory::AddressSpace::new(frozen, crate::image::MODE, Dtb(image.root));
+    for _ in 0..4 {
+        for at in [0, 0xf_fff8] {
+            assert_eq!(
+                space.read_u64(Gva(large + at)).unwrap(),
+                image.u64(0x20_0000 + at)
+            );
+        }
+        for at in [0x10_0000, 0x1f_fff8] {
+            let cause = space.read_u64(Gva(large + at)).unwrap_err().cause;
+            assert!(matches!(cause, ReadCause::Memory(_)), "{cause:?}");
+        }
+    }
+}
+
+#[test]
 fn a_space_of_another_root_shares_nothing_that_is_remembered() {
     let mut image = Image::new(0x20_0000, 64);
     image.map(AT, 0x5000);
