@@ -28,7 +28,7 @@ impl Inner {
             if !self.live {
                 return self.memory.read(gpa, buf).map_err(failed);
             }
-            match self.read_with_evidence(Some((gpa, &mut *buf)), &found.evidence) {
+            match self.read_with_evidence(Some((gpa, &mut *buf)), found.entries()) {
                 Some(result) => return result.map_err(failed),
                 None => cache.forget(key),
             }
@@ -155,7 +155,7 @@ impl Inner {
                 let gpa = Gpa(found.page.0 | (piece.gva.0 & ((1 << page_shift) - 1)));
                 piece.state = PieceState::Page(Resolved { gpa, page_shift });
                 if self.live {
-                    piece.evidence = found.evidence.to_vec();
+                    piece.evidence = found.entries().to_vec();
                 }
                 return;
             }

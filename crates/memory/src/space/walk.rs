@@ -103,13 +103,9 @@ impl Inner {
 
     /// Keeps a walk through remote memory.
     pub(super) fn remember(&self, cache: &Cache, gva: Gva, page: Resolved, steps: &Steps) {
-        let mut found = Found {
-            page: page.gpa,
-            evidence: [Evidence::default(); DEPTH],
-        };
-        let n = self.evidence_of(steps, &mut found.evidence);
-        let first = found.evidence[0];
-        found.evidence.iter_mut().skip(n).for_each(|e| *e = first);
+        let mut evidence = [Evidence::default(); DEPTH];
+        let n = self.evidence_of(steps, &mut evidence);
+        let mut found = Found::new(page.gpa, evidence.get(..n).unwrap_or_default());
         // A page larger than the span is remembered for each stretch of a span that is read.
         let large = page.page_shift > self.page_shift;
         let shift = if large { self.span_shift } else { self.page_shift };
