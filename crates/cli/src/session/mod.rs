@@ -78,6 +78,7 @@ impl Session {
             write,
             timeout: Duration::from_secs_f64(global.timeout),
             prove: Some(&prove),
+            ahead: None,
         };
         let target =
             vmsight_target::attach(&spec, &options).with_context(|| format!("attaching to {text}"))?;
