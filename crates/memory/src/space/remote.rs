@@ -33,6 +33,20 @@ impl Inner {
                 None => cache.forget(key),
             }
         }
+        if self.live
+            && let Some((page, steps)) = self.walk_on(cache, gva)
+        {
+            let mut evidence = [Evidence::default(); DEPTH];
+            let n = self.evidence_of(&steps, &mut evidence);
+            let entries = evidence.get(..n).unwrap_or_default();
+            match self.read_with_evidence(Some((page.gpa, &mut *buf)), entries) {
+                Some(result) => {
+                    self.remember(cache, gva, page, &steps);
+                    return result.map_err(failed);
+                }
+                None => self.forget_tables(cache, gva),
+            }
+        }
         for _ in 0..TRIES {
             let page: Translation = match self.walk(gva) {
                 Ok(page) => page,
