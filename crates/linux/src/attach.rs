@@ -9,7 +9,7 @@ use thiserror::Error;
 use vmsight_memory::{GuestMemory, Region};
 use vmsight_symbols::cache::Cache;
 use vmsight_symbols::kernel::Hints;
-use vmsight_symbols::{LocateError, locate, locate_with_file};
+use vmsight_symbols::{LocateError, Located, locate, locate_with_file, recall};
 
 use crate::{Kernel, LinuxError};
 
@@ -33,7 +33,22 @@ pub enum AttachError {
     Locate(#[from] LocateError),
 }
 
+/// A kernel that was found at a glance in what is thought to be the guest's memory.
+#[derive(Debug)]
+pub struct Foreseen(Located);
+
 impl Kernel {
+    /// Looks for the kernel where kernels lie, and for its profile in the cache, and for neither anywhere else: what can be done while
+    /// somebody else is asked where the guest's memory lies.
+    pub fn foresee(memory: &GuestMemory, cache: &Cache) -> Option<Foreseen> {
+        recall(memory, cache).map(Foreseen)
+    }
+
+    /// The kernel that was foreseen in a part of `memory`: the same bytes at the same addresses.
+    pub fn foreseen(memory: GuestMemory, foreseen: Foreseen) -> Self {
+        Self::located(memory, foreseen.0)
+    }
+
     /// Finds the kernel that runs in `memory`, and its symbols and types in the cache or in memory itself.
     ///
     /// # Errors

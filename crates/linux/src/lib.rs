@@ -26,7 +26,7 @@ pub mod task;
 pub mod text;
 mod warnings;
 
-pub use attach::{AttachError, AttachOptions};
+pub use attach::{AttachError, AttachOptions, Foreseen};
 pub use error::LinuxError;
 pub use info::Info;
 pub use kernel::Kernel;

@@ -37,8 +37,8 @@ struct Remote<'a> {
 }
 
 pub(crate) fn read(memory: &GuestMemory, ops: &mut [ReadOp<'_>]) {
-    let mut remote: Vec<Remote<'_>> = Vec::new();
-    let mut pieces: Vec<Piece<'_>> = Vec::new();
+    let mut remote: Vec<Remote<'_>> = Vec::with_capacity(ops.len());
+    let mut pieces: Vec<Piece<'_>> = Vec::with_capacity(ops.len());
     let mut results: Vec<(usize, MemoryError)> = Vec::new();
     for (index, op) in ops.iter_mut().enumerate() {
         op.result = Ok(());

@@ -175,8 +175,12 @@ impl GuestMemory {
         }
     }
 
-    /// Reads as whoever looks at everything once should.
-    fn read_once(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+    /// As [`read`](Self::read), for long pieces of which each byte is looked at once. Memory that is mapped from a file is read
+    /// from the file: no page is mapped for it, which costs more than the copy, or comes to be.
+    ///
+    /// # Errors
+    /// The first address that could not be read, and why. `buf` may then be filled in part.
+    pub fn read_once(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         for part in self.parts(gpa, buf.len()) {
             let (slot, at, range) = part?;
             slot.read_once(at, buf.get_mut(range).unwrap_or_default())?;

@@ -13,7 +13,7 @@ mod profile;
 pub mod table;
 pub mod types;
 
-pub use locate::{LocateError, Located, locate, locate_with_file};
+pub use locate::{LocateError, Located, locate, locate_with_file, recall};
 pub use profile::{Profile, ProfileError, ProfileSource};
 pub use table::{Symbol, SymbolTable, SymbolTableBuilder};
 pub use types::{Bytes, Field, Kind, Kinds, Member, Type, TypeId, Types, TypesError};

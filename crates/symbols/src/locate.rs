@@ -91,6 +91,22 @@ pub fn locate(memory: &GuestMemory, hints: &Hints, cache: &Cache) -> Result<Loca
     })
 }
 
+/// What [`locate`] finds where a look is enough: the kernel lies where kernels lie, and its profile is in the cache. For who has to
+/// wait for something else, and does not know yet whether all of the guest's memory lies as he thinks. Nothing is searched for,
+/// read out or kept.
+pub fn recall(memory: &GuestMemory, cache: &Cache) -> Option<Located> {
+    let found = kernel::at_hand(memory, &cache.known())?;
+    let mut profile = cache.load(memory, found.image())?;
+    profile.warnings.extend(found.warnings.iter().cloned());
+    let image = confirm(memory, found.image(), &profile);
+    Some(Located {
+        image,
+        found,
+        profile,
+        saving: None,
+    })
+}
+
 /// The first kernel, by preference, of which something can be read; the reason why the chosen one cannot where there is none.
 fn first_readable<T>(
     mut found: Found,

@@ -13,7 +13,7 @@ use support::guest::{DATA, Kernel, MIB, Ram};
 use vmsight_memory::GuestMemory;
 use vmsight_symbols::cache::{Cache, CacheError};
 use vmsight_symbols::kernel::{Hints, find};
-use vmsight_symbols::{Located, Profile, ProfileSource, locate};
+use vmsight_symbols::{Located, Profile, ProfileSource, locate, recall};
 
 /// A guest that runs `k`.
 fn guest(k: &Kernel) -> Ram {
@@ -92,6 +92,34 @@ fn the_same_build_is_a_hit_wherever_it_lies() {
         fs::metadata(&files(&path)[0]).unwrap().permissions().mode() & 0o777,
         0o600
     );
+}
+
+#[test]
+fn what_is_recalled_is_what_would_be_found() {
+    let (_dir, path, cache) = filled();
+    for k in [kernel(), elsewhere()] {
+        for memory in [guest(&k).frozen(), guest(&k).live()] {
+            let (l, found) = (recall(&memory, &cache).unwrap(), located(&memory, &cache));
+            assert_eq!(l.profile.source, ProfileSource::Cache);
+            same(&l.profile, &found.profile);
+            assert_eq!(l.image, found.image);
+            assert_eq!(l.found, found.found);
+        }
+    }
+    // Another's tables, an empty cache, a kernel that would have to be searched for: nothing is recalled, read or kept.
+    let mut forged = guest(&kernel());
+    let start = (kernel().phys + 2 * MIB + 0x4000 + 0x1400) as usize;
+    forged.0[start] ^= 1;
+    assert!(recall(&forged.frozen(), &cache).is_none());
+    assert!(recall(&guest(&kernel()).frozen(), &Cache::disabled()).is_none());
+    let mut hidden = Ram::new(48);
+    hidden.install(&kernel());
+    assert!(recall(&hidden.frozen(), &cache).is_none());
+    assert_eq!(
+        located(&hidden.frozen(), &cache).profile.source,
+        ProfileSource::Cache
+    );
+    assert_eq!(files(&path).len(), 1);
 }
 
 #[test]
@@ -509,7 +537,7 @@ fn a_file_without_sources_serves_nobody() {
     let header_len = number(8);
     let derived = number(header_len - 16) + number(header_len - 8);
     // Facts, build-id, banner and warnings; then come the sources.
-    let mut at = 56 + 5 * 8;
+    let mut at = 32 + 5 * 8;
     for _ in 0..2 {
         at += 8 + number(at);
     }
@@ -521,7 +549,7 @@ fn a_file_without_sources_serves_nobody() {
     let sources = number(at);
     assert!(sources >= 6);
     let rewritten = |kept: &[usize]| {
-        let mut body = whole[56..at].to_vec();
+        let mut body = whole[32..at].to_vec();
         body.extend((kept.len() as u64).to_le_bytes());
         body.extend(u64::MAX.to_le_bytes());
         let mut bytes = Vec::new();
@@ -538,9 +566,9 @@ fn a_file_without_sources_serves_nobody() {
         body.extend(&whole[header_len - 16..header_len]);
         let made = &whole[header_len..header_len + derived];
         let mut out = whole[..8].to_vec();
-        out.extend((56 + body.len() as u64).to_le_bytes());
-        out.extend(((56 + body.len() + made.len() + bytes.len()) as u64).to_le_bytes());
-        out.extend(blake3::hash(&[&body, made].concat()).as_bytes());
+        out.extend((32 + body.len() as u64).to_le_bytes());
+        out.extend(((32 + body.len() + made.len() + bytes.len()) as u64).to_le_bytes());
+        out.extend(u64::from(crc32fast::hash(&[&body, made].concat())).to_le_bytes());
         [&out, &body, made, &bytes].concat()
     };
     let loads = |kept: &[usize]| {

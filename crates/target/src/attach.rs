@@ -1,5 +1,6 @@
 //! From a target's name to a [`Target`].
 
+mod ahead;
 mod by_stub;
 mod dumps;
 
@@ -13,12 +14,16 @@ use crate::control::{QmpControl, VirshControl};
 use crate::discover::{self, ControlKind, Named};
 use crate::host::maps::{self, Mapping};
 use crate::host::process::Process;
-use crate::layout::from_monitor::{self, MonitorFailure};
-use crate::layout::{HostRange, backing, deduce};
+use crate::layout::backing::{self, Opened};
+use crate::layout::from_monitor::{self, Blocks, MonitorFailure};
+use crate::layout::{HostRange, deduce};
 use crate::monitor;
 use crate::qmp::{Qmp, QmpError};
 use crate::target::{Control, Target, TargetKind};
 use crate::{TargetError, TargetSpec, VmInfo, Vmm};
+
+pub use ahead::Ahead;
+use ahead::Guess;
 
 /// Looks for a guest in a memory whose layout was deduced: `Ok` with what was found (for the notes), `Err` with
 /// why this layout is not believed.
@@ -37,6 +42,8 @@ pub struct AttachOptions<'a> {
     pub timeout: Duration,
     /// Proof of a layout that no monitor told. Without it such targets are refused.
     pub prove: Option<&'a Prove<'a>>,
+    /// Has something to look at while a monitor is being asked.
+    pub ahead: Option<&'a Ahead<'a>>,
 }
 
 impl Default for AttachOptions<'_> {
@@ -45,6 +52,7 @@ impl Default for AttachOptions<'_> {
             write: false,
             timeout: Duration::from_secs(2),
             prove: None,
+            ahead: None,
         }
     }
 }
@@ -55,6 +63,7 @@ impl fmt::Debug for AttachOptions<'_> {
             .field("write", &self.write)
             .field("timeout", &self.timeout)
             .field("prove", &self.prove.is_some())
+            .field("ahead", &self.ahead.is_some())
             .finish()
     }
 }
@@ -121,7 +130,9 @@ fn attach_qmp(path: &Path, options: &AttachOptions<'_>) -> Result<Target, Target
             monitor: None,
         });
     }
-    let qmp = Qmp::connect(path, options.timeout)?;
+    let mut qmp = Qmp::greeted(path, options.timeout)?;
+    // What it is asked can be answered while we look at the process.
+    qmp.ask_ahead(&from_monitor::first_questions(Blocks::of_version(qmp.version())))?;
     let maker = qmp.server_pid();
     let info = match maker.map(of_pid) {
         Some(Ok(info)) => info,
@@ -162,7 +173,11 @@ pub(crate) fn connect_any(info: &VmInfo, timeout: Duration) -> Result<Qmp, Strin
     for path in info.qmp_sockets() {
         // Another process may listen at that path by now, or in another mount namespace.
         match Qmp::connect(&path, timeout).and_then(|qmp| qmp.refuse_another(info.identity())) {
-            Ok(qmp) => return Ok(qmp),
+            Ok(mut qmp) => {
+                // A failure comes up again where the answer is wanted.
+                let _ = qmp.ask_ahead(&from_monitor::first_questions(Blocks::of_version(qmp.version())));
+                return Ok(qmp);
+            }
             Err(error) => failures.push(error.to_string()),
         }
     }
@@ -182,37 +197,35 @@ fn attach_with(
     monitor: Result<Qmp, String>,
     options: &AttachOptions<'_>,
 ) -> Result<Target, TargetError> {
-    let (layout, control) = match monitor {
+    let why = match monitor {
+        Err(why) => why,
         Ok(mut qmp) => {
             let path = qmp.path().to_owned();
-            let layout = ask_monitor(&mut qmp, &info);
+            let begun = qmp.begin().map_err(|error| error.to_string());
+            let guess = begun.is_ok().then(|| Guess::show(&info, options)).flatten();
+            let layout = begun.and_then(|()| ask_monitor(&mut qmp, &info));
             drop(qmp); // the socket is its owner's again
             let control = QmpControl::new(path, info.identity(), options.timeout);
-            (layout, Control::Qmp(control))
-        }
-        Err(why) => {
-            let control = match VirshControl::of(&info, options.timeout) {
-                Some(virsh) => Control::Virsh(virsh),
-                None => Control::None(why.clone()),
-            };
-            (Err(why), control)
+            return attach_guessed(info, layout, Control::Qmp(control), options, guess);
         }
     };
-    let attached = attach_process(info.clone(), layout, control.clone(), options);
-    match (attached, control) {
+    let Some(virsh) = VirshControl::of(&info, options.timeout) else {
+        return attach_process(info, Err(why.clone()), Control::None(why), options);
+    };
+    let again = info.clone();
+    match attach_process(info, Err(why), Control::Virsh(virsh.clone()), options) {
         // What cannot be deduced (memory plugged in, say) libvirt can be asked for. Not before: it notes in its log that
         // somebody used the monitor.
-        (
-            Err(error @ (TargetError::NoLayout { .. } | TargetError::Unproven { .. })),
-            Control::Virsh(virsh),
-        ) => match ask_virsh(&virsh, &info) {
-            Ok(ranges) => attach_process(info, Ok(ranges), Control::Virsh(virsh), options),
-            Err(why) => {
-                tracing::debug!(why, "libvirt does not tell the layout either");
-                Err(error)
+        Err(error @ (TargetError::NoLayout { .. } | TargetError::Unproven { .. })) => {
+            match ask_virsh(&virsh, &again) {
+                Ok(ranges) => attach_process(again, Ok(ranges), Control::Virsh(virsh), options),
+                Err(why) => {
+                    tracing::debug!(why, "libvirt does not tell the layout either");
+                    Err(error)
+                }
             }
-        },
-        (attached, _) => attached,
+        }
+        attached => attached,
     }
 }
 
@@ -223,26 +236,53 @@ pub(crate) fn attach_process(
     control: Control,
     options: &AttachOptions<'_>,
 ) -> Result<Target, TargetError> {
+    attach_guessed(info, layout, control, options, None)
+}
+
+/// The same, where the layout has been guessed before it was told.
+fn attach_guessed(
+    mut info: VmInfo,
+    layout: Result<Vec<HostRange>, String>,
+    control: Control,
+    options: &AttachOptions<'_>,
+    guess: Option<Guess>,
+) -> Result<Target, TargetError> {
     let pid = info.pid;
     let process = Process { pid };
-    let exited = || process.is_gone() || process.stat().ok().map(|s| s.start_ticks) != info.start_ticks;
+    let identity = info.identity();
+    let exited = || identity.start_ticks.is_none() || !identity.runs();
     if exited() {
         return Err(TargetError::Exited { pid });
     }
     process
         .memory_readable()
         .map_err(|e| TargetError::of_process(pid, "read the memory", &e))?;
-    let maps = maps::of(process).map_err(|e| TargetError::of_process(pid, "read the mappings", &e))?;
+    let now = || maps::of(process).map_err(|e| TargetError::of_process(pid, "read the mappings", &e));
+    // The kernel takes as long to print them as QEMU to answer a question, so they are not read again for nothing.
+    let (mut maps, fresh) = match info.maps.take() {
+        Some(maps) => (maps, false),
+        None => (now()?, true),
+    };
     let mut notes = Vec::new();
-    let checked = layout.and_then(|ranges| match from_monitor::check(&ranges, &maps) {
-        Ok(()) => Ok(ranges),
-        Err(reason) => Err(format!(
+    let mut fits = layout.as_ref().map(|ranges| from_monitor::check(ranges, &maps));
+    if !fresh && matches!(fits, Ok(Err(_))) {
+        // Something may have been mapped since.
+        maps = now()?;
+        fits = layout.as_ref().map(|ranges| from_monitor::check(ranges, &maps));
+    }
+    let fits = fits.ok().and_then(Result::err);
+    let checked = layout.and_then(|ranges| match fits {
+        None => Ok(ranges),
+        Some(reason) => Err(format!(
             "what its monitor says does not fit the process: {reason}"
         )),
     });
+    let mut ahead = false;
     let built = match checked {
         Ok(ranges) => {
-            let built = backing::build(process, &maps, &ranges, options.write)?;
+            ahead = guess.as_ref().is_some_and(|guess| guess.is_part_of(&ranges));
+            let mut opened = guess.map(|guess| guess.opened).unwrap_or_default();
+            let built = backing::build(process, &maps, &ranges, options.write, &mut opened)?;
             notes.push("its monitor told where its memory lies, and the process has it there".to_owned());
             built
         }
@@ -275,6 +315,7 @@ pub(crate) fn attach_process(
         notes,
         info: Some(info),
         vmcoreinfo: None,
+        ahead,
         control,
     })
 }
@@ -288,14 +329,15 @@ fn ask_monitor(qmp: &mut Qmp, info: &VmInfo) -> Result<Vec<HostRange>, String> {
         Err(error) => return Err(error.to_string()),
     };
     leave_out_devices(&mut backends, info);
-    layout_of(from_monitor::ask(&backends, |lines| qmp.hmp_all(lines)))
+    let blocks = Blocks::of_version(qmp.version());
+    layout_of(from_monitor::ask(&backends, blocks, |lines| qmp.hmp_all(lines)))
 }
 
 /// The layout from the monitor that libvirt holds.
 fn ask_virsh(virsh: &VirshControl, info: &VmInfo) -> Result<Vec<HostRange>, String> {
     let mut backends = monitor::parse_memdev(&virsh.hmp("info memdev").map_err(|e| e.to_string())?);
     leave_out_devices(&mut backends, info);
-    layout_of(from_monitor::ask(&backends, |lines| {
+    layout_of(from_monitor::ask(&backends, Blocks::Unknown, |lines| {
         lines.iter().map(|line| virsh.hmp(line)).collect()
     }))
 }
@@ -347,8 +389,15 @@ fn prove_layout(
         monitor: Some(monitor.clone()),
     };
     let mut tried = Vec::new();
+    let mut opened = Opened::default();
     for candidate in &candidates {
-        let built = match backing::build(Process { pid }, maps, &candidate.ranges, options.write) {
+        let built = match backing::build(
+            Process { pid },
+            maps,
+            &candidate.ranges,
+            options.write,
+            &mut opened,
+        ) {
             Ok(built) => built,
             Err(error) => {
                 tried.push(format!("{}: {error}", candidate.what));
@@ -365,7 +414,8 @@ fn prove_layout(
                 // A proof that holds for the same memory with its pieces exchanged as well is none.
                 let rivals = candidates.iter().filter(|c| c.is_rival_of(candidate));
                 for rival in rivals.take(MAX_RIVALS) {
-                    let built = backing::build(Process { pid }, maps, &rival.ranges, options.write);
+                    let built =
+                        backing::build(Process { pid }, maps, &rival.ranges, options.write, &mut opened);
                     if let (Ok(built), Some(prove)) = (built, options.prove)
                         && let Ok(other) = prove(&built.memory)
                     {

@@ -19,7 +19,7 @@ pub mod qmp;
 mod spec;
 mod target;
 
-pub use attach::{AttachOptions, Prove, attach};
+pub use attach::{Ahead, AttachOptions, Prove, attach};
 pub use control::PauseGuard;
 pub use discover::{VmInfo, Vmm, list};
 pub use error::TargetError;

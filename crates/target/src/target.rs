@@ -48,6 +48,9 @@ pub struct Target {
     pub info: Option<VmInfo>,
     /// The guest kernel's VMCOREINFO, where a dump has it.
     pub vmcoreinfo: Option<String>,
+    /// Whether what [`AttachOptions::ahead`](crate::AttachOptions::ahead) was shown is a part of this memory: the same bytes at the
+    /// same addresses. `false` where it was shown nothing.
+    pub ahead: bool,
     pub(crate) control: Control,
 }
 

@@ -74,10 +74,18 @@ impl Session {
             proven.replace(Some(kernel));
             Ok(how)
         };
+        // What a monitor takes milliseconds to tell, nearly always what could have been guessed, is not waited for idly. Not
+        // where the VM is to stand still first, or more than the usual is to be looked at.
+        let foreseen = RefCell::new(None);
+        let foresee = |memory: &GuestMemory| {
+            foreseen.replace(Kernel::foresee(memory, &cache(global)));
+        };
+        let usual = want_kernel && !global.pause && !global.thorough && global.symbols.is_none();
         let options = AttachOptions {
             write,
             timeout: Duration::from_secs_f64(global.timeout),
             prove: Some(&prove),
+            ahead: if usual { Some(&foresee) } else { None },
         };
         let target =
             vmsight_target::attach(&spec, &options).with_context(|| format!("attaching to {text}"))?;
@@ -95,8 +103,13 @@ impl Session {
             true if target.memory.is_live() => Some(target.pause().context("pausing the VM")?),
             _ => None,
         };
+        let foreseen = foreseen
+            .into_inner()
+            .filter(|_| target.ahead)
+            .map(|foreseen| Kernel::foreseen(target.memory.clone(), foreseen));
         let kernel = match want_kernel {
             false => None,
+            true if foreseen.is_some() => foreseen,
             // What proved the layout are the guest's own symbols and whatever kernel comes first; a file that was asked for,
             // and doubts, are taken up after that.
             true => Some(

@@ -27,7 +27,27 @@ pub(super) struct Found {
     /// The first byte of the page.
     pub(super) page: Gpa,
     /// The entries it follows from. Unused ones repeat the first.
-    pub(super) evidence: [Evidence; DEPTH],
+    evidence: [Evidence; DEPTH],
+}
+
+impl Found {
+    /// A page and the entries it follows from, of which there are at most [`DEPTH`].
+    pub(super) fn new(page: Gpa, entries: &[Evidence]) -> Self {
+        let first = entries.first().copied().unwrap_or_default();
+        let mut evidence = [first; DEPTH];
+        for (to, from) in evidence.iter_mut().zip(entries) {
+            *to = *from;
+        }
+        Self { page, evidence }
+    }
+
+    /// The entries it follows from, each once: another process is asked for each of them.
+    pub(super) fn entries(&self) -> &[Evidence] {
+        let first = self.evidence.first();
+        let repeated = self.evidence.iter().skip(1).rev();
+        let repeated = repeated.take_while(|entry| Some(*entry) == first).count();
+        self.evidence.get(..DEPTH - repeated).unwrap_or(&self.evidence)
+    }
 }
 
 /// Two cache lines.
@@ -143,13 +163,7 @@ impl Cache {
     pub(super) fn forget(&self, key: u64) {
         let slot = self.slots.get().and_then(|slots| slots.get(self.index(key)));
         if let Some(slot) = slot.filter(|slot| slot.key.load(Ordering::Relaxed) == key) {
-            slot.put(
-                NO_KEY,
-                &Found {
-                    page: Gpa(0),
-                    evidence: [Evidence::default(); DEPTH],
-                },
-            );
+            slot.put(NO_KEY, &Found::new(Gpa(0), &[]));
         }
     }
 }
@@ -165,6 +179,23 @@ mod tests {
                 place: Gpa(n ^ 0x55),
                 value: n ^ 0xaa,
             }; DEPTH],
+        }
+    }
+
+    #[test]
+    fn each_entry_is_looked_at_once() {
+        let entry = |n: u64| Evidence {
+            place: Gpa(n * 8),
+            value: n,
+        };
+        for entries in [
+            vec![entry(1)],
+            vec![entry(1), entry(2), entry(3)],
+            (1..=DEPTH as u64).map(entry).collect(),
+            // A table that leads to itself: what follows is looked at all the same.
+            vec![entry(1), entry(1), entry(2)],
+        ] {
+            assert_eq!(Found::new(Gpa(0), &entries).entries(), entries);
         }
     }
 

@@ -28,9 +28,23 @@ impl Inner {
             if !self.live {
                 return self.memory.read(gpa, buf).map_err(failed);
             }
-            match self.read_with_evidence(Some((gpa, &mut *buf)), &found.evidence) {
+            match self.read_with_evidence(Some((gpa, &mut *buf)), found.entries()) {
                 Some(result) => return result.map_err(failed),
                 None => cache.forget(key),
+            }
+        }
+        if self.live
+            && let Some((page, steps)) = self.walk_on(cache, gva)
+        {
+            let mut evidence = [Evidence::default(); DEPTH];
+            let n = self.evidence_of(&steps, &mut evidence);
+            let entries = evidence.get(..n).unwrap_or_default();
+            match self.read_with_evidence(Some((page.gpa, &mut *buf)), entries) {
+                Some(result) => {
+                    self.remember(cache, gva, page, &steps);
+                    return result.map_err(failed);
+                }
+                None => self.forget_tables(cache, gva),
             }
         }
         for _ in 0..TRIES {
@@ -155,7 +169,7 @@ impl Inner {
                 let gpa = Gpa(found.page.0 | (piece.gva.0 & ((1 << page_shift) - 1)));
                 piece.state = PieceState::Page(Resolved { gpa, page_shift });
                 if self.live {
-                    piece.evidence = found.evidence.to_vec();
+                    piece.evidence = found.entries().to_vec();
                 }
                 return;
             }

@@ -1,11 +1,17 @@
 //! Walks with their evidence, and what is remembered of them.
 
-use vmsight_arch::paging::{self, FaultReason, PageFault, Resolved, Steps, TableMemory, Translation};
+use vmsight_arch::paging::{
+    self, Cursor, FaultReason, PageFault, Progress, Resolved, Steps, TableMemory, Translation,
+};
 use vmsight_arch::{Gpa, Gva};
 
 use super::cache::{Cache, DEPTH, Evidence, Found};
 use super::{Backend, Inner, ReadCause, ReadError, TRIES};
 use crate::{MemoryError, ReadOp};
+
+/// The levels of the tables that are remembered for walks to begin at, lowest first: those that hold small pages, and those that
+/// hold pages of 2 MiB.
+const TABLES: [u8; 2] = [1, 2];
 
 impl Inner {
     /// See [`super::AddressSpace::translate`].
@@ -101,15 +107,50 @@ impl Inner {
             .then_some(result)
     }
 
+    /// A walk through remote memory that begins at the lowest table which is remembered: each entry above it spares a system call.
+    /// What is remembered may be over, so the result counts only with its evidence. `None` where nothing is remembered,
+    /// or there is no page by it.
+    pub(super) fn walk_on(&self, cache: &Cache, gva: Gva) -> Option<(Resolved, Steps)> {
+        let keys = TABLES.map(|level| self.table_key(gva, level));
+        let found = keys.into_iter().find_map(|key| cache.get(key))?;
+        let mut cursor = Cursor::new(self.mode, self.dtb, gva)?;
+        for entry in found.entries() {
+            if cursor.entry_gpa() != entry.place || cursor.feed(entry.value) != Progress::Table {
+                return None;
+            }
+        }
+        loop {
+            let value = match self.mode.entry_size() {
+                4 => u64::from(self.memory.read_u32(cursor.entry_gpa()).ok()?),
+                _ => self.memory.read_u64(cursor.entry_gpa()).ok()?,
+            };
+            match cursor.feed(value) {
+                Progress::Table => {}
+                Progress::Page(page) => return Some((page, *cursor.steps())),
+                Progress::Fault(_) => return None,
+            }
+        }
+    }
+
+    /// Forgets the tables that [`Self::walk_on`] begins at.
+    #[cold]
+    pub(super) fn forget_tables(&self, cache: &Cache, gva: Gva) {
+        for level in TABLES {
+            cache.forget(self.table_key(gva, level));
+        }
+    }
+
+    /// The key of the table at `level` (1 is the last) that `gva` is translated by.
+    fn table_key(&self, gva: Gva, level: u8) -> u64 {
+        // The keys of pages do not reach so high.
+        1 << 63 | u64::from(level) << 56 | gva.0 >> 12 >> (self.mode.span_shift(level + 1) - 12)
+    }
+
     /// Keeps a walk through remote memory.
     pub(super) fn remember(&self, cache: &Cache, gva: Gva, page: Resolved, steps: &Steps) {
-        let mut found = Found {
-            page: page.gpa,
-            evidence: [Evidence::default(); DEPTH],
-        };
-        let n = self.evidence_of(steps, &mut found.evidence);
-        let first = found.evidence[0];
-        found.evidence.iter_mut().skip(n).for_each(|e| *e = first);
+        let mut evidence = [Evidence::default(); DEPTH];
+        let n = self.evidence_of(steps, &mut evidence);
+        let mut found = Found::new(page.gpa, evidence.get(..n).unwrap_or_default());
         // A page larger than the span is remembered for each stretch of a span that is read.
         let large = page.page_shift > self.page_shift;
         let shift = if large { self.span_shift } else { self.page_shift };
@@ -122,6 +163,13 @@ impl Inner {
             },
             &found,
         );
+        for level in TABLES {
+            let above = usize::from(self.mode.levels().saturating_sub(level));
+            if above > 0 && above < n {
+                let entries = evidence.get(..above).unwrap_or_default();
+                cache.put(self.table_key(gva, level), &Found::new(Gpa(0), entries));
+            }
+        }
     }
 
     /// The key of a large page in remote memory.

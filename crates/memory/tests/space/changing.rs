@@ -409,3 +409,80 @@ fn bytes_of_a_process_are_read_before_the_tables_that_prove_them() {
         "the entry was read, afterwards"
     );
 }
+
+/// Memory of a guest that runs, which must be asked for, and by whom it was asked how often.
+#[derive(Clone, Debug)]
+struct Counted {
+    words: std::sync::Arc<Vec<AtomicU64>>,
+    asked: std::sync::Arc<AtomicU64>,
+}
+
+impl vmsight_memory::Source for Counted {
+    fn len(&self) -> u64 {
+        self.words.len() as u64 * 8
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), String> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let word = self.words[offset as usize / 8].load(Ordering::Relaxed);
+        buf.copy_from_slice(&word.to_le_bytes());
+        Ok(())
+    }
+
+    fn is_live(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_walk_begins_at_a_table_that_is_known_and_still_leads_there() {
+    let mut image = Image::new(0x80_0000, 64);
+    let gib = 0xffff_8880_4000_0000;
+    let pages = [0x20_0000, 0x40_0000];
+    for (i, &page) in pages.iter().enumerate() {
+        image.map_large(gib + i as u64 * 0x20_0000, page);
+    }
+    for page in 1..4 {
+        image.map(AT + page * 0x1000, 0x5000 + page * 0x1000);
+    }
+    // Another table for the same gibibyte, with the pages exchanged.
+    let other = gib + 0x4000_0000;
+    for (i, &page) in pages.iter().rev().enumerate() {
+        image.map_large(other + i as u64 * 0x20_0000, page);
+    }
+    let (third, instead) = (image.entry(gib, 3).unwrap(), image.entry(other, 3).unwrap());
+    let source = Counted {
+        words: std::sync::Arc::new(
+            (0..image.bytes.len() as u64 / 8)
+                .map(|i| AtomicU64::new(image.u64(i * 8)))
+                .collect(),
+        ),
+        asked: std::sync::Arc::default(),
+    };
+    let memory = vmsight_memory::GuestMemory::builder()
+        .custom(
+            vmsight_arch::Gpa(0),
+            source.words.len() as u64 * 8,
+            std::sync::Arc::new(source.clone()),
+            0,
+        )
+        .build()
+        .unwrap();
+    let space = || vmsight_memory::AddressSpace::new(memory.clone(), crate::image::MODE, Dtb(image.root));
+    let (known, fresh) = (space(), space());
+    let cost = |space: &vmsight_memory::AddressSpace, gva: u64, gpa: u64| {
+        let before = source.asked.load(Ordering::Relaxed);
+        assert_eq!(space.read_u64(Gva(gva)).unwrap(), image.u64(gpa), "{gva:#x}");
+        source.asked.load(Ordering::Relaxed) - before
+    };
+    // Two tables above a large page, three above a small one; bytes and proof are as dear as ever.
+    let cold = cost(&known, gib, pages[0]);
+    assert_eq!(cost(&known, gib + 0x20_0000, pages[1]), cold - 2);
+    let cold = cost(&known, AT + 0x1000, 0x6000);
+    assert_eq!(cost(&known, AT + 0x2000, 0x7000), cold - 3);
+    // The guest puts the other table there: what is read next is found by it, a page that was not read before too.
+    cost(&fresh, gib, pages[0]);
+    source.words[third as usize / 8].store(image.u64(instead), Ordering::Relaxed);
+    assert_eq!(fresh.read_u64(Gva(gib + 0x20_0000)).unwrap(), image.u64(pages[0]));
+    assert_eq!(fresh.read_u64(Gva(gib)).unwrap(), image.u64(pages[1]));
+}

@@ -123,7 +123,7 @@ impl AsRef<[u8]> for MappedFile {
 }
 
 /// Writes a file so that nobody ever sees half of it: under another name, and then renamed. The disk is not waited for: what a
-/// crash leaves of the file does not have the digest, is not used, and is replaced the next time.
+/// crash leaves of the file does not have the checksum, is not used, and is replaced the next time.
 pub(super) fn write<'a>(
     directory: &OwnedFd,
     name: &str,

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | magic | `VMSPROF` and the version of the format |
 //! | lengths | header, file: `u64` each |
-//! | digest | BLAKE3 of the rest of the header, the symbols and the index of the types |
+//! | checksum | CRC-32 of the rest of the header, the symbols and the index of the types: `u64` |
 //! | facts | text_start, image_len, relative base (place, value), boot_params, banner_at, build_id_at: `u64`, all ones for none |
 //! | build-id, banner | length `u64` and bytes |
 //! | warnings | how many: `u64`; length `u64` and bytes of each |
@@ -14,7 +14,7 @@
 //! | lengths | symbols, index: `u64` |
 //! | symbols | [`SymbolTable`](crate::SymbolTable) |
 //! | index | of the types |
-//! | sources | the bytes, one after another; checked against the guest, so not part of the digest |
+//! | sources | the bytes, one after another; checked against the guest, so not part of the checksum |
 //!
 //! The name says what is needed before a file is opened: build-id, where it and the banner lie, digest of the rest.
 
@@ -26,8 +26,8 @@ use crate::profile::Made;
 use crate::{Bytes, SymbolTable};
 
 /// To be changed with every change of this format or of what it contains.
-const MAGIC: &[u8; 8] = b"VMSPROF2";
-const DIGEST: Range<usize> = 24..56;
+const MAGIC: &[u8; 8] = b"VMSPROF3";
+const CHECKSUM: Range<usize> = 24..32;
 const NONE: u64 = u64::MAX;
 const SUFFIX: &str = ".profile";
 /// Names of files that are being written begin with this.
@@ -49,9 +49,9 @@ pub(super) struct Entry {
     pub(super) btf: Option<Bytes>,
     pub(super) symbols: Bytes,
     pub(super) types_index: Bytes,
-    /// Header behind the digest.
+    /// Header behind the checksum.
     header: Bytes,
-    digest: [u8; 32],
+    checksum: u64,
 }
 
 impl Entry {
@@ -69,8 +69,7 @@ impl Entry {
         if r.u64()? != all.len() as u64 {
             return None;
         }
-        let digest = all.get(DIGEST)?.try_into().ok()?;
-        r.at = DIGEST.end;
+        let checksum = r.u64()?;
         let [text_start, image_len, base_at, base, boot_params_at] =
             [r.u64()?, r.u64()?, r.u64()?, r.u64()?, r.u64()?];
         let build_id = r.bytes()?.to_vec();
@@ -116,8 +115,8 @@ impl Entry {
             sources,
             symbols,
             types_index,
-            header: file.slice(DIGEST.end..header_len)?,
-            digest,
+            header: file.slice(CHECKSUM.end..header_len)?,
+            checksum,
         })
     }
 
@@ -134,18 +133,22 @@ impl Entry {
 
     /// Whether what was derived is as it was written.
     pub(super) fn is_intact(&self) -> bool {
-        digest(
+        checksum(
             self.header.as_slice(),
             self.symbols.as_slice(),
             self.types_index.as_slice(),
-        ) == self.digest
+        ) == self.checksum
     }
 }
 
-fn digest(header: &[u8], symbols: &[u8], index: &[u8]) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(header).update_rayon(symbols).update_rayon(index);
-    *hasher.finalize().as_bytes()
+/// Tells damage from none. Nobody is kept out by it who can write the file (a cryptographic digest in the same file would not
+/// keep him out either), so it is the fastest sum that finds what crashes and disks do: each run pays for it.
+fn checksum(header: &[u8], symbols: &[u8], index: &[u8]) -> u64 {
+    let mut hasher = crc32fast::Hasher::new();
+    for part in [header, symbols, index] {
+        hasher.update(part);
+    }
+    u64::from(hasher.finalize())
 }
 
 struct Reader<'a> {
@@ -238,7 +241,7 @@ pub(super) fn encode<'a>(made: &'a Made, image: &ImageBytes<'a>) -> Option<Encod
     put(&mut body, symbols.len() as u64);
     put(&mut body, index.len() as u64);
 
-    let header_len = DIGEST.end + body.len();
+    let header_len = CHECKSUM.end + body.len();
     let total = header_len
         + symbols.len()
         + index.len()
@@ -246,7 +249,7 @@ pub(super) fn encode<'a>(made: &'a Made, image: &ImageBytes<'a>) -> Option<Encod
     let mut header = MAGIC.to_vec();
     put(&mut header, header_len as u64);
     put(&mut header, total as u64);
-    header.extend_from_slice(&digest(&body, symbols, &index));
+    put(&mut header, checksum(&body, symbols, &index));
     header.extend_from_slice(&body);
 
     let mut content = blake3::Hasher::new();

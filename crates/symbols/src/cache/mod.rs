@@ -5,9 +5,9 @@
 //! hit demands that this guest has the same bytes at the same places. So what one guest makes us keep is given to no other
 //! guest whose tables differ: one that forges its tables gets a file of its own and harms only itself.
 //!
-//! What was derived from these bytes (symbol table, index of types) is believed, not derived again. A BLAKE3 digest guards it
+//! What was derived from these bytes (symbol table, index of types) is believed, not derived again. A checksum guards it
 //! against damage: files that are half-written, cut or changed by accident are refused. It does not guard it against
-//! whoever can write the file and the digest with it; that is the user alone, by the rights of directory and files, which are
+//! whoever can write the file and the checksum with it; that is the user alone, by the rights of directory and files, which are
 //! checked: links and others' files are refused. So the cache is worth as much trust as that user's other files.
 
 mod directory;
@@ -19,12 +19,12 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rayon::prelude::*;
+use vmsight_arch::Gpa;
 use vmsight_memory::GuestMemory;
 
 use crate::kernel::{ImageBytes, KernelImage, Known};
 use crate::profile::{Made, Profile, ProfileSource, link_time_text, no_types, types_in};
-use crate::{Bytes, SymbolTable, Types};
+use crate::{SymbolTable, Types};
 
 use format::Entry;
 
@@ -230,11 +230,12 @@ fn load(place: &Place, name: &str, memory: &GuestMemory, image: &KernelImage) ->
     if !entry.is_bound() {
         return Err("it does not hold what its profile was made from".to_owned());
     }
-    let (intact, same) = rayon::join(|| entry.is_intact(), || same_sources(&entry, memory, image));
-    if !intact {
+    // By this thread alone, as all on the way of a run that finds its profile here: threads take longer to come into being
+    // than this takes, and most of all where something else has use for the processors, as the guest has.
+    if !entry.is_intact() {
         return Err("the file is damaged".to_owned());
     }
-    if !same {
+    if !same_sources(&entry, memory, image) {
         return Err("the guest's symbols or types are not those of the file".to_owned());
     }
     let types = match &entry.btf {
@@ -258,36 +259,41 @@ fn load(place: &Place, name: &str, memory: &GuestMemory, image: &KernelImage) ->
     Ok(profile)
 }
 
-/// Whether the guest has all source bytes where the file has them from.
+/// Whether the guest has all source bytes where the file has them from. They are compared, not their digests: nothing is
+/// faster, and nothing is left to be believed.
 fn same_sources(entry: &Entry, memory: &GuestMemory, image: &KernelImage) -> bool {
-    const PIECE: usize = 256 << 10;
-    let pieces: Vec<(u64, Bytes)> = entry
-        .sources
-        .iter()
-        .flat_map(|(at, bytes)| {
-            (0..bytes.len())
-                .step_by(PIECE)
-                .filter_map(move |i| Some((at + i as u64, bytes.slice(i..bytes.len().min(i + PIECE))?)))
-        })
-        .collect();
-    pieces.par_iter().all(|(at, want)| {
-        if at
-            .checked_add(want.len() as u64)
-            .is_none_or(|end| end > image.len)
-        {
+    let mut scratch = Vec::new();
+    entry.sources.iter().all(|(at, want)| {
+        let len = want.len() as u64;
+        let inside = at.checked_add(len).is_some_and(|end| end <= image.len);
+        inside
+            && is_at(
+                memory,
+                image.phys.wrapping_add(*at),
+                want.as_slice(),
+                &mut scratch,
+            )
+    })
+}
+
+/// Whether `want` is at `gpa`.
+fn is_at(memory: &GuestMemory, gpa: Gpa, want: &[u8], scratch: &mut Vec<u8>) -> bool {
+    if let Some(here) = memory.frozen(gpa, want.len()) {
+        return here == want;
+    }
+    // In bites that stay in the second cache level, and are long enough for a system call each not to count.
+    const BITE: usize = 256 << 10;
+    let most = want.len().min(BITE);
+    if scratch.len() < most {
+        scratch.resize(most, 0);
+    }
+    want.chunks(BITE).enumerate().all(|(i, want)| {
+        let Some(here) = scratch.get_mut(..want.len()) else {
             return false;
-        }
-        let gpa = image.phys.wrapping_add(*at);
-        let want = want.as_slice();
-        if let Some(here) = memory.frozen(gpa, want.len()) {
-            return here == want;
-        }
-        // In bites that stay in the first cache level.
-        let mut here = [0; 16 << 10];
-        want.chunks(here.len()).enumerate().all(|(i, want)| {
-            let at = gpa.wrapping_add((i * (16 << 10)) as u64);
-            let here = &mut here[..want.len()];
-            memory.read(at, here).is_ok() && *here == *want
-        })
+        };
+        memory
+            .read_once(gpa.wrapping_add((i * BITE) as u64), here)
+            .is_ok()
+            && *here == *want
     })
 }

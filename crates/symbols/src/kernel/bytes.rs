@@ -100,20 +100,22 @@ impl<'m> ImageBytes<'m> {
         }
         let mut bytes = vec![0; usize::try_from(len).ok()?];
         const PIECE: usize = 1 << 20;
-        let failed: usize = bytes
-            .par_chunks_mut(PIECE)
-            .enumerate()
-            .map(|(i, piece)| {
-                let at = gpa.wrapping_add((i * PIECE) as u64);
-                if self.memory.read(at, piece).is_ok() {
-                    return 0;
-                }
-                let pages = piece.chunks_mut(0x1000).enumerate();
-                pages
-                    .filter_map(|(j, p)| self.memory.read(at.wrapping_add(j as u64 * 0x1000), p).err())
-                    .count()
-            })
-            .sum();
+        let piece = |(i, piece): (usize, &mut [u8])| {
+            let at = gpa.wrapping_add((i * PIECE) as u64);
+            if self.memory.read(at, piece).is_ok() {
+                return 0;
+            }
+            let pages = piece.chunks_mut(0x1000).enumerate();
+            pages
+                .filter_map(|(j, p)| self.memory.read(at.wrapping_add(j as u64 * 0x1000), p).err())
+                .count()
+        };
+        // A piece alone wakes no threads: the first who asks for them has to make them.
+        let failed: usize = if bytes.len() <= PIECE {
+            piece((0, &mut bytes))
+        } else {
+            bytes.par_chunks_mut(PIECE).enumerate().map(piece).sum()
+        };
         (failed < bytes.len().div_ceil(0x1000)).then_some(Cow::Owned(bytes))
     }
 }

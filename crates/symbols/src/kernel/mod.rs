@@ -133,6 +133,13 @@ pub fn find(memory: &GuestMemory, hints: &Hints) -> Result<Found, FindError> {
     find_known(memory, hints, hints.thorough, &[])
 }
 
+/// The kernel that the page below 1 MiB leads to, if it is the only one there: [`find`] without what costs more than a look.
+pub(crate) fn at_hand(memory: &GuestMemory, known: &[Known]) -> Option<Found> {
+    let mut search = Search::new(memory, known);
+    let (trampoline, _) = search.run_trampoline();
+    (search.proven.len() == 1).then(|| search.choose(&trampoline, &[], &[]))
+}
+
 /// [`find`], as thorough as said here, sparing the search for banner and build-id where a kernel is one of `known`.
 pub(crate) fn find_known(
     memory: &GuestMemory,
@@ -140,16 +147,8 @@ pub(crate) fn find_known(
     thorough: bool,
     known: &[Known],
 ) -> Result<Found, FindError> {
-    let mut search = Search {
-        memory,
-        known,
-        anchors: Vec::new(),
-        proven: Vec::new(),
-        rejected: Vec::new(),
-    };
-
-    let trampoline = x86::anchors::by_trampoline(memory);
-    let mut tried = search.run("the trampoline page below 1 MiB", &trampoline);
+    let mut search = Search::new(memory, known);
+    let (trampoline, mut tried) = search.run_trampoline();
     if search.proven.len() == 1 && !thorough {
         return Ok(search.choose(&trampoline, &[], &[]));
     }
@@ -194,7 +193,24 @@ struct Search<'a> {
 /// More candidates than any real guest has are somebody's attempt to keep us busy.
 const MAX_ANCHORS: usize = 64;
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    fn new(memory: &'a GuestMemory, known: &'a [Known]) -> Self {
+        Self {
+            memory,
+            known,
+            anchors: Vec::new(),
+            proven: Vec::new(),
+            rejected: Vec::new(),
+        }
+    }
+
+    /// The cheapest strategy: what it leads to, and what came of it.
+    fn run_trampoline(&mut self) -> (Vec<Gpa>, String) {
+        let trampoline = x86::anchors::by_trampoline(self.memory);
+        let tried = self.run("the trampoline page below 1 MiB", &trampoline);
+        (trampoline, tried)
+    }
+
     /// Tries to prove each anchor that is new. Says what came of it.
     fn run(&mut self, strategy: &str, anchors: &[Gpa]) -> String {
         let before = self.proven.len();

@@ -16,7 +16,7 @@ use crate::gdb::{Gdb, GdbError, StubMemory};
 use crate::host::process::Process;
 use crate::host::sockets::{self, ListenAddress, NetTables, Wanted};
 use crate::layout::HostRange;
-use crate::layout::from_monitor;
+use crate::layout::from_monitor::{self, Blocks};
 use crate::monitor;
 use crate::spec::GdbAddress;
 use crate::target::{Control, Target, TargetKind};
@@ -52,7 +52,7 @@ pub(super) fn attach(address: &GdbAddress, options: &AttachOptions<'_>) -> Resul
 fn ask(stub: &mut Gdb, info: &VmInfo) -> Result<Vec<HostRange>, String> {
     let mut backends = monitor::parse_memdev(&stub.hmp("info memdev").map_err(|e| e.to_string())?);
     leave_out_devices(&mut backends, info);
-    layout_of(from_monitor::ask(&backends, |lines| {
+    layout_of(from_monitor::ask(&backends, Blocks::Unknown, |lines| {
         lines.iter().map(|line| stub.hmp(line)).collect()
     }))
 }
@@ -101,6 +101,7 @@ fn through_stub(
         notes: vec![note.to_owned()],
         info: None,
         vmcoreinfo: None,
+        ahead: false,
         control: Control::Gdb {
             control,
             _memory: Some(Arc::new(held)),

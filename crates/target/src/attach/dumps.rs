@@ -55,6 +55,7 @@ pub(super) fn attach(
         notes,
         info: None,
         vmcoreinfo: dump.vmcoreinfo,
+        ahead: false,
         control: Control::Dump(dump.registers),
     })
 }

@@ -90,7 +90,7 @@ impl Evidence {
 }
 
 /// The fields that every process has.
-pub(super) fn fill_process(info: &mut VmInfo, process: Process) {
+pub(super) fn fill_process(info: &mut VmInfo, process: Process, keep_maps: bool) {
     match process.uid() {
         Ok(uid) => info.uid = Some(uid),
         Err(e) => info.problem("uid", e.to_string()),
@@ -141,6 +141,7 @@ pub(super) fn fill_process(info: &mut VmInfo, process: Process) {
                     })
                     .collect(),
             );
+            info.maps = keep_maps.then_some(all);
         }
         Err(e) => info.problem(
             "shared_memory",

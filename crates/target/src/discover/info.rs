@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Serialize, Serializer};
 
 use super::qemu::QemuConfig;
+use crate::host::maps::Mapping;
 use crate::host::process::Identity;
 
 /// The program that runs a machine.
@@ -166,6 +167,9 @@ pub struct VmInfo {
     /// The parsed command line of a QEMU.
     #[serde(skip)]
     pub(crate) qemu: Option<QemuConfig>,
+    /// Its mappings when it was described, where that was to attach to it: [`crate::attach`] takes them.
+    #[serde(skip)]
+    pub(crate) maps: Option<Vec<Mapping>>,
 }
 
 /// Longest text taken over from a command line, in bytes.
@@ -192,6 +196,7 @@ impl VmInfo {
             problems: Vec::new(),
             start_ticks: None,
             qemu: None,
+            maps: None,
         }
     }
 

@@ -42,7 +42,10 @@ pub fn describe(pid: u32) -> Option<VmInfo> {
 
 /// [`describe`] without what only people want to know: TCP sockets cost milliseconds.
 pub(crate) fn describe_to_attach(pid: u32) -> Option<VmInfo> {
-    Some(identify(Process { pid }, &kvm_holders())?.describe(&mut NetTables::new(Wanted::Unix)))
+    let process = Process { pid };
+    // A machine's program is known by its name, as a rule.
+    let machine = identify(process, &BTreeSet::new()).or_else(|| identify(process, &kvm_holders()))?;
+    Some(machine.describe(&mut NetTables::new(Wanted::Unix)))
 }
 
 /// The longest configuration file that is read.
@@ -58,6 +61,16 @@ pub(crate) fn find(is_it: impl Fn(u32) -> bool) -> Option<VmInfo> {
 pub(crate) fn waiting_at(path: &Path) -> Option<u32> {
     let file = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
     let wanted = file(path)?;
+    // Of a host's processes few are a QEMU at all, and of those hardly one waits: which of two is meant is asked of such only.
+    let may_wait = |process: Process| {
+        identify(process, &BTreeSet::new()).is_some_and(|machine| match machine.command_line() {
+            CommandLine::Qemu(config, _) => config.waits_for_qmp,
+            CommandLine::MicroVm(_) | CommandLine::Unknown => false,
+        })
+    };
+    if !process::all().ok()?.into_iter().any(may_wait) {
+        return None;
+    }
     let waits = |machine: &Machine| {
         let CommandLine::Qemu(config, _) = machine.command_line() else {
             return false;
@@ -276,7 +289,7 @@ impl Machine {
     fn describe(&self, tables: &mut NetTables) -> VmInfo {
         let evidence = evidence::gather(self.process, tables);
         let mut info = VmInfo::new(self.vmm, self.process.pid, &self.program);
-        evidence::fill_process(&mut info, self.process);
+        evidence::fill_process(&mut info, self.process, !tables.has_tcp());
         match self.command_line() {
             CommandLine::Qemu(config, smbios) => {
                 info.uuid = smbios;

@@ -8,6 +8,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nix::time::{ClockId, clock_gettime};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 
 /// The most of a command line that is read. libvirt's longest are about 100 KiB; the kernel allows megabytes.
@@ -38,9 +39,10 @@ pub(crate) struct Identity {
 impl Identity {
     /// Whether the process still runs.
     pub(crate) fn runs(self) -> bool {
-        let process = Process { pid: self.pid };
-        !process.is_gone()
-            && (self.start_ticks.is_none() || process.stat().ok().map(|s| s.start_ticks) == self.start_ticks)
+        match (Process { pid: self.pid }).stat() {
+            Ok(stat) => !stat.is_over() && self.start_ticks.is_none_or(|ticks| ticks == stat.start_ticks),
+            Err(error) => !is_absent(&error) && self.start_ticks.is_none(),
+        }
     }
 }
 
@@ -73,6 +75,18 @@ pub(crate) struct Stat {
     pub(crate) parent: u32,
     /// When it was started, in clock ticks after boot. Pid and start time name a process for good.
     pub(crate) start_ticks: u64,
+}
+
+impl Stat {
+    /// Whether only the entry in the table of processes is left.
+    fn is_over(&self) -> bool {
+        matches!(self.state, b'Z' | b'X' | b'x')
+    }
+}
+
+/// Whether an error of a file of `/proc/PID` says that there is no such process.
+fn is_absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(3)
 }
 
 /// Every process that is there now, by pid. Processes come and go meanwhile: none of it is a promise.
@@ -218,8 +232,8 @@ impl Process {
     /// Whether the process is gone or only a zombie remains of it.
     pub(crate) fn is_gone(self) -> bool {
         match self.stat() {
-            Ok(stat) => matches!(stat.state, b'Z' | b'X' | b'x'),
-            Err(e) => matches!(e.kind(), io::ErrorKind::NotFound) || e.raw_os_error() == Some(3),
+            Ok(stat) => stat.is_over(),
+            Err(error) => is_absent(&error),
         }
     }
 
@@ -264,18 +278,23 @@ impl Process {
     }
 }
 
-/// When the host was booted, in seconds since 1970.
+/// When the host was booted, in seconds since 1970: what `btime` in `/proc/stat` says, for which the kernel would add up the
+/// interrupts of all processors.
 pub(crate) fn boot_time() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/stat")?;
-    text.lines()
-        .find_map(|l| l.strip_prefix("btime ")?.trim().parse().ok())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/stat has no btime"))
+    let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
+    let since = clock_gettime(ClockId::CLOCK_BOOTTIME)?;
+    u64::try_from((now - since).tv_sec())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the clock is before the time of boot"))
 }
+
+/// A file that may have more than this is a list.
+const MANY: u64 = 1 << 20;
 
 /// Reads at most `max` bytes of a file.
 pub(crate) fn read_bounded(path: &Path, max: u64) -> io::Result<Vec<u8>> {
-    // Files of /proc do not tell their length. Most of them come whole in one read of a page.
-    let mut bytes = Vec::with_capacity(4096);
+    // Files of /proc do not tell their length. Most of them come whole in one read of a page; those that may be long must not
+    // be asked for in driblets where the room runs out.
+    let mut bytes = Vec::with_capacity(if max > MANY { 64 * 1024 } else { 4096 });
     File::open(path)?.take(max).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
@@ -438,6 +457,14 @@ mod tests {
         child.wait().unwrap();
         let inside = || Some("inside".to_owned());
         assert_eq!(found, [inside(), inside(), None, None, inside()]);
+    }
+
+    #[test]
+    fn the_time_of_boot_is_the_kernels() {
+        let text = fs::read_to_string("/proc/stat").unwrap();
+        let btime = text.lines().find_map(|line| line.strip_prefix("btime ")).unwrap();
+        // The clock may be set in between.
+        assert!(btime.parse::<u64>().unwrap().abs_diff(boot_time().unwrap()) <= 1);
     }
 
     #[test]

@@ -21,6 +21,13 @@ pub(crate) struct Built {
     pub(crate) notes: Vec<String>,
 }
 
+/// The files behind a process's mappings that are mapped here already, or why one cannot be.
+#[derive(Debug, Default)]
+pub(crate) struct Opened(BTreeMap<Place, Result<Arc<MappedMemory>, String>>);
+
+/// A mapping by its start, end, offset and inode.
+type Place = (u64, u64, u64, u64);
+
 /// Builds the memory of `ranges`. `maps` are the mappings of `process`, not joined. Files are opened for writing
 /// only where `write` asks for it.
 pub(crate) fn build(
@@ -28,6 +35,7 @@ pub(crate) fn build(
     maps: &[Mapping],
     ranges: &[HostRange],
     write: bool,
+    opened: &mut Opened,
 ) -> Result<Built, BuildError> {
     let of_process = Arc::new(
         ProcessMemory::open(process.pid).map_err(|source| BuildError::Process {
@@ -35,8 +43,7 @@ pub(crate) fn build(
             source,
         })?,
     );
-    let mut notes = Vec::new();
-    let mut opened: BTreeMap<u64, Option<Arc<MappedMemory>>> = BTreeMap::new();
+    let mut notes: Vec<String> = Vec::new();
     let (mut mapped, mut copied) = (0_u64, 0_u64);
     let mut builder = GuestMemory::builder();
     for range in ranges {
@@ -47,19 +54,24 @@ pub(crate) fn build(
             let found = maps.iter().find(|m| m.start <= at && at < m.end);
             let len = found.map_or(end, |m| m.end.min(end)) - at;
             let shared = found.filter(|m| m.shared && m.inode != 0).and_then(|m| {
-                let entry = opened
-                    .entry(m.start)
-                    .or_insert_with(|| match map_file(process, m, write) {
-                        Ok(mapping) => Some(mapping),
-                        Err(e) => {
-                            notes.push(format!(
-                                "{} is shared but cannot be mapped ({e}); it is read through the process",
-                                m.path
-                            ));
-                            None
+                let key = (m.start, m.end, m.offset, m.inode);
+                let entry = opened.0.entry(key).or_insert_with(|| {
+                    map_file(process, m, write).map_err(|e| {
+                        format!(
+                            "{} is shared but cannot be mapped ({e}); it is read through the process",
+                            m.path
+                        )
+                    })
+                });
+                match entry {
+                    Ok(mapping) => Some((Arc::clone(mapping), at - m.start)),
+                    Err(note) => {
+                        if !notes.contains(note) {
+                            notes.push(note.clone());
                         }
-                    });
-                Some((entry.clone()?, at - m.start))
+                        None
+                    }
+                }
             });
             builder = match shared {
                 Some((mapping, offset)) => {

@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{HostRange, joined};
 use crate::host::maps::Mapping;
-use crate::monitor;
+use crate::monitor::{self, FlatRange};
 
 /// Most ranges whose address is asked for again one by one.
 const MAX_CHECKED: usize = 64;
+
+/// What is smaller is a window through which firmware is shown.
+const WINDOW: u64 = 1 << 20;
 
 /// Why the monitor's answer is of no use.
 #[derive(Debug)]
@@ -24,15 +27,56 @@ impl<E> From<E> for MonitorFailure<E> {
     }
 }
 
+/// Whether a monitor's table of blocks says where each lies: from QEMU 8.1 on. Before, it says nothing that is needed, and
+/// each question costs, by QMP some 0.4 ms.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Blocks {
+    /// It is asked for.
+    Placed,
+    /// It is not.
+    Unplaced,
+    /// It is asked for, for nobody knows.
+    Unknown,
+}
+
+impl Blocks {
+    /// What a QEMU of this version, major and minor, says.
+    pub(crate) fn of_version(version: (u32, u32)) -> Self {
+        if version >= (8, 1) {
+            Self::Placed
+        } else {
+            Self::Unplaced
+        }
+    }
+}
+
+/// What is asked first, whatever the machine: what lies where, where the process has what on a PC is the beginning of its
+/// main memory, and which blocks there are.
+pub(crate) fn first_questions(blocks: Blocks) -> Vec<String> {
+    let mut lines = vec!["info mtree -f".to_owned(), gpa2hva(MAIN_MEMORY)];
+    if blocks != Blocks::Unplaced {
+        lines.push("info ramblock".to_owned());
+    }
+    lines
+}
+
+/// Behind what a PC shows of its firmware and of its screen (all versions of hw/i386).
+const MAIN_MEMORY: u64 = 0x10_0000;
+
+fn gpa2hva(gpa: u64) -> String {
+    format!("gpa2hva {gpa:#x}")
+}
+
 /// Asks for the layout. `hmp` runs lines of the human monitor in their order, and gives a text for each; `backends` are the ids of the memory backends.
 /// The guest changes its layout while its firmware runs, so answers that disagree are asked for again.
 pub(crate) fn ask<E>(
     backends: &[String],
+    blocks: Blocks,
     mut hmp: impl FnMut(&[String]) -> Result<Vec<String>, E>,
 ) -> Result<Vec<HostRange>, MonitorFailure<E>> {
     let mut last = String::new();
     for _ in 0..3 {
-        match ask_once(backends, &mut hmp) {
+        match ask_once(backends, blocks, &mut hmp) {
             Err(MonitorFailure::Inconsistent(reason)) => last = reason,
             other => return other,
         }
@@ -42,10 +86,13 @@ pub(crate) fn ask<E>(
 
 fn ask_once<E>(
     backends: &[String],
+    blocks: Blocks,
     hmp: &mut impl FnMut(&[String]) -> Result<Vec<String>, E>,
 ) -> Result<Vec<HostRange>, MonitorFailure<E>> {
     let inconsistent = |reason: String| Err(MonitorFailure::Inconsistent(reason));
-    let [tree, blocks] = &hmp(&["info mtree -f", "info ramblock"].map(str::to_owned))?[..] else {
+    let questions = first_questions(blocks);
+    let answers = hmp(&questions)?;
+    let ([tree, main, blocks @ ..], true) = (&answers[..], answers.len() == questions.len()) else {
         return inconsistent("not every command was answered".into());
     };
     let Some(flat) = monitor::guest_memory(tree, backends) else {
@@ -54,8 +101,11 @@ fn ask_once<E>(
     if flat.is_empty() {
         return inconsistent("info mtree -f shows no main memory".into());
     }
-    let blocks = monitor::parse_ramblocks(blocks);
-    // From QEMU 8.1 on the table of blocks says where each lies; a block's id ends with its region's name.
+    let blocks = blocks
+        .first()
+        .map(|table| monitor::parse_ramblocks(table))
+        .unwrap_or_default();
+    // A block's id ends with its region's name.
     let mut bases: BTreeMap<&str, u64> = BTreeMap::new();
     for range in &flat {
         let named = |b: &&monitor::RamBlock| {
@@ -81,21 +131,31 @@ fn ask_once<E>(
             }
         }
     }
-    // The address of a byte of each block, asked for outright. gpa2hva takes what is plain RAM only, so shadowed
-    // ROM is placed through its block.
+    // Where every range that counts lies is asked outright, and of each block that nothing has told yet one of its ranges. The
+    // windows below 1 MiB through which firmware is shown come and go; they lie where their block does. gpa2hva takes what
+    // is plain RAM only, so shadowed ROM is placed through its block.
+    let ram = || flat.iter().filter(|r| r.kind.ends_with("ram"));
+    let mut asked: Vec<&FlatRange> = ram().filter(|r| r.len >= WINDOW).take(MAX_CHECKED).collect();
     let mut placed: BTreeSet<&str> = bases.keys().copied().collect();
-    let mut asked = Vec::new();
-    for range in flat.iter().filter(|r| r.kind.ends_with("ram")) {
-        if placed.insert(&range.block) || asked.len() < MAX_CHECKED {
-            asked.push(range);
-        }
-    }
-    let lines: Vec<String> = asked.iter().map(|r| format!("gpa2hva {:#x}", r.gpa)).collect();
-    let answers = hmp(&lines)?;
-    if answers.len() != asked.len() {
+    placed.extend(asked.iter().map(|r| r.block.as_str()));
+    asked.extend(ram().filter(|r| placed.insert(&r.block)));
+    // One of the answers is there already.
+    let (first, rest): (Vec<&FlatRange>, Vec<&FlatRange>) =
+        asked.into_iter().partition(|r| r.gpa == MAIN_MEMORY);
+    let lines: Vec<String> = rest.iter().map(|r| gpa2hva(r.gpa)).collect();
+    let answers = if lines.is_empty() {
+        Vec::new()
+    } else {
+        hmp(&lines)?
+    };
+    if answers.len() != rest.len() {
         return inconsistent("not every command was answered".into());
     }
-    for (range, answer) in asked.into_iter().zip(&answers) {
+    let answered = first
+        .into_iter()
+        .map(|r| (r, main))
+        .chain(rest.into_iter().zip(&answers));
+    for (range, answer) in answered {
         let Some(hva) = monitor::parse_gpa2hva(answer) else {
             return inconsistent(format!("gpa2hva knows no memory at {:#x}", range.gpa));
         };
@@ -154,7 +214,9 @@ mod tests {
         backends: &[String],
         mut answer: impl FnMut(&str) -> Result<String, E>,
     ) -> Result<Vec<HostRange>, MonitorFailure<E>> {
-        super::ask(backends, |lines| lines.iter().map(|line| answer(line)).collect())
+        super::ask(backends, Blocks::Unknown, |lines| {
+            lines.iter().map(|line| answer(line)).collect()
+        })
     }
 
     /// Answers as the captured machine did, with its blocks where `NEW` says they are.
@@ -215,19 +277,58 @@ mod tests {
 
     #[test]
     fn few_questions_are_asked_and_many_at_once() {
-        let mut asked = Vec::new();
-        let layout: Result<_, MonitorFailure<()>> = super::ask(&backends(), |lines| {
-            asked.push(lines.len());
-            lines.iter().map(|line| answer(line, OLD)).collect()
-        });
-        assert_eq!(asked.len(), 2, "{asked:?}");
-        assert_eq!(asked[0], 2);
-        assert!(layout.is_ok());
+        for (blocks, table, first, then) in [
+            // Two ranges above 4 GiB are of blocks that nothing has placed yet, one goes on with what was.
+            (Blocks::Unplaced, OLD, 2, 3),
+            (Blocks::Unknown, OLD, 3, 3),
+            (Blocks::Placed, NEW, 3, 3),
+        ] {
+            let mut asked = Vec::new();
+            let layout: Result<_, MonitorFailure<()>> = super::ask(&backends(), blocks, |lines| {
+                asked.push(lines.len());
+                lines.iter().map(|line| answer(line, table)).collect()
+            });
+            assert_eq!(asked, [first, then], "{blocks:?}");
+            let whole = ask(&backends(), |line| answer(line, OLD)).unwrap();
+            assert_eq!(layout.unwrap(), whole, "{blocks:?}");
+        }
         // A monitor that leaves out an answer must not have the others taken for it.
-        let short: Result<_, MonitorFailure<()>> = super::ask(&backends(), |lines| {
-            lines.iter().skip(1).map(|line| answer(line, OLD)).collect()
-        });
-        assert!(matches!(short, Err(MonitorFailure::Inconsistent(r)) if r.contains("answered")));
+        for blocks in [Blocks::Unplaced, Blocks::Unknown] {
+            let short: Result<_, MonitorFailure<()>> = super::ask(&backends(), blocks, |lines| {
+                lines.iter().skip(1).map(|line| answer(line, OLD)).collect()
+            });
+            assert!(matches!(short, Err(MonitorFailure::Inconsistent(r)) if r.contains("answered")));
+        }
+    }
+
+    #[test]
+    fn one_round_of_questions_does_for_a_small_pc() {
+        const BOOTED: &str = include_str!("../monitor/captured/qemu7.2-pc-booted.mtree");
+        let mut rounds = 0;
+        let layout: Result<_, MonitorFailure<()>> =
+            super::ask(&["pc.ram".to_owned()], Blocks::Unplaced, |lines| {
+                rounds += 1;
+                let answer = |line: &String| match line.strip_prefix("gpa2hva 0x") {
+                    None => BOOTED.to_owned(),
+                    Some(gpa) => {
+                        let hva = 0x7f00_0000_0000 + u64::from_str_radix(gpa, 16).unwrap();
+                        format!("Host virtual address for 0x{gpa} (pc.ram) is {hva:#x}\n")
+                    }
+                };
+                Ok(lines.iter().map(answer).collect())
+            });
+        let layout = layout.unwrap();
+        assert_eq!(rounds, 1);
+        assert!(layout.iter().all(|r| r.hva == 0x7f00_0000_0000 + r.gpa));
+        assert_eq!(layout.first().map(|r| r.gpa), Some(0));
+    }
+
+    #[test]
+    fn what_a_version_says_of_its_blocks() {
+        assert_eq!(Blocks::of_version((7, 2)), Blocks::Unplaced);
+        assert_eq!(Blocks::of_version((8, 0)), Blocks::Unplaced);
+        assert_eq!(Blocks::of_version((8, 1)), Blocks::Placed);
+        assert_eq!(Blocks::of_version((10, 0)), Blocks::Placed);
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod mtree;
 mod ramblock;
 mod registers;
 
-pub(crate) use mtree::guest_memory;
+pub(crate) use mtree::{FlatRange, guest_memory};
 pub(crate) use ramblock::{RamBlock, parse_gpa2hva, parse_memdev, parse_ramblocks};
 pub(crate) use registers::parse_registers;
 

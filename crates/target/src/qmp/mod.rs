@@ -11,6 +11,7 @@
 mod connect;
 mod error;
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -32,6 +33,12 @@ const MAX_ANSWER: usize = 32 << 20;
 /// The command that runs one of the human monitor.
 const HUMAN: &str = "human-monitor-command";
 
+/// The command that lists the memory backends.
+const MEMORY_BACKENDS: &str = "query-memdev";
+
+/// The command that every session begins with.
+const CAPABILITIES: &str = "qmp_capabilities";
+
 /// Most commands that are sent before the first is answered: they must fit into the socket's buffer.
 const AT_ONCE: usize = 64;
 
@@ -46,6 +53,11 @@ fn request(command: &str, arguments: Value) -> String {
     format!("{request}\n")
 }
 
+/// The same for a line of the human monitor.
+fn human(line: &str) -> String {
+    request(HUMAN, json!({ "command-line": line }))
+}
+
 /// A connection to a QMP monitor, past the greeting.
 #[derive(Debug)]
 pub struct Qmp {
@@ -55,6 +67,8 @@ pub struct Qmp {
     timeout: Duration,
     server: Option<u32>,
     version: (u32, u32),
+    /// The commands that were sent ahead and are not answered yet.
+    ahead: VecDeque<String>,
 }
 
 /// Whether a machine runs, as `query-status` says.
@@ -73,6 +87,13 @@ impl Qmp {
     /// # Errors
     /// [`QmpError::Busy`] where another client holds the socket, [`QmpError::Silent`] where nothing is heard.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        let mut qmp = Self::greeted(path, timeout)?;
+        qmp.settle()?;
+        Ok(qmp)
+    }
+
+    /// Connects, reads the greeting and does not wait for what follows it: the first command does.
+    pub(crate) fn greeted(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
         // Whoever holds it now would be waited for in vain; a holder we may not see is found out by waiting.
         if let Some(busy) = QmpError::held(path) {
             return Err(busy);
@@ -99,6 +120,7 @@ impl Qmp {
             timeout,
             server,
             version: (0, 0),
+            ahead: VecDeque::new(),
         };
         let greeting = match qmp.message(deadline, "the greeting") {
             Err(QmpError::Timeout { .. }) => return Err(QmpError::silent(path, Some(&qmp.stream), timeout)),
@@ -114,7 +136,7 @@ impl Qmp {
                 .and_then(|n| u32::try_from(n).ok())
         };
         qmp.version = (number("major").unwrap_or(0), number("minor").unwrap_or(0));
-        qmp.execute("qmp_capabilities", Value::Null)?;
+        qmp.send_ahead(vec![request(CAPABILITIES, Value::Null)])?;
         Ok(qmp)
     }
 
@@ -156,9 +178,69 @@ impl Qmp {
 
     /// Runs a command and waits for its answer. Events that come meanwhile are passed over.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let request = request(command, arguments);
+        let sent = self.was_sent(&request)?;
         let deadline = Instant::now() + self.timeout;
-        self.send(request(command, arguments).as_bytes(), deadline, command)?;
+        if !sent {
+            self.send(request.as_bytes(), deadline, command)?;
+        }
         self.answer(deadline, command)
+    }
+
+    /// Asks for the memory backends and for what lines of the human monitor say, without waiting. Whoever asks for the same, in
+    /// this order, has the answer as soon as it is there; other commands drop what was not asked for by then.
+    ///
+    /// QEMU takes about half a millisecond for each, in which the caller has other things to look at.
+    pub(crate) fn ask_ahead(&mut self, lines: &[String]) -> Result<(), QmpError> {
+        let human = lines.iter().take(AT_ONCE).map(|line| human(line));
+        let requests = std::iter::once(request(MEMORY_BACKENDS, Value::Null)).chain(human);
+        self.send_ahead(requests.collect())
+    }
+
+    fn send_ahead(&mut self, requests: Vec<String>) -> Result<(), QmpError> {
+        let deadline = Instant::now() + self.timeout;
+        self.send(requests.concat().as_bytes(), deadline, CAPABILITIES)?;
+        self.ahead.extend(requests);
+        Ok(())
+    }
+
+    /// Whether a command was sent ahead, and its answer comes next.
+    fn was_sent(&mut self, request: &str) -> Result<bool, QmpError> {
+        while let Some(next) = self.ahead.pop_front() {
+            if next == request {
+                return Ok(true);
+            }
+            self.skip(&next)?;
+        }
+        Ok(false)
+    }
+
+    /// Waits until the session has begun, if it has not: QEMU is at work on what was sent ahead then. A thread of it that was woken
+    /// by us waits for our processor as long as we do not sleep.
+    pub(crate) fn begin(&mut self) -> Result<(), QmpError> {
+        let first = request(CAPABILITIES, Value::Null);
+        if self.ahead.front() == Some(&first) {
+            self.ahead.pop_front();
+            self.skip(&first)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing that was sent ahead is without an answer.
+    fn settle(&mut self) -> Result<(), QmpError> {
+        while let Some(next) = self.ahead.pop_front() {
+            self.skip(&next)?;
+        }
+        Ok(())
+    }
+
+    /// Passes over the answer to a command that was sent ahead. Only that the session has begun matters to everybody.
+    fn skip(&mut self, sent: &str) -> Result<(), QmpError> {
+        let begins = sent == request(CAPABILITIES, Value::Null);
+        match self.answer(Instant::now() + self.timeout, CAPABILITIES) {
+            Err(QmpError::Command { .. }) if !begins => Ok(()),
+            other => other.map(drop),
+        }
     }
 
     /// Waits for the answer to a command that was sent.
@@ -202,28 +284,44 @@ impl Qmp {
     /// The first that occurs. Where a command failed, those behind it have been run too.
     pub fn hmp_all(&mut self, lines: &[String]) -> Result<Vec<String>, QmpError> {
         let mut texts = Vec::with_capacity(lines.len());
-        for lines in lines.chunks(AT_ONCE) {
-            let deadline = Instant::now() + self.timeout;
-            let requests: String = lines
-                .iter()
-                .map(|line| request(HUMAN, json!({ "command-line": line })))
-                .collect();
-            self.send(requests.as_bytes(), deadline, HUMAN)?;
-            let mut failed = None;
-            for _ in lines {
-                // As if each had been sent when the one before it was answered.
-                let deadline = Instant::now() + self.timeout;
-                match self.answer(deadline, HUMAN) {
-                    Ok(value) => texts.push(self.human_text(value)?),
-                    Err(error @ QmpError::Command { .. }) => failed = failed.or(Some(error)),
-                    Err(error) => return Err(error),
-                }
+        let mut failed = None;
+        let mut rest = lines;
+        while let Some((line, behind)) = rest.split_first() {
+            if !self.was_sent(&human(line))? {
+                break;
             }
-            if let Some(error) = failed {
-                return Err(error);
+            self.human_answer(&mut texts, &mut failed)?;
+            rest = behind;
+        }
+        for lines in rest.chunks(AT_ONCE) {
+            if failed.is_some() {
+                break;
+            }
+            let requests: String = lines.iter().map(|line| human(line)).collect();
+            self.send(requests.as_bytes(), Instant::now() + self.timeout, HUMAN)?;
+            for _ in lines {
+                self.human_answer(&mut texts, &mut failed)?;
             }
         }
-        Ok(texts)
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(texts),
+        }
+    }
+
+    /// Takes one of several answers; `failed` is the first command that failed.
+    fn human_answer(
+        &mut self,
+        texts: &mut Vec<String>,
+        failed: &mut Option<QmpError>,
+    ) -> Result<(), QmpError> {
+        // As if each had been sent when the one before it was answered.
+        match self.answer(Instant::now() + self.timeout, HUMAN) {
+            Ok(value) => texts.push(self.human_text(value)?),
+            Err(error @ QmpError::Command { .. }) => *failed = failed.take().or(Some(error)),
+            Err(error) => return Err(error),
+        }
+        Ok(())
     }
 
     fn human_text(&self, value: Value) -> Result<String, QmpError> {
@@ -265,7 +363,7 @@ impl Qmp {
 
     /// The ids of the memory backends (`pc.ram`, `dimm0`, …).
     pub fn memory_backends(&mut self) -> Result<Vec<String>, QmpError> {
-        let value = self.execute("query-memdev", Value::Null)?;
+        let value = self.execute(MEMORY_BACKENDS, Value::Null)?;
         let all = value.as_array().map(Vec::as_slice).unwrap_or_default();
         Ok(all
             .iter()

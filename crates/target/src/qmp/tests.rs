@@ -196,3 +196,48 @@ fn long_paths_work() {
     listener.accept().unwrap();
     drop(stream);
 }
+
+#[test]
+fn what_was_asked_ahead_is_answered_as_if_it_were_asked_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut input = io::BufReader::new(stream.try_clone().unwrap()).lines();
+        let mut say = |line: &str| stream.write_all(line.as_bytes()).unwrap();
+        say(GREETING);
+        // All of it is here before anything is answered.
+        let heard: Vec<String> = input.by_ref().take(5).map(Result::unwrap).collect();
+        say("{\"return\":{}}\n{\"return\":[{\"id\":\"ram\"}]}\n{\"return\":\"1\"}\n{\"event\":\"STOP\"}\n");
+        say("{\"error\":{\"class\":\"x\",\"desc\":\"no\"}}\n{\"return\":\"3\"}\n");
+        input.next();
+        say("{\"return\":\"4\"}\n");
+        heard
+    });
+    let lines = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+    let mut qmp = Qmp::greeted(&path, Duration::from_secs(5)).unwrap();
+    qmp.ask_ahead(&lines(&["one", "two", "three"])).unwrap();
+    qmp.begin().unwrap();
+    qmp.begin().unwrap();
+    assert_eq!(qmp.memory_backends().unwrap(), ["ram"]);
+    assert_eq!(qmp.hmp_all(&lines(&["one"])).unwrap(), ["1"]);
+    // What nobody asks for any more, a failure too, is not taken for the answer to anything else.
+    assert_eq!(qmp.hmp_all(&lines(&["three", "four"])).unwrap(), ["3", "4"]);
+    let heard = server.join().unwrap();
+    let names = ["qmp_capabilities", "query-memdev", "one", "two", "three"];
+    assert!(
+        heard.iter().zip(names).all(|(line, name)| line.contains(name)),
+        "{heard:?}"
+    );
+}
+
+#[test]
+fn a_session_that_does_not_begin_is_an_error() {
+    let (_dir, path, handle) = server(&[GREETING, "{\"error\":{\"class\":\"x\",\"desc\":\"not now\"}}\n"]);
+    let mut qmp = Qmp::greeted(&path, Duration::from_secs(5)).unwrap();
+    let error = qmp.memory_backends().unwrap_err();
+    assert!(error.to_string().contains("not now"), "{error}");
+    drop(qmp);
+    handle.join().unwrap();
+}

@@ -12,6 +12,7 @@ const WRITE: AttachOptions<'static> = AttachOptions {
     write: true,
     timeout: std::time::Duration::from_secs(10),
     prove: None,
+    ahead: None,
 };
 
 fn attach_pid(vm: &Machine, options: &AttachOptions<'_>) -> Target {
@@ -58,6 +59,39 @@ fn plain_memory_of_a_pc() {
     assert!(target.memory.is_live() && target.memory.is_writable());
     assert_eq!(regions(&target), [(0, 0xc0000), (0x10_0000, 512 << 20)]);
     agrees_with_qemu(&vm, &target, &[0, 0xbfff8, 0x10_0000, (512 << 20) - 8]);
+}
+
+#[test]
+fn what_is_looked_at_ahead_is_a_part_of_the_memory() {
+    let vm = Machine::start(&["-machine", "pc", "-m", "512"]);
+    for (spec, monitor) in [
+        (TargetSpec::Pid(vm.pid()), "pid"),
+        (TargetSpec::Qmp(vm.qmp()), "qmp"),
+    ] {
+        vm.hmp("stop");
+        let shown = std::cell::RefCell::new(Vec::new());
+        let ahead = |memory: &vmsight_memory::GuestMemory| {
+            let word = memory.read_u64(Gpa(0x20_0000)).unwrap();
+            shown.borrow_mut().push((memory.regions().to_vec(), word));
+        };
+        let options = AttachOptions {
+            ahead: Some(&ahead),
+            ..WRITE
+        };
+        let target = attach(&spec, &options).unwrap_or_else(|e| panic!("{e}"));
+        assert!(target.ahead, "{monitor}");
+        let shown = shown.into_inner();
+        let [(regions, word)] = &shown[..] else {
+            panic!("{monitor}: shown {} times", shown.len());
+        };
+        // Nothing that may be no memory: touching it would make it be.
+        let spans: Vec<(u64, u64)> = regions.iter().map(|r| (r.start.0, r.end().0)).collect();
+        assert_eq!(spans, [(0, 0xa_0000), (0x10_0000, 512 << 20)]);
+        assert_eq!(target.memory.read_u64(Gpa(0x20_0000)).unwrap(), *word);
+        assert_eq!(target.memory.regions()[0].end(), Gpa(0xc_0000));
+    }
+    // Where nobody looks ahead, nothing is said of it.
+    assert!(!attach_pid(&vm, &WRITE).ahead);
 }
 
 #[test]

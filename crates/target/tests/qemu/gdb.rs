@@ -264,6 +264,7 @@ fn read_through_the_stub(address: &str) {
         write: true,
         timeout: Duration::from_secs(5),
         prove: None,
+        ahead: None,
     };
     let target = attach(&spec(&format!("gdb:{address}")), &options).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(target.kind, TargetKind::GdbStub);
