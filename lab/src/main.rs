@@ -86,6 +86,9 @@ struct GuestArgs {
     /// Take orders: lines of JSON on a socket.
     #[arg(long)]
     orders: bool,
+    /// With the lab's own modules, to be loaded by order.
+    #[arg(long)]
+    modules: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -119,6 +122,7 @@ impl GuestArgs {
             vcpus: self.vcpus,
             qmp: !self.no_qmp,
             orders: self.orders,
+            modules: self.modules,
             ..Spec::new(self.kernel)
         };
         if let Some(count) = self.procs {
