@@ -171,6 +171,7 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
             });
             Ok(Account {
                 values: last.map(u64::from).to_vec(),
+                returned: None,
                 ..account
             })
         }),
