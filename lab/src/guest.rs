@@ -15,10 +15,10 @@ use vmsight_workload::{Truth, frame};
 use crate::cache::Lock;
 use crate::flat;
 use crate::folder::Folder;
-use crate::initramfs;
 use crate::orders::{Account, Order, Orders, Prepared};
 use crate::qmp::Qmp;
 use crate::spec::{Memory, Spec};
+use crate::{initramfs, modules};
 
 /// How many guests may be booting at once on this machine. Booting is all work; afterwards they only stand there.
 pub(crate) const BOOTING: usize = 2;
@@ -61,7 +61,12 @@ impl Guest {
             bail!("{} was built without 5-level paging", spec.kernel);
         }
         let kernel = spec.kernel.fetch()?;
-        let initramfs = initramfs::build(&kernel)?;
+        let own = if spec.modules {
+            modules::build(&kernel)?
+        } else {
+            Vec::new()
+        };
+        let initramfs = initramfs::build_with(&kernel, &own)?;
         let folder = Folder::make(spec.memory_mib, keep)?;
         let _place = Lock::wait_for_place("boot", BOOTING)?;
         let started = Instant::now();

@@ -1,5 +1,6 @@
 //! The guest's first root: busybox, the workload, and the modules of its kernel.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -34,6 +35,11 @@ const BASH: &[&str] = &["/bin/bash-static", "/usr/bin/bash-static"];
 
 /// The image for a kernel: from the cache, if nothing that goes into it has changed.
 pub fn build(kernel: &Fetched) -> Result<PathBuf> {
+    build_with(kernel, &[])
+}
+
+/// The same with modules of our own (see [`crate::modules`]), which are there to be loaded later.
+pub fn build_with(kernel: &Fetched, modules: &[PathBuf]) -> Result<PathBuf> {
     let workload = workload()?;
     let mut archive = Archive::new();
     for folder in ["dev", "proc", "sys", "tmp", "new"] {
@@ -51,6 +57,13 @@ pub fn build(kernel: &Fetched) -> Result<PathBuf> {
         order.push('\n');
     }
     archive.file("lib/modules/order", 0o644, order.as_bytes());
+    for module in modules {
+        let name = module
+            .file_name()
+            .and_then(OsStr::to_str)
+            .context("a module has a name")?;
+        archive.file(&format!("lib/modules/vmsight/{name}"), 0o644, &read(module)?);
+    }
     let bytes = archive.finish();
     let folder = cache::folder()?.join("initramfs");
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;

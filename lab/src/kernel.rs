@@ -61,20 +61,31 @@ impl Kernel {
     pub fn fetch(self) -> Result<Fetched> {
         let folder = cache::folder()?.join("kernels").join(self.id());
         if !folder.join("package").exists() {
-            let script = cache::workspace().join("lab/setup");
-            let output = Command::new(&script)
-                .arg(self.id())
-                .stdin(Stdio::null())
-                .output()
-                .with_context(|| format!("run {}", script.display()))?;
-            if !output.status.success() {
-                bail!(
-                    "{} {self}: {}",
-                    script.display(),
-                    String::from_utf8_lossy(&output.stderr).trim()
-                );
-            }
+            self.set_up(&[])?;
         }
+        self.fetched(folder)
+    }
+
+    /// Runs `lab/setup` for it.
+    fn set_up(self, options: &[&str]) -> Result<()> {
+        let script = cache::workspace().join("lab/setup");
+        let output = Command::new(&script)
+            .args(options)
+            .arg(self.id())
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("run {}", script.display()))?;
+        if !output.status.success() {
+            bail!(
+                "{} {self}: {}",
+                script.display(),
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(())
+    }
+
+    fn fetched(self, folder: PathBuf) -> Result<Fetched> {
         let read = |name: &str| -> Result<String> {
             let path = folder.join(name);
             Ok(fs::read_to_string(&path)
@@ -85,6 +96,7 @@ impl Kernel {
         Ok(Fetched {
             release: read("release")?,
             package: read("package")?,
+            kernel: self,
             folder,
         })
     }
@@ -115,6 +127,7 @@ pub struct Fetched {
     pub release: String,
     /// Debian package and version.
     pub package: String,
+    kernel: Kernel,
     folder: PathBuf,
 }
 
@@ -128,6 +141,25 @@ impl Fetched {
     pub fn config(&self) -> Result<String> {
         let path = self.folder.join("config");
         fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+    }
+
+    /// The folder with what modules for it are built against (in `build`); fetched where it is missing. Fails where the kernel in
+    /// the cache is so old that its headers are no longer to be had: `lab/setup --headers` then fetches newer ones of both.
+    pub fn headers(&self) -> Result<PathBuf> {
+        let folder = cache::folder()?.join("headers").join(self.kernel.id());
+        let version = self.package.split(' ').next_back().unwrap_or_default();
+        let wanted = format!("linux-headers-{} {version}", self.release);
+        let there = || fs::read_to_string(folder.join("package")).is_ok_and(|text| text.trim() == wanted);
+        if !there() {
+            self.kernel.set_up(&["--headers"])?;
+        }
+        if !there() {
+            bail!(
+                "{} was replaced in the cache by a newer kernel: start anew",
+                self.package
+            );
+        }
+        Ok(folder)
     }
 
     fn modules_folder(&self) -> PathBuf {

@@ -20,6 +20,7 @@ mod folder;
 pub mod guest;
 pub mod initramfs;
 pub mod kernel;
+pub mod modules;
 pub mod nested;
 pub mod orders;
 pub mod qmp;

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use serde_json::json;
-use vmsight_lab::{Format, Guest, Kernel, Machine, Memory, Paging, Spec, full_matrix, matrix};
+use vmsight_lab::{Format, Guest, Kernel, Machine, Memory, Order, Orders, Paging, Spec, full_matrix, matrix};
 
 /// Real Debian guests under QEMU, with a workload that says what it is.
 #[derive(Parser)]
@@ -39,6 +39,14 @@ enum Verb {
         format: Vec<FormatArg>,
         /// The folder; it is made if need be.
         folder: PathBuf,
+    },
+    /// Have a guest that takes orders carry some out, one after the other, and print what it says of each.
+    Order {
+        /// Where it takes orders.
+        socket: PathBuf,
+        /// Orders, such as '{"do":"getpid","count":10000,"cpu":0}'.
+        #[arg(required = true)]
+        orders: Vec<String>,
     },
     /// List the guests that the tests are run on.
     Matrix {
@@ -86,6 +94,9 @@ struct GuestArgs {
     /// Take orders: lines of JSON on a socket.
     #[arg(long)]
     orders: bool,
+    /// With the lab's own modules, to be loaded by order.
+    #[arg(long)]
+    modules: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -119,6 +130,7 @@ impl GuestArgs {
             vcpus: self.vcpus,
             qmp: !self.no_qmp,
             orders: self.orders,
+            modules: self.modules,
             ..Spec::new(self.kernel)
         };
         if let Some(count) = self.procs {
@@ -139,6 +151,15 @@ fn main() -> Result<()> {
             format,
             folder,
         } => dump(&guest.spec(), &format, &folder),
+        Verb::Order { socket, orders } => {
+            let line = Orders::connect(&socket)?;
+            for text in orders {
+                let order: Order =
+                    serde_json::from_str(&text).with_context(|| format!("'{text}' is no order"))?;
+                println!("{}", serde_json::to_string(&line.order(order)?)?);
+            }
+            Ok(())
+        }
         Verb::Matrix { full, kernel, boot } => {
             let specs = if full { full_matrix() } else { matrix() };
             for spec in specs

@@ -52,6 +52,8 @@ pub struct Spec {
     pub qmp: bool,
     /// Whether it takes [orders](crate::orders), on a third serial port.
     pub orders: bool,
+    /// Whether it has [modules of our own](crate::modules), not loaded, in `/lib/modules/vmsight`.
+    pub modules: bool,
     /// More words for the kernel command line; `vmsight.procs=N` adds N sleeping processes, `vmsight.idle` leaves the
     /// workload out.
     pub kernel_args: Vec<String>,
@@ -74,6 +76,7 @@ impl Spec {
             vcpus: 1,
             qmp: true,
             orders: false,
+            modules: false,
             kernel_args: Vec::new(),
             qemu_args: Vec::new(),
         }
@@ -97,6 +100,12 @@ impl Spec {
     /// Taking orders.
     pub fn orders(mut self) -> Spec {
         self.orders = true;
+        self
+    }
+
+    /// With modules of our own.
+    pub fn modules(mut self) -> Spec {
+        self.modules = true;
         self
     }
 

@@ -2,12 +2,13 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+use std::process::Command;
 use std::time::Duration;
 
 use vmsight_arch::{Gpa, Gva};
 use vmsight_lab::orders::{Ended, Exception, UNMAPPED, WITNESS, checksum};
 use vmsight_lab::truth::Text;
-use vmsight_lab::{Account, Guest, Kernel, Memory, Order, Spec, Work};
+use vmsight_lab::{Account, Guest, Kernel, Memory, Order, Spec, Work, compare};
 use vmsight_target::TargetSpec;
 
 fn order(guest: &Guest, order: impl Into<Order>) -> Account {
@@ -391,6 +392,37 @@ fn refusals(guest: &Guest) {
         offset: 4096,
     };
     refused(work.into(), "4096 is no multiple of 8 below 4096");
+}
+
+#[test]
+fn the_workload_stands_still_beside_it() {
+    let guest = Guest::boot(&Spec::new(Kernel::V6_1).orders()).unwrap_or_else(|e| panic!("{e:?}"));
+    // From the command line, as people and scripts give orders.
+    let output = Command::new(env!("CARGO_BIN_EXE_vmsight-lab"))
+        .arg("order")
+        .arg(guest.orders_path().unwrap())
+        .args([r#"{"do":"ping"}"#, r#"{"do":"exit","code":9}"#])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let accounts: Vec<Account> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        accounts.len(),
+        2,
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert_eq!(accounts[1].ended, Some(Ended::Exited(9)));
+    // And all is as the guest has said before.
+    let target = TargetSpec::Qmp(guest.qmp_path().unwrap());
+    let target = vmsight_target::attach(&target, &Default::default()).unwrap_or_else(|e| panic!("{e}"));
+    let kernel =
+        vmsight_linux::Kernel::attach(target.memory, Default::default()).unwrap_or_else(|e| panic!("{e}"));
+    let differences = compare::all(&kernel, guest.truth());
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
 }
 
 #[test]

@@ -7,6 +7,7 @@
 pub mod frame;
 pub mod net;
 pub mod orders;
+pub mod poke;
 pub mod process;
 pub mod system;
 pub mod text;

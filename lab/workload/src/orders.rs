@@ -15,6 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::poke::{Poke, Poked, Reach, Register};
 use crate::text::Text;
 
 /// An order on its way into the guest.
@@ -235,6 +236,11 @@ pub enum Work {
         /// Its name.
         name: String,
     },
+    /// Has our module `vmsight_poke`, which must be loaded, do something in the kernel. `poked` says what it saw.
+    Poke {
+        /// What.
+        poke: Poke,
+    },
     /// Starts this order's process and has it stop short of the work. The answer tells its pid, and the `address` and `frame` of the
     /// memory that it will work on.
     Prepare {
@@ -324,6 +330,9 @@ pub struct Account {
     /// Children that it made.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub children: Vec<u32>,
+    /// What was done in the kernel, and seen there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub poked: Option<Poked>,
     /// How its process ended; absent as long as it has not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,

@@ -2,6 +2,7 @@
 
 mod child;
 mod page;
+mod poke;
 mod raw;
 mod work;
 

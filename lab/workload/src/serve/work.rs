@@ -18,7 +18,7 @@ use vmsight_workload::Text;
 use vmsight_workload::orders::{Account, Work, checksum};
 
 use super::page::{Page, frame, touch, untouched};
-use super::raw;
+use super::{poke, raw};
 use crate::sys::{self, Side};
 
 /// Where modules are: ours first.
@@ -171,6 +171,7 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
             });
             Ok(Account {
                 values: last.map(u64::from).to_vec(),
+                returned: None,
                 ..account
             })
         }),
@@ -214,6 +215,10 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
                 }))
             })
         }
+        Work::Poke { poke } => {
+            let mut device = poke::Device::open()?;
+            Ready::new(move || device.poke(&poke))
+        }
         Work::Prepare { .. } | Work::Go { .. } | Work::Abandon { .. } => bail!("nothing to prepare"),
     })
 }
@@ -222,7 +227,7 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
 ///
 /// # Safety
 /// As [`raw::syscall`].
-unsafe fn call(number: libc::c_long, arguments: [u64; 4]) -> i64 {
+pub(super) unsafe fn call(number: libc::c_long, arguments: [u64; 4]) -> i64 {
     // SAFETY: as the caller says.
     unsafe { raw::syscall(number, arguments) }
 }
@@ -239,7 +244,7 @@ fn timed<T>(work: impl FnOnce() -> T) -> (u64, T) {
 }
 
 /// The account of one system call.
-fn once(returned: i64) -> Account {
+pub(super) fn once(returned: i64) -> Account {
     Account {
         made: 1,
         failed: u64::from(returned < 0),
