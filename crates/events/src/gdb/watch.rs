@@ -40,7 +40,7 @@ impl Worker {
     }
 
     /// Lets one vCPU go on against a breakpoint where it stands. It executes nothing, and QEMU tells what it owes.
-    fn probe(&mut self, vcpu: u32) -> Result<Option<Hit>, EventError> {
+    pub(super) fn probe(&mut self, vcpu: u32) -> Result<Option<Hit>, EventError> {
         // One that sleeps would not wake, and owes nothing: it has executed HLT since.
         if self.debug.is_halted(vcpu).map_err(of_stub)? {
             return Ok(None);

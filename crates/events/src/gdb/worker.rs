@@ -10,7 +10,7 @@ use vmsight_arch::{Gva, Registers};
 use vmsight_hooks::{
     BackendKind, Delivery, Detail, Event, Expiry, Hook, HookId, HookKind, Overflow, Sequence, Verdict,
 };
-use vmsight_target::gdb::{Accelerator, Cause, Debug, GdbError, Stop, Waited};
+use vmsight_target::gdb::{Accelerator, Cause, Debug, GdbError, Point, Stop, Waited};
 
 use super::instruction::{self, MAX_LEN, Still};
 use super::queue::{End, Queue};
@@ -426,6 +426,10 @@ impl Worker {
         }
         occasion.at = None;
         if let Some(hit) = hit {
+            // TCG has an interrupt left for it, for which the vCPU would stop once more.
+            if self.debug.accelerator() == Accelerator::Tcg {
+                self.probe(vcpu)?;
+            }
             for other in self.accesses(&[hit])? {
                 occasion.tell.extend(other.tell);
             }
@@ -458,9 +462,9 @@ impl Worker {
         // The processor would stop in front of it for ever. TCG does not look at breakpoints in a step.
         let here = Place::instruction(rip);
         let kvm = self.debug.accelerator() == Accelerator::Kvm;
-        let point = self.table.places.get(&here).map(|s| (s.point, s.vcpu));
-        if let (true, Some((point, through))) = (kvm, point) {
-            self.debug.remove(through, point, rip, 1).map_err(of_stub)?;
+        let point = self.table.places.get(&here).map(|s| s.point);
+        if let (true, Some(point)) = (kvm, point) {
+            self.remove_point(vcpu, point, here)?;
         }
         let mut hit = None;
         let mut missed = 0;
@@ -488,8 +492,8 @@ impl Worker {
                 }
             }
         }
-        if let (true, Some((point, through))) = (kvm, point) {
-            self.debug.insert(through, point, rip, 1).map_err(of_stub)?;
+        if let (true, Some(point)) = (kvm, point) {
+            self.debug.insert(vcpu, point, rip, 1).map_err(of_stub)?;
         }
         let registers = occasion.registers;
         Ok(hit.map(|(kind, address)| Hit {
@@ -702,9 +706,21 @@ impl Worker {
         let (point, vcpu) = (shared.point, shared.vcpu);
         self.table.places.remove(&place);
         self.told.retain(|(_, rip)| place != Place::instruction(*rip));
-        self.debug
-            .remove(vcpu, point, place.address, place.len)
-            .map_err(of_stub)
+        self.remove_point(vcpu, point, place)
+    }
+
+    /// Takes a breakpoint out. INT3 bytes can be taken out only where they are mapped: by `vcpu`'s page tables, or another's.
+    fn remove_point(&mut self, vcpu: u32, point: Point, place: Place) -> Result<(), EventError> {
+        let others = (0..self.debug.vcpus()).filter(|other| *other != vcpu);
+        let mut failure = None;
+        for vcpu in std::iter::once(vcpu).chain(others) {
+            match self.debug.remove(vcpu, point, place.address, place.len) {
+                Ok(()) => return Ok(()),
+                Err(error @ GdbError::Refused { .. }) => failure = Some(error),
+                Err(error) => return Err(of_stub(error)),
+            }
+        }
+        Err(failure.map_or(EventError::Gone, of_stub))
     }
 
     pub(super) fn disarm(&mut self, id: HookId) -> Result<(), EventError> {

@@ -329,3 +329,93 @@ fn who_waits_can_be_woken_and_others_can_arm_meanwhile() {
     }
     assert!(waits.join().unwrap().unwrap().is_none());
 }
+
+#[test]
+fn what_its_owner_does_while_a_vcpu_is_held_changes_nothing() {
+    let vm = Machine::start(2);
+    let monitor = vm.monitor();
+    let hook = monitor
+        .hook(&Hook::execute(Gva(vm.guest.function)).delivered(patient()))
+        .unwrap();
+    vm.work(0, 1);
+    let occurrence = next(&monitor);
+    // It meets the breakpoint once more, which nobody is told of.
+    let idle = vm.word(1, IDLE);
+    vm.command(r#"{"execute":"cont"}"#);
+    vm.wait_for(|m| m.status() == "debug" && m.word(1, IDLE) >= idle);
+    occurrence.answer(Verdict::Continue).unwrap();
+    vm.wait_for(|m| m.is_done(0, 1));
+    assert_eq!((vm.word(0, CALLS), hook.counts().unwrap().occurred), (1, 1));
+    // A reset keeps the hooks.
+    vm.command(r#"{"execute":"system_reset"}"#);
+    vm.wait_for(|m| m.status() == "running");
+    vm.lives(2);
+    vm.work(0, 1);
+    next(&monitor).answer(Verdict::Continue).unwrap();
+    vm.wait_for(|m| m.is_done(0, 2));
+}
+
+#[test]
+fn a_full_queue_holds_the_guest_or_loses_events_and_says_so() {
+    let vm = Machine::start(1);
+    let monitor = vm.monitor();
+    let at = Hook::execute(Gva(vm.guest.function));
+    let told = |overflow| at.clone().delivered(Delivery::Told { overflow });
+    let hook = monitor.hook(&told(Overflow::Block)).unwrap();
+    vm.work(0, 10_000);
+    vm.wait_for(|_| hook.counts().unwrap().told == 4096);
+    let calls = vm.word(0, CALLS);
+    assert_eq!(calls, 4096, "the guest waits in front of the next");
+    for _ in 0..10 {
+        assert_eq!(next(&monitor).event().hook, hook.id());
+    }
+    vm.wait_for(|_| hook.counts().unwrap().told == 4106);
+    drop(hook);
+    vm.wait_for(|m| m.is_done(0, 1));
+    assert!(
+        monitor.next(Duration::ZERO).unwrap().is_none(),
+        "with the hook went its events"
+    );
+    let hook = monitor.hook(&told(Overflow::Drop)).unwrap();
+    vm.work(0, 5000);
+    vm.wait_for(|m| m.is_done(0, 2));
+    let counts = hook.counts().unwrap();
+    assert_eq!((counts.occurred, counts.told, counts.dropped), (5000, 4096, 904));
+}
+
+#[test]
+fn a_stub_that_does_not_answer_is_given_up_and_the_guest_goes_on() {
+    let vm = Machine::start(1);
+    let signal = |name: &str| {
+        let pid = vm.pid().to_string();
+        assert!(
+            Command::new("kill")
+                .args([name, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+    };
+    let options = GdbOptions {
+        timeout: Duration::from_millis(500),
+    };
+    let monitor = gdb::open(&vm.target, options).unwrap();
+    let hook = monitor
+        .hook(&Hook::execute(Gva(vm.guest.function)).delivered(patient()))
+        .unwrap();
+    vm.work(0, 100);
+    let occurrence = next(&monitor);
+    signal("-STOP");
+    let error = monitor.hook(&Hook::execute(Gva(vm.guest.second))).unwrap_err();
+    assert!(matches!(error, EventError::Target(_)), "{error}");
+    assert!(occurrence.answer(Verdict::Continue).is_err());
+    assert!(monitor.next(PATIENCE).is_err());
+    drop((hook, monitor));
+    signal("-CONT");
+    vm.wait_for(|m| m.is_done(0, 1));
+    assert_eq!(vm.word(0, CALLS), 100);
+    vm.lives(1);
+    // What was given up is taken over.
+    drop(vm.monitor());
+    assert_eq!((vm.status(), is_open(&vm)), ("running".to_owned(), false));
+}

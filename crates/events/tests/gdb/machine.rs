@@ -14,7 +14,7 @@ use vmsight_target::{AttachOptions, Target, TargetSpec, attach};
 use crate::guest::{DONE, Guest, IDLE, ROUNDS, physical};
 
 /// The longest wait for anything.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A QEMU of our own; killed and its folder removed when dropped.
 pub(crate) struct Machine {
@@ -117,7 +117,13 @@ impl Machine {
     pub(crate) fn wait_for(&self, what: impl Fn(&Self) -> bool) {
         let until = Instant::now() + PATIENCE;
         while !what(self) {
-            assert!(Instant::now() < until, "it did not come to pass");
+            if Instant::now() >= until {
+                let registers = self.hmp("info registers -a");
+                panic!(
+                    "it did not come to pass; the machine is {}: {registers}",
+                    self.status()
+                );
+            }
             std::thread::sleep(Duration::from_millis(2));
         }
     }

@@ -19,6 +19,12 @@ use crate::host::sockets;
 use crate::qmp::{connect_socket, unix_socket};
 use crate::spec::GdbAddress;
 
+/// What a watch sends when we are gone, for `printf`: it lets the VM go on without breakpoints, whatever we were in the midst
+/// of. First what acknowledges a packet and pauses a VM that runs, and the end of a packet of ours; then the detach packet.
+/// QEMU (seen with 7.2) crashes when it is told to detach twice, and we may have told it already: so it is attached again
+/// before that.
+pub(super) const LAST_WORDS: &str = "+#00$vAttach;1#37$D#44";
+
 /// Connects, which pauses the VM. `server` is its process, where that is on this host. `watch` is set before the
 /// connection is made: QEMU pauses the VM for the connection alone.
 pub(super) fn open(
@@ -190,5 +196,38 @@ mod tests {
             (armed.load(Ordering::SeqCst), disarmed.load(Ordering::SeqCst)),
             (4, 2)
         );
+    }
+
+    /// We may be killed between telling QEMU to detach and dismissing the watch.
+    #[test]
+    fn last_words_after_a_detach_do_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let socket = |name: &str| format!("unix:{},server=on,wait=off", at(name).display());
+        let mut qemu = std::process::Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-m", "16"])
+            .args(["-gdb", &socket("gdb"), "-qmp", &socket("qmp")])
+            .spawn()
+            .expect("qemu-system-x86_64 of the Debian package qemu-system-x86");
+        let timeout = Duration::from_secs(30);
+        let deadline = Instant::now() + timeout;
+        while crate::qmp::Qmp::connect(&at("qmp"), timeout).is_err() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let watch = |connection| Guard::set(connection, LAST_WORDS, "");
+        let (mut link, guard) = open(&GdbAddress::Unix(at("gdb")), None, timeout, watch).unwrap();
+        link.ask("qSupported").unwrap();
+        assert_eq!(link.ask("D").unwrap(), b"OK");
+        drop(guard);
+        // They attach, which pauses it, and detach.
+        assert_eq!(link.answer("the last words").unwrap(), b"OK");
+        let status = crate::qmp::Qmp::connect(&at("qmp"), timeout)
+            .unwrap()
+            .status()
+            .unwrap();
+        assert!(status.running, "{status:?}");
+        let _ = qemu.kill();
+        let _ = qemu.wait();
     }
 }

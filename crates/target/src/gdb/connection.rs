@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vmsight_arch::Registers;
 
-use super::connect;
+use super::connect::{self, LAST_WORDS};
 use super::error::GdbError;
 use super::features;
 use super::link::Link;
@@ -18,8 +18,6 @@ use crate::spec::GdbAddress;
 const MEMORY_CHUNK: usize = 2000;
 /// Questions for memory under way at once. QEMU takes a packet though the one before was not acknowledged.
 const PIPELINE: usize = 32;
-/// What the watch sends when we are gone: the end of whatever we were in the midst of, and the detach packet.
-const LAST_WORDS: &str = "#00$D#44";
 
 /// A connection. The VM is paused as long as it lives; dropping it lets the VM go on, unless it did not run before.
 #[derive(Debug)]

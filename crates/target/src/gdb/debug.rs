@@ -6,14 +6,15 @@
 //! - When somebody else lets the machine go on, nothing is said; from 8.1 on the next stop is not told either, unless a
 //!   command that resumes was given in between. One for a thread that does not exist serves, and resumes nothing.
 //! - The stop reply ends the single step of the *current* thread only. So the thread to be stepped is made current first.
-//! - `?` takes all breakpoints out, `D` does so and lets the machine go on.
+//! - A step that meets a watchpoint leaves an interrupt behind, for which that thread stops once more.
+//! - `?` takes all breakpoints out, `D` does so and lets the machine go on. A second `D` crashes QEMU.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
 
-use super::connect;
+use super::connect::{self, LAST_WORDS};
 use super::error::GdbError;
 use super::features::{self, Register};
 use super::link::{Link, Ready};
@@ -27,10 +28,8 @@ use crate::host::process::Identity;
 use crate::monitor;
 use crate::spec::GdbAddress;
 
-/// The end of whatever we were in the midst of, and the detach packet.
-const GO: &str = "#00$D#44";
-/// The same, and the question that takes breakpoints out and leaves the machine as it is.
-const HOLD: &str = "#00$?#3f";
+/// Last words that take breakpoints out and leave the machine as it is.
+const HOLD: &str = "+#00$?#3f";
 /// Bytes of memory asked for at once.
 const MEMORY_CHUNK: usize = 2000;
 /// A resumption of a thread that no machine has (its highest is 4096).
@@ -125,7 +124,7 @@ impl Debug {
             what: "no descriptor can be had",
             source,
         })?;
-        let watch = |socket| Guard::switched(socket, GO, HOLD);
+        let watch = |socket| Guard::switched(socket, LAST_WORDS, HOLD);
         let (link, guard) = connect::open(address, server, timeout, watch)?;
         let mut debug = Self {
             link,
@@ -554,16 +553,27 @@ impl Debug {
 impl Drop for Debug {
     fn drop(&mut self) {
         let Some(guard) = self.guard.take() else { return };
-        // Otherwise the watch, dropped, says it in a way that needs no answer.
-        if !self.link.is_lost() {
-            match self.detach() {
-                Ok(()) => guard.dismiss(),
+        let detached = match self.link.is_lost() {
+            true => false,
+            false => match self.detach() {
+                Ok(()) => true,
                 // A VM that is gone needs no watch.
-                Err(error) if error.is_exit() => guard.dismiss(),
-                Err(error) => tracing::warn!(%error, "the gdb stub did not confirm the detach"),
+                Err(error) if error.is_exit() => true,
+                Err(error) => {
+                    tracing::warn!(%error, "the gdb stub did not confirm the detach");
+                    false
+                }
+            },
+        };
+        match (detached, self.lease.take()) {
+            (true, lease) => {
+                guard.dismiss();
+                drop(lease);
             }
+            // The watch, dropped, says it in a way that needs no answer.
+            (false, Some(lease)) => lease.leave(),
+            (false, None) => {}
         }
-        drop(self.lease.take());
     }
 }
 

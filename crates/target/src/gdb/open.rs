@@ -42,10 +42,22 @@ impl Monitor {
 pub(crate) struct Lease {
     monitor: Monitor,
     folder: PathBuf,
+    left: bool,
+}
+
+impl Lease {
+    /// Leaves the stub open: closed now it would not hear what the watch has to say, and the breakpoints would stay. The next
+    /// one who needs it closes it.
+    pub(super) fn leave(mut self) {
+        self.left = true;
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        if self.left {
+            return;
+        }
         // A VM that is gone has closed it.
         if let Err(error) = self.monitor.hmp("gdbserver none")
             && !error.is_exit()
@@ -103,8 +115,8 @@ impl Target {
                 .ok_or_else(|| no(format!("it has a stub that cannot be connected to ({stub})")))?;
             let left = left_behind(&address);
             let deadline = Instant::now() + timeout;
-            // The watch of one that was killed holds the connection for a moment, until the last words are read.
-            while left.as_ref().is_some_and(|left| left.maker_is_gone())
+            // The watch of a connection that ended badly holds it for a moment, until the last words are read.
+            while left.as_ref().is_some_and(Left::may_be_over)
                 && refuse_if_busy(&address, info.pid, deadline).is_err()
                 && Instant::now() < deadline
             {
@@ -145,6 +157,7 @@ fn open(monitor: Monitor, info: &VmInfo) -> Result<Lease, String> {
         let lease = Lease {
             monitor: monitor.clone(),
             folder: ours.clone(),
+            left: false,
         };
         let line = format!("gdbserver unix:{}/stub,server=on,wait=off", folder.display());
         match monitor.hmp(&line) {
@@ -176,9 +189,9 @@ struct Left {
 }
 
 impl Left {
-    /// Whether that one is gone.
-    fn maker_is_gone(&self) -> bool {
-        Process { pid: self.maker }.is_gone()
+    /// Whether nobody may be at it any more but a watch: its maker is gone, or we, who may have given it up.
+    fn may_be_over(&self) -> bool {
+        self.maker == std::process::id() || Process { pid: self.maker }.is_gone()
     }
 }
 
@@ -279,7 +292,7 @@ mod tests {
             (left.folder.to_str(), left.maker),
             (Some("/run/vmsight-gdb-1-0"), 1)
         );
-        assert!(!left.maker_is_gone());
+        assert!(!left.may_be_over());
         for not_ours in [
             "unix:/run/web/gdb",
             "unix:/run/vmsight-gdb-x-0/stub",
