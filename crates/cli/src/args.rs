@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    disas, guard, info, kmsg, list, listing, raw, regs, shell, strings, symbols, trace, translate, types,
-    write,
+    disas, guard, hooks, info, kmsg, list, listing, raw, regs, shell, strings, symbols, trace, translate,
+    types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -179,6 +179,8 @@ pub(crate) enum Command {
     Symbols(symbols::Cmd),
     /// Kernel types with their members' offsets
     Types(types::Cmd),
+    /// What can be hooked in a VM, and by which means
+    Hooks(hooks::Cmd),
     /// What happens in a running guest, as it happens
     Trace(trace::Cmd),
     /// Hold a running guest to rules: deny what they forbid, and say who tried

@@ -95,6 +95,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Strings(c) => c.run(global),
         Command::Symbols(c) => c.run(global),
         Command::Types(c) => c.run(global),
+        Command::Hooks(c) => c.run(global),
         Command::Trace(c) => c.run(global),
         Command::Guard(c) => c.run(global),
         Command::Completions(c) => c.run(),

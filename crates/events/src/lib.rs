@@ -11,8 +11,10 @@ pub mod gdb;
 pub mod linux;
 mod monitor;
 mod open;
+mod survey;
 
 pub use backend::{Backend, Counts};
 pub use error::EventError;
 pub use monitor::{HookGuard, Monitor, Occurrence};
 pub use open::{OpenOptions, open};
+pub use survey::{Survey, survey};

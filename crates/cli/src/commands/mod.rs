@@ -3,6 +3,7 @@
 pub(crate) mod columns;
 pub(crate) mod disas;
 pub(crate) mod guard;
+pub(crate) mod hooks;
 pub(crate) mod info;
 pub(crate) mod kmsg;
 pub(crate) mod list;

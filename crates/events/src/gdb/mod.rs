@@ -65,6 +65,11 @@ pub fn open(target: &Target, options: GdbOptions) -> Result<Monitor, EventError>
     Ok(Monitor::new(Box::new(GdbBackend::open(target, options)?)))
 }
 
+/// What can be hooked through the stub of a VM that is run by `accelerator`.
+pub fn capabilities(accelerator: Accelerator) -> Vec<Capability> {
+    capability::table(accelerator)
+}
+
 /// The backend itself.
 pub struct GdbBackend {
     accelerator: Accelerator,

@@ -54,6 +54,7 @@ impl Machine {
             write: true,
             timeout: Duration::from_secs(10),
             prove: None,
+            ahead: None,
         };
         let until = Instant::now() + PATIENCE;
         let target = loop {

@@ -12,6 +12,8 @@ use crate::Monitor;
 const MAX_LEN: u64 = 256 << 20;
 /// The IDT: 256 gates of 16 bytes.
 const IDT_BYTES: u64 = 4096;
+/// `CPU_ENTRY_AREA_RO_IDT`, fixed on x86-64.
+const IDT_ALIAS: Gva = Gva(0xffff_fe00_0000_0000);
 
 /// The hooks that a rule about memory needs: on physical memory where the backend can, for then no other mapping of it
 /// helps; else on the addresses that the kernel itself uses.
@@ -21,8 +23,17 @@ pub(super) fn hooks(kernel: &Kernel, monitor: &Monitor, rule: &Rule) -> Result<V
     let can = |feature| capabilities.iter().any(|c| c.feature == feature);
     let access = Access::WRITE;
     if !can(Feature::PhysicalWrite) && can(Feature::VirtualWrite) {
-        let range = Range::Virtual { start, len };
-        return Ok(vec![HookKind::Memory { range, access }]);
+        let mut starts = vec![start];
+        // What the register holds is a read-only alias of the kernel's table (arch/x86/mm/cpu_entry_area.c).
+        let same = |at| Some(kernel.space().translate(at).ok()?.gpa);
+        if *rule == Rule::Idt && same(IDT_ALIAS).is_some() && same(IDT_ALIAS) == same(start) {
+            starts.push(IDT_ALIAS);
+        }
+        let hook = |start| HookKind::Memory {
+            range: Range::Virtual { start, len },
+            access,
+        };
+        return Ok(starts.into_iter().map(hook).collect());
     }
     let pieces = physical(kernel, start, len)?;
     Ok(pieces

@@ -1,0 +1,73 @@
+//! `vmsight hooks`: what can be hooked in a VM, by which means, and what each means does not see.
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::{Map, Value};
+use vmsight_events::survey;
+use vmsight_hooks::Feature;
+
+use crate::{Outcome, args::Global, output::Sheet, session::Session};
+
+/// What can be hooked in a VM: each kind of hook, by each backend, with its means, limits and verdicts.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Backends:
+  gdb-stub    QEMU's gdb stub, opened at run time through QMP: on any running QEMU, with nothing prepared
+
+Nothing is connected to for this: a stub that a debugger holds is found out when it is opened. Verdicts are what can be done at an
+event: continue; skip the instruction; deny it (a write is undone or dropped); return from the function at once; change registers or
+data; pause the VM; step; remove the hook.")]
+pub(crate) struct Cmd {
+    /// What to look into
+    target: String,
+    /// Also what no backend here can hook
+    #[arg(long)]
+    all: bool,
+}
+
+const COLUMNS: &[&str] = &["hook", "backend", "available", "mechanism", "verdicts", "limits"];
+
+impl Cmd {
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        let session = Session::without_kernel(global, &self.target)?;
+        let surveys = survey(session.target());
+        let mut sheet = Sheet::with_keys(COLUMNS, COLUMNS);
+        for feature in Feature::ALL {
+            for survey in &surveys {
+                let capability = survey.capabilities.iter().find(|c| c.feature == *feature);
+                let Some(capability) = capability else {
+                    if self.all {
+                        let mut row = Map::new();
+                        row.insert("hook".into(), feature.name().into());
+                        row.insert("backend".into(), survey.backend.name().into());
+                        row.insert("available".into(), false.into());
+                        sheet.rows.push(row);
+                    }
+                    continue;
+                };
+                let verdicts: Vec<&str> = capability.verdicts.iter().map(|v| v.name()).collect();
+                let mut row = Map::new();
+                row.insert("hook".into(), feature.name().into());
+                row.insert("backend".into(), survey.backend.name().into());
+                row.insert("available".into(), survey.obstacle.is_none().into());
+                row.insert("mechanism".into(), capability.mechanism.clone().into());
+                row.insert("verdicts".into(), verdicts.join(" ").into());
+                let limits = &capability.limits;
+                let limits = (!limits.is_empty()).then(|| limits.clone());
+                row.insert("limits".into(), limits.map_or(Value::Null, Value::from));
+                sheet.rows.push(row);
+            }
+        }
+        for survey in &surveys {
+            if let Some(obstacle) = &survey.obstacle {
+                sheet.warnings.push(format!(
+                    "{} does not reach this target: {obstacle}",
+                    survey.backend
+                ));
+            }
+        }
+        session.style().print(&sheet)?;
+        let reached = surveys.iter().any(|s| s.obstacle.is_none());
+        Ok(if reached { Outcome::Fine } else { Outcome::Nothing })
+    }
+}

@@ -1,0 +1,42 @@
+//! Which backends reach a VM, and what each can do with it.
+
+use vmsight_hooks::{BackendKind, Capability};
+use vmsight_target::discover::ControlKind;
+use vmsight_target::gdb::Accelerator;
+use vmsight_target::{Target, TargetKind};
+
+use crate::gdb;
+
+/// One backend, as far as it can be told without touching the VM.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// Which.
+    pub backend: BackendKind,
+    /// Why it does not reach this VM; `None` where nothing stands against it.
+    pub obstacle: Option<String>,
+    /// What it can do there, or could if it reached it.
+    pub capabilities: Vec<Capability>,
+}
+
+/// All backends. Nothing is connected to: one that somebody else has in use is found out only when it is opened.
+pub fn survey(target: &Target) -> Vec<Survey> {
+    vec![gdb_stub(target)]
+}
+
+fn gdb_stub(target: &Target) -> Survey {
+    let info = target.info.as_ref();
+    let kvm = info.and_then(|i| i.accelerator.as_deref()) == Some("kvm");
+    let controls = |kind| info.is_some_and(|i| i.control.iter().any(|c| c.kind == kind));
+    let obstacle = match target.kind {
+        TargetKind::Dump(_) => Some("it is a dump: nothing happens in it".to_owned()),
+        TargetKind::GdbStub => None,
+        TargetKind::Vm(_) if controls(ControlKind::Qmp) || controls(ControlKind::Gdb) => None,
+        TargetKind::Vm(_) => Some("it has neither a QMP socket nor a gdb stub".to_owned()),
+        _ => Some("it is no VM".to_owned()),
+    };
+    Survey {
+        backend: BackendKind::GdbStub,
+        obstacle,
+        capabilities: gdb::capabilities(if kvm { Accelerator::Kvm } else { Accelerator::Tcg }),
+    }
+}
