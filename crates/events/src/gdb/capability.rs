@@ -43,7 +43,7 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
     let step = capability(
         Feature::Step,
         "single step of one vCPU",
-        "the other vCPUs stand still, and interrupts and the guest's timers wait",
+        "the other vCPUs stand still, and interrupts and the guest's timers wait; a run of steps ends at HLT",
         DONE,
     );
     match accelerator {
@@ -76,7 +76,7 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
                 Feature::Execute,
                 "4 debug registers, then INT3",
                 "every stop halts the whole VM; INT3 bytes can be seen by the guest, and need the address to be mapped when \
-                 they are armed",
+                 they are armed and taken out",
                 EXECUTE,
             ),
             capability(

@@ -18,9 +18,12 @@
 //! **Pauses that are not ours** (by the owner, by the verdict "pause", by a deadline that fails closed) end when the owner lets the VM
 //! go on. It is looked at every 25 ms, because QEMU does not say so.
 
+mod arm;
 mod capability;
 mod instruction;
+mod occasion;
 mod queue;
+mod step;
 mod table;
 mod verdict;
 mod watch;

@@ -7,9 +7,10 @@ use vmsight_hooks::{Access, Detail, HookId};
 use vmsight_target::gdb::{Accelerator, Cause, GdbError, Point, WatchKind};
 
 use super::instruction::{self, Accessed};
+use super::occasion::{Occasion, Tell, Undo};
 use super::of_stub;
 use super::table::{Armed, Kept};
-use super::worker::{Occasion, Tell, Undo, Worker};
+use super::worker::Worker;
 use crate::EventError;
 
 /// How long a vCPU may take to meet the breakpoint where it stands: longer only where an interrupt comes first.

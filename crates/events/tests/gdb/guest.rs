@@ -31,6 +31,8 @@ pub(crate) const DONE: u64 = 24;
 pub(crate) const STORED: u64 = 32;
 /// Counts for as long as the vCPU waits: it lives. In another page.
 pub(crate) const IDLE: u64 = 0x8000;
+/// Where this is not zero the vCPU sleeps instead of waiting, and nothing wakes it.
+pub(crate) const SLEEP: u64 = 0x8008;
 /// What address the whole memory is mapped at once more, in the upper half.
 pub(crate) const UPPER: u64 = 0xffff_ff80_0000_0000;
 
@@ -136,6 +138,7 @@ fn code() -> Result<(Vec<u8>, [u64; 4]), IcedError> {
     let mut fill = a.create_label();
     let mut high = a.create_label();
     let mut wait = a.create_label();
+    let mut awake = a.create_label();
     let mut round = a.create_label();
     let mut root = a.create_label();
     // Into the upper half.
@@ -168,6 +171,10 @@ fn code() -> Result<(Vec<u8>, [u64; 4]), IcedError> {
     a.set_label(&mut wait)?;
     a.inc(qword_ptr(r13 + IDLE as i32))?;
     a.pause()?;
+    a.cmp(qword_ptr(r13 + SLEEP as i32), 0)?;
+    a.jz(awake)?;
+    a.hlt()?;
+    a.set_label(&mut awake)?;
     a.mov(rbx, qword_ptr(r13 + ROUNDS))?;
     a.test(rbx, rbx)?;
     a.jz(wait)?;

@@ -204,11 +204,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let socket = |name: &str| format!("unix:{},server=on,wait=off", at(name).display());
-        let mut qemu = std::process::Command::new("qemu-system-x86_64")
+        let qemu = std::process::Command::new("qemu-system-x86_64")
             .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-m", "16"])
             .args(["-gdb", &socket("gdb"), "-qmp", &socket("qmp")])
             .spawn()
             .expect("qemu-system-x86_64 of the Debian package qemu-system-x86");
+        let _qemu = Killed(qemu);
         let timeout = Duration::from_secs(30);
         let deadline = Instant::now() + timeout;
         while crate::qmp::Qmp::connect(&at("qmp"), timeout).is_err() {
@@ -227,7 +228,15 @@ mod tests {
             .status()
             .unwrap();
         assert!(status.running, "{status:?}");
-        let _ = qemu.kill();
-        let _ = qemu.wait();
+    }
+
+    /// A process that ends with the test.
+    struct Killed(std::process::Child);
+
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
     }
 }
