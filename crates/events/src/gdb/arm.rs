@@ -50,7 +50,7 @@ impl Worker {
                 if !armed.hook.scope.covers(registers.cr3) {
                     continue;
                 }
-                armed.before = self.look(&registers, start, len)?;
+                armed.before = self.bytes_now(&registers, start, len)?;
                 if armed.before.is_some() {
                     break;
                 }
@@ -64,7 +64,8 @@ impl Worker {
         if let Some((vcpu, count)) = step {
             let mut occasion = Occasion::new(self.debug.registers(vcpu).map_err(of_stub)?);
             occasion.steps.push((id, count));
-            // What stands in front of a breakpoint would step over it unseen; one that is told of already is in the list.
+            // What stands in front of a breakpoint would step over it unseen; one that is told of already is in the
+            // list.
             let listed = self.occasions.iter_mut().find(|o| o.registers.vcpu == vcpu);
             match listed {
                 Some(listed) => listed.steps.push((id, count)),
@@ -118,7 +119,8 @@ impl Worker {
         self.remove_point(vcpu, point, place)
     }
 
-    /// Takes a breakpoint out. INT3 bytes can be taken out only where they are mapped: by `vcpu`'s page tables, or another's.
+    /// Takes a breakpoint out. INT3 bytes can be taken out only where they are mapped: by `vcpu`'s page tables, or
+    /// another's.
     pub(super) fn remove_point(&mut self, vcpu: u32, point: Point, place: Place) -> Result<(), EventError> {
         let others = (0..self.debug.vcpus()).filter(|other| *other != vcpu);
         let mut failure = None;
@@ -149,7 +151,6 @@ impl Worker {
             self.stand()?;
             if self.state == State::Paused && places.iter().any(|place| place.is_watch()) {
                 self.pending(None)?;
-                self.debug.expect_stops().map_err(of_stub)?;
             }
         }
         self.table.hooks.remove(&id);

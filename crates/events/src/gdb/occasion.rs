@@ -19,7 +19,8 @@ const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 #[derive(Debug)]
 pub(super) struct Occasion {
     pub(super) registers: Registers,
-    /// The instruction whose execution is told of: it is stepped over when all is told and the vCPU still stands there.
+    /// The instruction whose execution is told of: it is stepped over when all is told and the vCPU still stands
+    /// there.
     pub(super) at: Option<u64>,
     pub(super) tell: VecDeque<Tell>,
     /// The event whose verdict is waited for.
@@ -137,7 +138,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Somebody resumed the VM while it stood for an occasion. A breakpoint is met again; a watchpoint's access is done.
+    /// Somebody resumed the VM while it stood for an occasion. A breakpoint is met again; a watchpoint's access is
+    /// done.
     pub(super) fn resumed_behind(&mut self, stop: &Stop) -> Result<(), EventError> {
         tracing::debug!(?stop, "the VM was let go on while it stood at a hook");
         if let Cause::Watch { kind, address } = stop.cause {

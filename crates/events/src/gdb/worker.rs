@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
 use vmsight_hooks::{Hook, HookId, Sequence, Verdict};
-use vmsight_target::gdb::{Cause, Debug, GdbError, Stop, Waited};
+use vmsight_target::gdb::{Cause, Debugger, GdbError, Stop, Waited};
 
 use super::occasion::Occasion;
 use super::queue::{End, Queue};
@@ -42,7 +42,7 @@ pub(super) enum State {
 
 /// The connection and everything that is known.
 pub(super) struct Worker {
-    pub(super) debug: Debug,
+    pub(super) debug: Debugger,
     pub(super) table: Table,
     pub(super) queue: Arc<Queue>,
     commands: Receiver<Command>,
@@ -50,14 +50,14 @@ pub(super) struct Worker {
     pub(super) occasions: VecDeque<Occasion>,
     /// When the occasions are through the VM stays paused.
     pub(super) pause: bool,
-    /// vCPUs that were told of an instruction and then paused in front of it: when the owner lets them go on they meet it
-    /// once more, and nothing is told.
+    /// vCPUs that were told of an instruction and then paused in front of it: when the owner lets them go on they
+    /// meet it once more, and nothing is told.
     pub(super) told: Vec<(u32, u64)>,
     pub(super) last: u32,
 }
 
 impl Worker {
-    pub(super) fn new(debug: Debug, queue: Arc<Queue>, commands: Receiver<Command>) -> Self {
+    pub(super) fn new(debug: Debugger, queue: Arc<Queue>, commands: Receiver<Command>) -> Self {
         let ran = debug.ran();
         Self {
             debug,
@@ -114,12 +114,7 @@ impl Worker {
             State::Paused => match self.debug.wait(Some(Instant::now() + LOOK)).map_err(of_stub)? {
                 Waited::Stop(stop) => self.stopped(&[stop])?,
                 Waited::Woken => {}
-                Waited::TimedOut => {
-                    let stops = self.debug.interrupt().map_err(of_stub)?;
-                    if !stops.is_empty() {
-                        self.interrupted(&stops)?;
-                    }
-                }
+                Waited::TimedOut => self.look()?,
             },
         }
         Ok(true)
@@ -166,13 +161,19 @@ impl Worker {
 
     /// Makes the VM stand still, where it does not, for as long as nothing lets it go on.
     pub(super) fn stand(&mut self) -> Result<(), EventError> {
-        if self.state != State::Stands {
-            let stops = self.debug.interrupt().map_err(of_stub)?;
-            if !stops.is_empty() {
-                self.interrupted(&stops)?;
-            }
+        match self.state {
+            State::Stands => Ok(()),
+            State::Runs | State::Paused => self.look(),
         }
-        Ok(())
+    }
+
+    /// Looks whether the VM runs, and if so makes it stand still.
+    fn look(&mut self) -> Result<(), EventError> {
+        let stops = self.debug.interrupt().map_err(of_stub)?;
+        match stops.is_empty() {
+            true => Ok(()),
+            false => self.interrupted(&stops),
+        }
     }
 
     /// The VM ran when we interrupted it; it stands from here on, until [`Self::advance`] finds that all is told.
@@ -221,8 +222,9 @@ impl Worker {
     pub(super) fn go_on(&mut self) -> Result<(), EventError> {
         if std::mem::take(&mut self.pause) {
             self.debug.hold(true).map_err(of_stub)?;
-            self.debug.expect_stops().map_err(of_stub)?;
             self.state = State::Paused;
+            // So that the next stop is told, and for the case that its owner was quicker.
+            self.look()?;
         } else {
             self.debug.hold(false).map_err(of_stub)?;
             self.debug.resume().map_err(of_stub)?;

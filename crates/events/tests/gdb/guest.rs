@@ -1,7 +1,9 @@
-//! A guest that is its own firmware: up to four vCPUs in 64-bit mode that do rounds of work on demand and count what they do.
+//! A guest that is its own firmware: up to four vCPUs in 64-bit mode that do rounds of work on demand and count
+//! what they do.
 //!
-//! Each vCPU has a page of its own from [`PAGES`] on. It waits until the number of rounds there is not zero. A round calls a
-//! function with the number of rounds left, adds up what the function returns, and stores the number of rounds left.
+//! Each vCPU has a page of its own from [`PAGES`] on. It waits until the number of rounds there is not zero. A
+//! round calls a function with the number of rounds left, adds up what the function returns, and stores the number
+//! of rounds left.
 
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, IcedError};
@@ -12,7 +14,8 @@ const IMAGE: usize = 64 * 1024;
 const BASE: u64 = 0xf_0000;
 /// Where its 64-bit code begins.
 const CODE: u64 = BASE + 0x100;
-/// Page tables, in the image: every entry has its A and D bits, so nobody needs to write to it. Two roots that say the same.
+/// Page tables, in the image: every entry has its A and D bits, so nobody needs to write to it. Two roots that say
+/// the same.
 const ROOTS: [u64; 2] = [BASE + 0x4000, BASE + 0x6000];
 const DIRECTORY: u64 = BASE + 0x5000;
 const GDT: u64 = BASE + 0x3000;

@@ -19,10 +19,10 @@ use crate::host::sockets;
 use crate::qmp::{connect_socket, unix_socket};
 use crate::spec::GdbAddress;
 
-/// What a watch sends when we are gone, for `printf`: it lets the VM go on without breakpoints, whatever we were in the midst
-/// of. First what acknowledges a packet and pauses a VM that runs, and the end of a packet of ours; then the detach packet.
-/// QEMU (seen with 7.2) crashes when it is told to detach twice, and we may have told it already: so it is attached again
-/// before that.
+/// What a watch sends when we are gone, for `printf`: it lets the VM go on without breakpoints, whatever we were in
+/// the midst of. First what acknowledges a packet and pauses a VM that runs, and the end of a packet of ours; then
+/// the detach packet. QEMU (seen with 7.2) crashes when it is told to detach twice, and we may have told it
+/// already: so it is attached again before that.
 pub(super) const LAST_WORDS: &str = "+#00$vAttach;1#37$D#44";
 
 /// Connects, which pauses the VM. `server` is its process, where that is on this host. `watch` is set before the
