@@ -22,8 +22,8 @@ printf "$1"
 while read -r line <&1; do case $line in *"$2"*) exit 0;; esac; done
 "#;
 
-/// The same for a stub with hooks, and with a word that changes what is sent: `hold` makes it `$2`, `go` makes it `$1` again.
-/// The first is said twice: a vCPU that was in the midst of a step may stop once more.
+/// The same for a stub with hooks, and with a word that changes what is sent: `hold` makes it `$2`, `go` makes it
+/// `$1` again. The first is said twice: a vCPU that was in the midst of a step may stop once more.
 const SWITCHED: &str = r#"
 trap '' HUP INT QUIT TERM TSTP PIPE
 say=$1

@@ -43,7 +43,7 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
     let step = capability(
         Feature::Step,
         "single step of one vCPU",
-        "the other vCPUs stand still, and interrupts and the guest's timers wait",
+        "the other vCPUs stand still, and interrupts and the guest's timers wait; a run of steps ends at HLT",
         DONE,
     );
     match accelerator {
@@ -57,16 +57,17 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
             capability(
                 Feature::VirtualRead,
                 "QEMU's watchpoints",
-                "told when it is done; by virtual address only; of one instruction's accesses to several hooked places the \
-                 first is told; not what devices read",
+                "told when it is done; by virtual address only; of one instruction's accesses to several hooked \
+                 places the first is told; not what devices read",
                 DONE,
             ),
             capability(
                 Feature::VirtualWrite,
                 "QEMU's watchpoints",
-                "told when it is done: deny writes the old bytes back, and another vCPU may have read the new ones; by \
-                 virtual address only; of one instruction's accesses to several hooked places the first is told; not what \
-                 devices write; where two vCPUs write to one hooked range at the same moment the value between is not known",
+                "told when it is done: deny writes the old bytes back, and another vCPU may have read the new \
+                 ones; by virtual address only; of one instruction's accesses to several hooked places the first \
+                 is told; not what devices write; where two vCPUs write to one hooked range at the same moment \
+                 the value between is not known",
                 WRITE,
             ),
             step,
@@ -75,23 +76,24 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
             capability(
                 Feature::Execute,
                 "4 debug registers, then INT3",
-                "every stop halts the whole VM; INT3 bytes can be seen by the guest, and need the address to be mapped when \
-                 they are armed",
+                "every stop halts the whole VM; INT3 bytes can be seen by the guest, and need the address to be \
+                 mapped when they are armed and taken out",
                 EXECUTE,
             ),
             capability(
                 Feature::VirtualRead,
                 "debug registers",
-                "only together with writes; 1, 2, 4 or 8 bytes, aligned; at most 4 with the breakpoints; told when it is \
-                 done; a write of the same value looks like a read; where two vCPUs stop at the same moment one event may be lost",
+                "only together with writes; 1, 2, 4 or 8 bytes, aligned; at most 4 with the breakpoints; told \
+                 when it is done; a write of the same value looks like a read; where two vCPUs stop at the same \
+                 moment one event may be lost",
                 DONE,
             ),
             capability(
                 Feature::VirtualWrite,
                 "debug registers",
-                "1, 2, 4 or 8 bytes, aligned; at most 4 with the breakpoints; told when it is done: deny writes the old \
-                 bytes back, and another vCPU may have read the new ones; where two vCPUs stop at the same moment one event \
-                 may be lost",
+                "1, 2, 4 or 8 bytes, aligned; at most 4 with the breakpoints; told when it is done: deny writes \
+                 the old bytes back, and another vCPU may have read the new ones; where two vCPUs stop at the \
+                 same moment one event may be lost",
                 WRITE,
             ),
             step,

@@ -65,11 +65,13 @@ pub(super) fn still(code: &[u8], bits: u32, rip: u64) -> Still {
     }
 }
 
-/// The access by which the instruction that a vCPU has just executed touched `len` bytes from `start` on. `behind` is the code
-/// up to where it stands, `ahead` the code from there on: a repeated string instruction is not behind it until its last round.
+/// The access by which the instruction that a vCPU has just executed touched `len` bytes from `start` on. `behind`
+/// is the code up to where it stands, `ahead` the code from there on: a repeated string instruction is not behind
+/// it until its last round.
 ///
-/// Instructions cannot be decoded backwards: every length is tried, and the answer is `None` unless those that decode to such
-/// an access agree on where it was. Of two sizes it is the larger: without its prefix an instruction is one of fewer bytes.
+/// Instructions cannot be decoded backwards: every length is tried, and the answer is `None` unless those that
+/// decode to such an access agree on where it was. Of two sizes it is the larger: without its prefix an instruction
+/// is one of fewer bytes.
 pub(super) fn accessed(
     (behind, ahead): (&[u8], &[u8]),
     registers: &Registers,
@@ -127,8 +129,8 @@ fn touched(
     })
 }
 
-/// The registers that an instruction used for its addresses, of those after it: what pushes, pops and string instructions
-/// move is moved back.
+/// The registers that an instruction used for its addresses, of those after it: what pushes, pops and string
+/// instructions move is moved back.
 fn before(instruction: &Instruction, after: &Registers) -> Registers {
     const RSP: usize = 4;
     const STRING: [usize; 2] = [6, 7]; // RSI, RDI

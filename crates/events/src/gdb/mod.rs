@@ -1,26 +1,34 @@
 //! Hooks through QEMU's gdb stub: on any running QEMU, with KVM or TCG, that nobody prepared.
 //!
-//! One thread has the connection. It arms breakpoints and watchpoints, waits for the machine to stop, tells events, applies
-//! verdicts and lets the machine go on; everybody else sends it commands and waits for its answers. A stop halts all vCPUs.
+//! One thread has the connection. It arms breakpoints and watchpoints, waits for the machine to stop, tells events,
+//! applies verdicts and lets the machine go on; everybody else sends it commands and waits for its answers. A stop
+//! halts all vCPUs.
 //!
-//! **Several hooks at one place** share one breakpoint. Those that are only told or counted get their event first; those
-//! that hold the vCPU then get theirs one after the other, in the order in which they were armed. A changed register is
-//! changed for those behind. A verdict by which the instruction is not executed (skip, return, another instruction pointer) ends the
-//! turn: to those behind nothing happened.
+//! **Several hooks at one place** share one breakpoint. Those that are only told or counted get their event first;
+//! those that hold the vCPU then get theirs one after the other, in the order in which they were armed. A changed
+//! register is changed for those behind. A verdict by which the instruction is not executed (skip, return, another
+//! instruction pointer) ends the turn: to those behind nothing happened.
 //!
-//! **Stepping over** a breakpoint is one step of that vCPU while all others stand still, so none passes unseen. TCG does not
-//! look at breakpoints in a step; under KVM the breakpoint is out for the time of the step.
+//! **Stepping over** a breakpoint is one step of that vCPU while all others stand still, so none passes unseen. TCG
+//! does not look at breakpoints in a step; under KVM the breakpoint is out for the time of the step.
 //!
-//! **Two vCPUs at once**: QEMU tells of one. A breakpoint that the other one has reached is reached again when it goes on. A
-//! watchpoint is not, for the access is done; so after each stop every other vCPU is let go on against a breakpoint where it stands, which
-//! executes nothing and makes QEMU tell of the watchpoint.
+//! **Two vCPUs at once**: QEMU tells of one. A breakpoint that the other one has reached is reached again when it
+//! goes on. A watchpoint is not, for the access is done; so after each stop every other vCPU is let go on against a
+//! breakpoint where it stands, which executes nothing and makes QEMU tell of the watchpoint.
 //!
-//! **Pauses that are not ours** (by the owner, by the verdict "pause", by a deadline that fails closed) end when the owner lets the VM
-//! go on. It is looked at every 25 ms, because QEMU does not say so.
+//! **Pauses that are not ours** (by the owner, by the verdict "pause", by a deadline that fails closed) end when
+//! the owner lets the VM go on. It is looked at every 25 ms, because QEMU does not say so.
+//!
+//! **What is not seen**: that the owner pauses a VM which stands at a hook already; it goes on with the verdict. An
+//! owner who lets it go on there lets the other vCPUs run until the held one meets its breakpoint again. Who is
+//! killed within 25 ms after the owner ended a pause leaves the VM paused.
 
+mod arm;
 mod capability;
 mod instruction;
+mod occasion;
 mod queue;
+mod step;
 mod table;
 mod verdict;
 mod watch;
@@ -34,7 +42,7 @@ use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
 use vmsight_hooks::{BackendKind, Capability, Event, Hook, HookId, Verdict};
-use vmsight_target::gdb::{Accelerator, Debug, GdbError, Waker};
+use vmsight_target::gdb::{Accelerator, Debugger, GdbError, Waker};
 use vmsight_target::{Target, TargetError};
 
 use crate::backend::{Backend, Counts};
@@ -96,7 +104,7 @@ impl GdbBackend {
         Self::over(debug)
     }
 
-    fn over(debug: Debug) -> Result<Self, EventError> {
+    fn over(debug: Debugger) -> Result<Self, EventError> {
         let waker = debug.waker();
         let accelerator = debug.accelerator();
         let queue = Arc::new(Queue::new(waker.clone()));
@@ -118,7 +126,8 @@ impl GdbBackend {
         })
     }
 
-    /// Sends a command and waits for its answer, which comes in bounded time: the thread waits for nobody but the stub.
+    /// Sends a command and waits for its answer, which comes in bounded time: the thread waits for nobody but the
+    /// stub.
     fn command<T>(
         &self,
         command: impl FnOnce(Sender<Result<T, EventError>>) -> Command,

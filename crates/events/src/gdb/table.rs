@@ -58,8 +58,8 @@ impl Place {
         self.kind > 1
     }
 
-    /// By which packets it can be had, the better first. Under TCG both breakpoints are the same; under KVM the hardware's
-    /// are invisible, and few.
+    /// By which packets it can be had, the better first. Under TCG both breakpoints are the same; under KVM the
+    /// hardware's are invisible, and few.
     pub(super) fn points(self, accelerator: Accelerator) -> &'static [Point] {
         match (self.kind, accelerator) {
             (1, Accelerator::Tcg) => &[Point::Software],
@@ -88,7 +88,8 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// The hooks on the instruction at `address`: those that hold nobody first, then in the order in which they were armed.
+    /// The hooks on the instruction at `address`: those that hold nobody first, then in the order in which they
+    /// were armed.
     pub(super) fn at(&self, address: u64) -> Vec<HookId> {
         let shared = self.places.get(&Place::instruction(address));
         let mut hooks = shared.map(|s| s.hooks.clone()).unwrap_or_default();
@@ -146,8 +147,8 @@ impl Armed {
         self.memory().is_some_and(|(_, len, _)| len <= MAX_KEPT)
     }
 
-    /// The address space that is meant by an address seen with `cr3`: none in particular in the upper half, which is the
-    /// kernel's.
+    /// The address space that is meant by an address seen with `cr3`: none in particular in the upper half, which
+    /// is the kernel's.
     pub(super) fn space(address: u64, cr3: u64) -> Option<Dtb> {
         (address >> 63 == 0).then(|| Dtb::from_cr3(cr3))
     }

@@ -4,8 +4,9 @@ use vmsight_hooks::{Access, Detail, Register, Verdict};
 use vmsight_target::gdb::GdbError;
 
 use super::instruction;
+use super::occasion::{Occasion, Undo, Waiting};
 use super::of_stub;
-use super::worker::{Occasion, Undo, Waiting, Worker};
+use super::worker::Worker;
 use crate::EventError;
 
 impl Worker {

@@ -7,9 +7,10 @@ use vmsight_hooks::{Access, Detail, HookId};
 use vmsight_target::gdb::{Accelerator, Cause, GdbError, Point, WatchKind};
 
 use super::instruction::{self, Accessed};
+use super::occasion::{Occasion, Tell, Undo};
 use super::of_stub;
 use super::table::{Armed, Kept};
-use super::worker::{Occasion, Tell, Undo, Worker};
+use super::worker::Worker;
 use crate::EventError;
 
 /// How long a vCPU may take to meet the breakpoint where it stands: longer only where an interrupt comes first.
@@ -97,7 +98,7 @@ impl Worker {
                 continue;
             };
             let now = match kept {
-                true => self.look(&first.registers, start, len)?,
+                true => self.bytes_now(&first.registers, start, len)?,
                 false => None,
             };
             let before = self.table.hooks.get(&id).and_then(|armed| armed.before.clone());
@@ -146,7 +147,7 @@ impl Worker {
     }
 
     /// The bytes of a hook's memory now, as a vCPU sees them; `None` where it does not.
-    pub(super) fn look(
+    pub(super) fn bytes_now(
         &mut self,
         registers: &Registers,
         start: u64,
@@ -193,7 +194,7 @@ impl Worker {
         if bits != 64 || hit.kind == WatchKind::Read || rsp.wrapping_sub(hit.address) >= len {
             return Ok(None);
         }
-        let Some(stack) = self.look(registers, rsp, 8)? else {
+        let Some(stack) = self.bytes_now(registers, rsp, 8)? else {
             return Ok(None);
         };
         let returns = stack.bytes.try_into().map(u64::from_le_bytes).unwrap_or_default();
@@ -209,7 +210,7 @@ impl Worker {
     /// The bytes in front of an instruction, as many as the longest one may have.
     fn code_before(&mut self, registers: &Registers, rip: u64) -> Result<Option<Vec<u8>>, EventError> {
         let len = instruction::MAX_LEN as u64;
-        let kept = self.look(registers, rip.wrapping_sub(len), len)?;
+        let kept = self.bytes_now(registers, rip.wrapping_sub(len), len)?;
         Ok(kept.map(|kept| kept.bytes))
     }
 }
@@ -225,8 +226,8 @@ fn overlap(one: Option<(u64, u64)>, other: Option<(u64, u64)>) -> bool {
     }
 }
 
-/// Where the order of hits of one moment is not known, only the first can have found the old value and only the last have
-/// left the new one.
+/// Where the order of hits of one moment is not known, only the first can have found the old value and only the
+/// last have left the new one.
 #[derive(Clone, Copy)]
 struct Alone {
     first: bool,

@@ -1,7 +1,9 @@
-//! A guest that is its own firmware: up to four vCPUs in 64-bit mode that do rounds of work on demand and count what they do.
+//! A guest that is its own firmware: up to four vCPUs in 64-bit mode that do rounds of work on demand and count
+//! what they do.
 //!
-//! Each vCPU has a page of its own from [`PAGES`] on. It waits until the number of rounds there is not zero. A round calls a
-//! function with the number of rounds left, adds up what the function returns, and stores the number of rounds left.
+//! Each vCPU has a page of its own from [`PAGES`] on. It waits until the number of rounds there is not zero. A
+//! round calls a function with the number of rounds left, adds up what the function returns, and stores the number
+//! of rounds left.
 
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, IcedError};
@@ -12,7 +14,8 @@ const IMAGE: usize = 64 * 1024;
 const BASE: u64 = 0xf_0000;
 /// Where its 64-bit code begins.
 const CODE: u64 = BASE + 0x100;
-/// Page tables, in the image: every entry has its A and D bits, so nobody needs to write to it. Two roots that say the same.
+/// Page tables, in the image: every entry has its A and D bits, so nobody needs to write to it. Two roots that say
+/// the same.
 const ROOTS: [u64; 2] = [BASE + 0x4000, BASE + 0x6000];
 const DIRECTORY: u64 = BASE + 0x5000;
 const GDT: u64 = BASE + 0x3000;
@@ -31,6 +34,8 @@ pub(crate) const DONE: u64 = 24;
 pub(crate) const STORED: u64 = 32;
 /// Counts for as long as the vCPU waits: it lives. In another page.
 pub(crate) const IDLE: u64 = 0x8000;
+/// Where this is not zero the vCPU sleeps instead of waiting, and nothing wakes it.
+pub(crate) const SLEEP: u64 = 0x8008;
 /// What address the whole memory is mapped at once more, in the upper half.
 pub(crate) const UPPER: u64 = 0xffff_ff80_0000_0000;
 
@@ -136,6 +141,7 @@ fn code() -> Result<(Vec<u8>, [u64; 4]), IcedError> {
     let mut fill = a.create_label();
     let mut high = a.create_label();
     let mut wait = a.create_label();
+    let mut awake = a.create_label();
     let mut round = a.create_label();
     let mut root = a.create_label();
     // Into the upper half.
@@ -168,6 +174,10 @@ fn code() -> Result<(Vec<u8>, [u64; 4]), IcedError> {
     a.set_label(&mut wait)?;
     a.inc(qword_ptr(r13 + IDLE as i32))?;
     a.pause()?;
+    a.cmp(qword_ptr(r13 + SLEEP as i32), 0)?;
+    a.jz(awake)?;
+    a.hlt()?;
+    a.set_label(&mut awake)?;
     a.mov(rbx, qword_ptr(r13 + ROUNDS))?;
     a.test(rbx, rbx)?;
     a.jz(wait)?;

@@ -104,10 +104,15 @@ impl Machine {
         u64::from_le_bytes(bytes)
     }
 
+    /// Changes a member of a vCPU's page.
+    pub(crate) fn set(&self, vcpu: u32, member: u64, value: u64) {
+        let at = Gpa(physical(vcpu, member));
+        self.target.memory.write(at, &value.to_le_bytes()).unwrap();
+    }
+
     /// Gives a vCPU so many rounds to do.
     pub(crate) fn work(&self, vcpu: u32, rounds: u64) {
-        let at = Gpa(physical(vcpu, ROUNDS));
-        self.target.memory.write(at, &rounds.to_le_bytes()).unwrap();
+        self.set(vcpu, ROUNDS, rounds);
     }
 
     /// Whether a vCPU is through with its work for the nth time.

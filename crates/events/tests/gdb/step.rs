@@ -1,26 +1,27 @@
 //! Single steps.
 
 use vmsight_arch::Gva;
+use vmsight_events::EventError;
 use vmsight_hooks::{Delivery, Detail, Hook, HookKind, Verdict};
 
 use crate::execute::{next, patient};
-use crate::guest::{CALLS, IDLE};
+use crate::guest::{CALLS, IDLE, SLEEP, STORED, upper};
 use crate::machine::Machine;
 
 #[test]
 fn a_vcpu_makes_so_many_steps_and_the_others_stand() {
     let vm = Machine::start(2);
     let monitor = vm.monitor();
-    let kind = HookKind::Step { vcpu: 1, count: 250 };
+    let kind = HookKind::Step { vcpu: 1, count: 140 };
     let _hook = monitor.hook(&Hook::new(kind).delivered(patient())).unwrap();
     let occurrence = next(&monitor);
     assert_eq!(occurrence.event().vcpu, 1);
     assert!(matches!(occurrence.event().detail, Detail::Step { .. }));
-    // The loop in which it waits has five instructions.
+    // The loop in which it waits has seven instructions.
     let (idle, other) = (vm.word(1, IDLE), vm.word(0, IDLE));
-    occurrence.answer(Verdict::Step(100)).unwrap();
+    occurrence.answer(Verdict::Step(70)).unwrap();
     let occurrence = next(&monitor);
-    assert_eq!((vm.word(1, IDLE) - idle, vm.word(0, IDLE) - other), (20, 0));
+    assert_eq!((vm.word(1, IDLE) - idle, vm.word(0, IDLE) - other), (10, 0));
     occurrence.answer(Verdict::Continue).unwrap();
     vm.lives(2);
 }
@@ -52,4 +53,29 @@ fn steps_from_a_hook_pass_through_others() {
     next(&monitor).answer(Verdict::Continue).unwrap();
     vm.wait_for(|m| m.is_done(0, 1));
     assert_eq!((second.counts().unwrap().occurred, vm.word(0, CALLS)), (2, 2));
+}
+
+#[test]
+fn a_vcpu_that_sleeps_makes_no_steps() {
+    let vm = Machine::start(2);
+    let monitor = vm.monitor();
+    let steps = |count| Hook::new(HookKind::Step { vcpu: 1, count }).delivered(patient());
+    let hook = monitor.hook(&steps(1)).unwrap();
+    let occurrence = next(&monitor);
+    vm.set(1, SLEEP, 1);
+    occurrence.answer(Verdict::Step(1_000_000)).unwrap();
+    // It falls asleep on the way.
+    let occurrence = next(&monitor);
+    assert_eq!(occurrence.event().vcpu, 1);
+    occurrence.answer(Verdict::Continue).unwrap();
+    drop(hook);
+    let error = monitor.hook(&steps(1)).unwrap_err();
+    assert!(matches!(error, EventError::Limit { .. }), "{error}");
+    vm.lives(1);
+    // And does not stand in the way of watchpoints.
+    let hook = Hook::write(Gva(upper(0, STORED)), 8).delivered(Delivery::Counted);
+    let hook = monitor.hook(&hook).unwrap();
+    vm.work(0, 100);
+    vm.wait_for(|m| m.is_done(0, 1));
+    assert_eq!(hook.counts().unwrap().occurred, 100);
 }

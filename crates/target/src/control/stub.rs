@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{PauseGuard, Pauses, lock};
 use crate::TargetError;
-use crate::gdb::{Debug, Gdb, GdbError};
+use crate::gdb::{Debugger, Gdb, GdbError};
 use crate::host::process::Identity;
 use crate::spec::GdbAddress;
 
@@ -63,8 +63,8 @@ impl GdbControl {
     }
 
     /// A connection for hooks.
-    pub(crate) fn debug(&self, timeout: Duration) -> Result<Debug, TargetError> {
-        Debug::connect(&self.address, self.server, timeout, None, None)
+    pub(crate) fn debug(&self, timeout: Duration) -> Result<Debugger, TargetError> {
+        Debugger::connect(&self.address, self.server, timeout, None, None)
     }
 
     /// Whether the machine goes on when the pause ends.

@@ -19,10 +19,10 @@ use crate::host::sockets;
 use crate::qmp::{connect_socket, unix_socket};
 use crate::spec::GdbAddress;
 
-/// What a watch sends when we are gone, for `printf`: it lets the VM go on without breakpoints, whatever we were in the midst
-/// of. First what acknowledges a packet and pauses a VM that runs, and the end of a packet of ours; then the detach packet.
-/// QEMU (seen with 7.2) crashes when it is told to detach twice, and we may have told it already: so it is attached again
-/// before that.
+/// What a watch sends when we are gone, for `printf`: it lets the VM go on without breakpoints, whatever we were in
+/// the midst of. First what acknowledges a packet and pauses a VM that runs, and the end of a packet of ours; then
+/// the detach packet. QEMU (seen with 7.2) crashes when it is told to detach twice, and we may have told it
+/// already: so it is attached again before that.
 pub(super) const LAST_WORDS: &str = "+#00$vAttach;1#37$D#44";
 
 /// Connects, which pauses the VM. `server` is its process, where that is on this host. `watch` is set before the
@@ -204,11 +204,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let socket = |name: &str| format!("unix:{},server=on,wait=off", at(name).display());
-        let mut qemu = std::process::Command::new("qemu-system-x86_64")
+        let qemu = std::process::Command::new("qemu-system-x86_64")
             .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-m", "16"])
             .args(["-gdb", &socket("gdb"), "-qmp", &socket("qmp")])
             .spawn()
             .expect("qemu-system-x86_64 of the Debian package qemu-system-x86");
+        let _qemu = Killed(qemu);
         let timeout = Duration::from_secs(30);
         let deadline = Instant::now() + timeout;
         while crate::qmp::Qmp::connect(&at("qmp"), timeout).is_err() {
@@ -227,7 +228,15 @@ mod tests {
             .status()
             .unwrap();
         assert!(status.running, "{status:?}");
-        let _ = qemu.kill();
-        let _ = qemu.wait();
+    }
+
+    /// A process that ends with the test.
+    struct Killed(std::process::Child);
+
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
     }
 }

@@ -24,8 +24,8 @@ pub(super) fn includes(xml: &str) -> Vec<String> {
         .collect()
 }
 
-/// The registers of a description in their order, which is the order of the `g` packet. QEMU's has some in comments (the
-/// bases of CS, SS, DS and ES), which the packet does not carry.
+/// The registers of a description in their order, which is the order of the `g` packet. QEMU's has some in comments
+/// (the bases of CS, SS, DS and ES), which the packet does not carry.
 pub(super) fn registers(xml: &str) -> Vec<Register> {
     without_comments(xml)
         .split("<reg ")

@@ -1,4 +1,5 @@
-//! One connection to a stub as a stream of packets: questions and their answers, and stop replies, which come when they come.
+//! One connection to a stub as a stream of packets: questions and their answers, and stop replies, which come when
+//! they come.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,6 +27,8 @@ pub(super) struct Link {
     desynchronised: bool,
     /// Stop replies that came between answers.
     stops: VecDeque<Vec<u8>>,
+    /// What goes in front of each packet.
+    prefix: &'static [u8],
 }
 
 /// What [`Link::wait`] waited for.
@@ -49,6 +52,7 @@ impl Link {
             unacknowledged: false,
             desynchronised: false,
             stops: VecDeque::new(),
+            prefix: b"",
         }
     }
 
@@ -65,6 +69,13 @@ impl Link {
         self.desynchronised
     }
 
+    /// From now on each packet is preceded by an interrupt, which QEMU passes over while the machine stands still.
+    /// Where somebody let it go on behind our back QEMU would take the packet's first byte for the wish to pause
+    /// it, and lose the packet.
+    pub(super) fn insist(&mut self) {
+        self.prefix = &[3];
+    }
+
     /// One question and its answer.
     pub(super) fn ask(&mut self, command: &str) -> Result<Vec<u8>, GdbError> {
         self.send(command.as_bytes(), command)?;
@@ -78,7 +89,7 @@ impl Link {
         for command in commands {
             bytes.extend_from_slice(&packet::frame(command.as_bytes()));
         }
-        self.send_raw(bytes, doing)?;
+        self.send_packets(bytes, doing)?;
         commands.iter().map(|command| self.answer(command)).collect()
     }
 
@@ -89,7 +100,11 @@ impl Link {
     }
 
     pub(super) fn send(&mut self, data: &[u8], doing: &str) -> Result<(), GdbError> {
-        self.send_raw(packet::frame(data), doing)
+        self.send_packets(packet::frame(data), doing)
+    }
+
+    fn send_packets(&mut self, packets: Vec<u8>, doing: &str) -> Result<(), GdbError> {
+        self.send_raw([self.prefix, &packets].concat(), doing)
     }
 
     /// Sends bytes as they are, behind the acknowledgement that is due.
@@ -139,8 +154,8 @@ impl Link {
         Ok(None)
     }
 
-    /// Waits until the stub said something, `other` can be read, or the deadline has passed. Nothing is sent: the machine
-    /// may run, and would be paused by a byte.
+    /// Waits until the stub said something, `other` can be read, or the deadline has passed. Nothing is sent: the
+    /// machine may run, and would be paused by a byte.
     pub(super) fn wait(
         &mut self,
         other: Option<BorrowedFd<'_>>,

@@ -6,14 +6,14 @@
 //! the detach packet if we die; and a VM that was not running before is left without detaching, which would start
 //! it.
 //!
-//! [`Debug`] is the connection for hooks, where the machine runs most of the time.
+//! [`Debugger`] is the connection for hooks, where the machine runs most of the time.
 //!
 //! The protocol is that of the gdb manual, appendix E; QEMU's own packets are `qqemu.…` (gdbstub.c).
 
 mod busy;
 mod connect;
 mod connection;
-mod debug;
+mod debugger;
 mod error;
 mod features;
 mod link;
@@ -24,7 +24,7 @@ mod questions;
 mod stop;
 mod waker;
 
-pub use debug::{Accelerator, Debug, Point, Stop, Waited};
+pub use debugger::{Accelerator, Debugger, Point, Stop, Waited};
 pub use error::GdbError;
 pub use stop::{Cause, WatchKind};
 pub use waker::Waker;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use super::Debug;
+use super::Debugger;
 use super::refuse_if_busy;
 use crate::control::{QmpControl, VirshControl};
 use crate::host::process::Process;
@@ -46,8 +46,8 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    /// Leaves the stub open: closed now it would not hear what the watch has to say, and the breakpoints would stay. The next
-    /// one who needs it closes it.
+    /// Leaves the stub open: closed now it would not hear what the watch has to say, and the breakpoints would
+    /// stay. The next one who needs it closes it.
     pub(super) fn leave(mut self) {
         self.left = true;
     }
@@ -75,13 +75,13 @@ fn remove(folder: &Path) {
 }
 
 impl Target {
-    /// A connection for hooks to the gdb stub of this VM: the one it has, where nobody is connected to that, or one that is
-    /// opened through its monitor, in a folder that only QEMU's user can enter, and closed again. The VM is paused by it
-    /// until it is told to go on. `timeout` is the longest wait for each answer.
+    /// A connection for hooks to the gdb stub of this VM: the one it has, where nobody is connected to that, or one
+    /// that is opened through its monitor, in a folder that only QEMU's user can enter, and closed again. The VM is
+    /// paused by it until it is told to go on. `timeout` is the longest wait for each answer.
     ///
     /// # Errors
     /// [`TargetError::NoStub`] for what has none; [`super::GdbError::Busy`] where somebody is connected to it.
-    pub fn debug(&self, timeout: Duration) -> Result<Debug, TargetError> {
+    pub fn debug(&self, timeout: Duration) -> Result<Debugger, TargetError> {
         let no = |why: String| TargetError::NoStub {
             target: self.name.clone(),
             why,
@@ -124,14 +124,14 @@ impl Target {
             }
             refuse_if_busy(&address, info.pid, deadline)?;
             let Some(left) = left else {
-                return Debug::connect(&address, Some(info.identity()), timeout, Some(running), None);
+                return Debugger::connect(&address, Some(info.identity()), timeout, Some(running), None);
             };
             monitor.hmp("gdbserver none")?;
             remove(&left.folder);
         }
         let lease = open(monitor, info).map_err(no)?;
         let address = GdbAddress::Unix(lease.folder.join("stub"));
-        Debug::connect(
+        Debugger::connect(
             &address,
             Some(info.identity()),
             timeout,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-/// Ends the wait in [`super::Debug::wait`], also one that begins later. Clones share one state.
+/// Ends the wait in [`super::Debugger::wait`], also one that begins later. Clones share one state.
 #[derive(Clone, Debug)]
 pub struct Waker(Arc<OwnedFd>);
 

@@ -33,15 +33,15 @@ const HOLD: &str = "+#00$?#3f";
 /// Bytes of memory asked for at once.
 const MEMORY_CHUNK: usize = 2000;
 /// A resumption of a thread that no machine has (its highest is 4096).
-const NOBODY: &str = "vCont;c:7ffe";
+const NOBODY: &[u8] = b"vCont;c:7ffe";
 
 /// What runs the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Accelerator {
     /// Emulation: breakpoints and watchpoints are QEMU's own, without number, and invisible.
     Tcg,
-    /// The processor: four debug registers for hardware breakpoints and watchpoints; software breakpoints are INT3 bytes
-    /// in the guest's memory.
+    /// The processor: four debug registers for hardware breakpoints and watchpoints; software breakpoints are INT3
+    /// bytes in the guest's memory.
     Kvm,
 }
 
@@ -94,9 +94,9 @@ pub enum Waited {
 
 /// A connection to a stub for hooks. One thread uses it; [`Waker`] ends its waits.
 ///
-/// Dropped, it takes all breakpoints out and lets the machine go on, unless [`Self::hold`] said otherwise or it did not
-/// run before; a watch does the same where the program is killed.
-pub struct Debug {
+/// Dropped, it takes all breakpoints out and lets the machine go on, unless [`Self::hold`] said otherwise or it did
+/// not run before; a watch does the same where the program is killed.
+pub struct Debugger {
     link: Link,
     guard: Option<Guard>,
     registers: Vec<Register>,
@@ -111,7 +111,7 @@ pub struct Debug {
     lease: Option<Lease>,
 }
 
-impl Debug {
+impl Debugger {
     /// Connects, which pauses the machine. `running` says whether it ran before, where that is known otherwise.
     pub(crate) fn connect(
         address: &GdbAddress,
@@ -148,6 +148,7 @@ impl Debug {
             self.hold(true)?;
         }
         self.link.ask("qSupported:multiprocess-;swbreak-;hwbreak-")?;
+        self.link.insist();
         let told = self.link.stop_reply("connecting")?.is_some();
         self.ran = match running {
             // It tells that the connection paused it, and only what ran can be paused.
@@ -200,8 +201,8 @@ impl Debug {
         self.waker.clone()
     }
 
-    /// Whether the machine is to stay as it is when this ends, however it ends. A new connection has what the machine was
-    /// found in: one that did not run is left so.
+    /// Whether the machine is to stay as it is when this ends, however it ends. A new connection has what the
+    /// machine was found in: one that did not run is left so.
     ///
     /// # Errors
     /// Where the watch is gone.
@@ -329,8 +330,8 @@ impl Debug {
         Ok(())
     }
 
-    /// Arms a breakpoint or watchpoint on all vCPUs. A software breakpoint under KVM is written through the page tables
-    /// of `vcpu`. Only while the machine stands still.
+    /// Arms a breakpoint or watchpoint on all vCPUs. A software breakpoint under KVM is written through the page
+    /// tables of `vcpu`. Only while the machine stands still.
     ///
     /// # Errors
     /// [`GdbError::Refused`] where QEMU does not take it.
@@ -436,13 +437,14 @@ impl Debug {
     }
 
     /// Makes the machine stand still, and gives the stops that were told: ours ([`Cause::Paused`]), or another that
-    /// came before it. None where it stood still already, because of its owner.
+    /// came before it. None where it stood still already, because of its owner. The next stop is told in either
+    /// case, also where it is not we who let the machine go on.
     ///
     /// # Errors
     /// Where there is no answer in time.
     pub fn interrupt(&mut self) -> Result<Vec<Stop>, GdbError> {
         let mut bytes = vec![3];
-        bytes.extend_from_slice(&packet::frame(b"qC"));
+        bytes.extend_from_slice(&packet::frame(NOBODY));
         self.link.send_raw(bytes, "an interrupt")?;
         self.link.answer("an interrupt")?;
         let mut stops = Vec::new();
@@ -450,14 +452,6 @@ impl Debug {
             stops.push(stop);
         }
         Ok(stops)
-    }
-
-    /// While the machine stands still for its owner: sees to it that the next stop is told although we did not resume it.
-    ///
-    /// # Errors
-    /// Where there is no answer in time.
-    pub fn expect_stops(&mut self) -> Result<(), GdbError> {
-        self.link.ask(NOBODY).map(drop)
     }
 
     /// What a stop reply says. QEMU makes the thread that it names the current one.
@@ -550,7 +544,7 @@ impl Debug {
     }
 }
 
-impl Drop for Debug {
+impl Drop for Debugger {
     fn drop(&mut self) {
         let Some(guard) = self.guard.take() else { return };
         let detached = match self.link.is_lost() {
@@ -577,9 +571,9 @@ impl Drop for Debug {
     }
 }
 
-impl fmt::Debug for Debug {
+impl fmt::Debug for Debugger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Debug")
+        f.debug_struct("Debugger")
             .field("address", &self.link.address())
             .field("accelerator", &self.accelerator)
             .field("vcpus", &self.threads.len())

@@ -1,0 +1,297 @@
+//! Something happened at a vCPU: it is told, and verdicts are waited for.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant, SystemTime};
+
+use vmsight_arch::{Gva, Registers};
+use vmsight_hooks::{Delivery, Detail, Event, Expiry, HookId, Overflow, Sequence, Verdict};
+use vmsight_target::gdb::{Accelerator, Cause, Stop, Waited};
+
+use super::of_stub;
+use super::watch::Hit;
+use super::worker::{LOOK, Worker};
+use crate::EventError;
+
+/// A deadline that is none.
+const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// A vCPU at which something happened: what is to be told of it, and what is done then.
+#[derive(Debug)]
+pub(super) struct Occasion {
+    pub(super) registers: Registers,
+    /// The instruction whose execution is told of: it is stepped over when all is told and the vCPU still stands
+    /// there.
+    pub(super) at: Option<u64>,
+    pub(super) tell: VecDeque<Tell>,
+    /// The event whose verdict is waited for.
+    pub(super) waiting: Option<Waiting>,
+    /// Steps to be made, and for which hooks.
+    pub(super) steps: Vec<(HookId, u64)>,
+}
+
+/// Something to be told.
+#[derive(Debug)]
+pub(super) struct Tell {
+    pub(super) hook: HookId,
+    pub(super) detail: Detail,
+    pub(super) undo: Option<Undo>,
+}
+
+/// What a write that is done can be undone with.
+#[derive(Clone, Debug)]
+pub(super) struct Undo {
+    pub(super) address: u64,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// An event that is held.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) event: Event,
+    pub(super) undo: Option<Undo>,
+    deadline: Instant,
+    expiry: Expiry,
+}
+
+impl Occasion {
+    pub(super) fn new(registers: Registers) -> Self {
+        Self {
+            registers,
+            at: None,
+            tell: VecDeque::new(),
+            waiting: None,
+            steps: Vec::new(),
+        }
+    }
+}
+
+impl Occasion {
+    pub(super) fn waits_with(&self, sequence: Sequence) -> bool {
+        self.waiting
+            .as_ref()
+            .is_some_and(|w| w.event.sequence == sequence)
+    }
+}
+
+impl Worker {
+    /// A vCPU met a breakpoint, or a step ended that nobody waits for any more.
+    pub(super) fn trapped(&mut self, registers: Registers) {
+        let mut occasion = Occasion::new(registers);
+        self.meet(&mut occasion);
+        if occasion.at.is_some() {
+            self.occasions.push_back(occasion);
+        }
+    }
+
+    /// Whether a breakpoint is where a vCPU stands; then it is told of and stepped over.
+    pub(super) fn meet(&mut self, occasion: &mut Occasion) {
+        let rip = occasion.registers.rip;
+        if !self.table.breaks(rip) {
+            return;
+        }
+        occasion.at = Some(rip);
+        let before = self.told.len();
+        let vcpu = occasion.registers.vcpu;
+        self.told.retain(|told| *told != (vcpu, rip));
+        if self.told.len() != before {
+            return;
+        }
+        let hooks = self.table.at(rip);
+        occasion.tell.extend(hooks.into_iter().map(|hook| Tell {
+            hook,
+            detail: Detail::Execute { rip: Gva(rip) },
+            undo: None,
+        }));
+    }
+
+    /// Takes the next of the occasions one thing further, or waits for what it needs.
+    pub(super) fn advance(&mut self) -> Result<(), EventError> {
+        let Some(mut occasion) = self.occasions.pop_front() else {
+            return self.go_on();
+        };
+        if let Some(deadline) = occasion.waiting.as_ref().map(|w| w.deadline) {
+            self.occasions.push_front(occasion);
+            match self.debug.wait(Some(deadline)).map_err(of_stub)? {
+                // Its owner let it go on behind our back.
+                Waited::Stop(stop) => self.resumed_behind(&stop)?,
+                Waited::Woken => {}
+                Waited::TimedOut => self.expire()?,
+            }
+            return Ok(());
+        }
+        let done = match occasion.tell.pop_front() {
+            Some(tell) => match self.tell(&mut occasion, tell)? {
+                None => false,
+                Some(tell) => {
+                    // No room: until somebody fetches an event, or a command comes.
+                    occasion.tell.push_front(tell);
+                    self.occasions.push_front(occasion);
+                    self.debug.wait(Some(Instant::now() + LOOK)).map_err(of_stub)?;
+                    return Ok(());
+                }
+            },
+            None => self.finish(&mut occasion)?,
+        };
+        if !done {
+            self.occasions.push_front(occasion);
+        }
+        Ok(())
+    }
+
+    /// Somebody resumed the VM while it stood for an occasion. A breakpoint is met again; a watchpoint's access is
+    /// done.
+    pub(super) fn resumed_behind(&mut self, stop: &Stop) -> Result<(), EventError> {
+        tracing::debug!(?stop, "the VM was let go on while it stood at a hook");
+        if let Cause::Watch { kind, address } = stop.cause {
+            let registers = self.debug.registers(stop.vcpu).map_err(of_stub)?;
+            let occasions = self.accesses(&[Hit {
+                registers,
+                kind,
+                address,
+            }])?;
+            self.occasions.extend(occasions);
+        }
+        Ok(())
+    }
+
+    /// Tells one thing; gives it back where there is no room.
+    pub(super) fn tell(&mut self, occasion: &mut Occasion, tell: Tell) -> Result<Option<Tell>, EventError> {
+        let id = tell.hook;
+        let Some(armed) = self.table.hooks.get(&id) else {
+            return Ok(None);
+        };
+        let (delivery, scope) = (armed.hook.delivery, armed.hook.scope);
+        let registers = &occasion.registers;
+        if !scope.covers(registers.cr3) {
+            return Ok(None);
+        }
+        let mut event = Event {
+            sequence: 0,
+            time: SystemTime::now(),
+            vcpu: registers.vcpu,
+            hook: id,
+            cr3: registers.cr3,
+            detail: tell.detail,
+            held: false,
+        };
+        match delivery {
+            Delivery::Counted => self.queue.count(id, |c| c.occurred += 1),
+            Delivery::Told { overflow } => {
+                if self.queue.has_room() {
+                    self.queue.count(id, |c| c.occurred += 1);
+                    self.queue.push(event);
+                } else if overflow == Overflow::Block {
+                    return Ok(Some(tell));
+                } else {
+                    self.queue.count(id, |c| {
+                        c.occurred += 1;
+                        c.dropped += 1;
+                    });
+                }
+            }
+            Delivery::Held { deadline, expiry } => {
+                self.queue.count(id, |c| c.occurred += 1);
+                event.held = true;
+                event.sequence = self.queue.push(event.clone());
+                let now = Instant::now();
+                occasion.waiting = Some(Waiting {
+                    event,
+                    undo: tell.undo,
+                    deadline: now.checked_add(deadline).unwrap_or(now + FAR),
+                    expiry,
+                });
+            }
+        }
+        Ok(None)
+    }
+
+    /// All is told: the vCPU does what is left for it to do. True where that is nothing.
+    pub(super) fn finish(&mut self, occasion: &mut Occasion) -> Result<bool, EventError> {
+        let rip = occasion.registers.rip;
+        let vcpu = occasion.registers.vcpu;
+        let stands = occasion.at == Some(rip) && self.table.breaks(rip);
+        if self.pause {
+            if stands {
+                self.told.push((vcpu, rip));
+            }
+            return Ok(true);
+        }
+        if !stands && occasion.steps.is_empty() {
+            return Ok(true);
+        }
+        let step = self.step(occasion)?;
+        if self.pause {
+            return Ok(true);
+        }
+        occasion.at = None;
+        if let Some(hit) = step.hit {
+            // TCG has an interrupt left for it, for which the vCPU would stop once more.
+            if self.debug.accelerator() == Accelerator::Tcg {
+                self.probe(vcpu)?;
+            }
+            for other in self.accesses(&[hit])? {
+                occasion.tell.extend(other.tell);
+            }
+        }
+        let mut ended = Vec::new();
+        occasion.steps.retain_mut(|(hook, left)| {
+            // Where it sleeps the run is over.
+            *left = if step.asleep { 0 } else { left.saturating_sub(1) };
+            if *left == 0 {
+                ended.push(*hook);
+            }
+            *left > 0
+        });
+        let rip = Gva(occasion.registers.rip);
+        occasion.tell.extend(ended.into_iter().map(|hook| Tell {
+            hook,
+            detail: Detail::Step { rip },
+            undo: None,
+        }));
+        // A step does not look at breakpoints.
+        if !occasion.steps.is_empty() {
+            self.meet(occasion);
+        }
+        Ok(occasion.tell.is_empty() && occasion.steps.is_empty())
+    }
+
+    /// No verdict came.
+    pub(super) fn expire(&mut self) -> Result<(), EventError> {
+        let Some(waiting) = self.occasions.front_mut().and_then(|o| o.waiting.take()) else {
+            return Ok(());
+        };
+        let id = waiting.event.hook;
+        self.queue.withdraw(waiting.event.sequence);
+        self.queue.count(id, |c| c.expired += 1);
+        tracing::warn!(hook = id.0, "no verdict came in time");
+        match waiting.expiry {
+            Expiry::Open => self.disarm(id),
+            Expiry::Closed => {
+                self.pause = true;
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn answer(&mut self, sequence: Sequence, verdict: &Verdict) -> Result<(), EventError> {
+        // One that expired meanwhile is answered already.
+        let Some(mut occasion) = self.occasions.pop_front() else {
+            return Ok(());
+        };
+        let waiting = match occasion.waits_with(sequence) {
+            true => occasion.waiting.take(),
+            false => None,
+        };
+        let result = match waiting {
+            Some(waiting) => self.apply(&mut occasion, &waiting, verdict),
+            None => Ok(()),
+        };
+        // It goes elsewhere: to those behind nothing happened.
+        if occasion.at.is_some_and(|at| at != occasion.registers.rip) {
+            occasion.tell.clear();
+            occasion.at = None;
+        }
+        self.occasions.push_front(occasion);
+        result
+    }
+}
