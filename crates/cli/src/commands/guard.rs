@@ -35,7 +35,8 @@ Rules:
                   end stands for anything. A copy under another name is another file
 
 What it cannot see: see `vmsight hooks TARGET` for the means and limits of each backend. Through the gdb stub, writes to memory
-are seen by the kernel's own addresses only, after they happened, and are undone before the guest goes on; control registers are
+are seen by the kernel's own addresses only, after they happened, and are undone before the guest goes on (of kernel text and
+read-only data, what was there when guarding began is put back); control registers are
 guarded at the instructions of the kernel and its modules that write them, those of modules loaded later included; MSRs cannot be
 guarded. The kernel's own patching is told by the address space that it keeps for that (poking_mm).
 

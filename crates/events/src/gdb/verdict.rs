@@ -52,13 +52,21 @@ impl Worker {
                 Verdict::Deny | Verdict::SetData(_),
                 Detail::Memory {
                     access: Access::WRITE,
+                    gva,
+                    len,
                     ..
                 },
             ) => {
-                let Some(undo) = &waiting.undo else {
-                    return refuse("it is done, and what was there before is not known");
-                };
-                self.write_back(occasion, undo, verdict)
+                // Of large hooks no copy is kept: whoever has one says what is to be there.
+                let given = matches!(verdict, Verdict::SetData(_)).then_some(gva).flatten();
+                let place = given.filter(|_| len > 0).map(|address| Undo {
+                    address: address.0,
+                    bytes: vec![0; usize::from(len).min(8)],
+                });
+                match waiting.undo.as_ref().or(place.as_ref()) {
+                    Some(undo) => self.write_back(occasion, undo, verdict),
+                    None => refuse("it is done, and what was there before is not known"),
+                }
             }
             (Verdict::Deny | Verdict::SetData(_), Detail::Memory { .. }) => {
                 refuse("it is done: the guest has the data")

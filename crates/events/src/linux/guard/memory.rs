@@ -15,6 +15,38 @@ const IDT_BYTES: u64 = 4096;
 /// `CPU_ENTRY_AREA_RO_IDT`, fixed on x86-64.
 const IDT_ALIAS: Gva = Gva(0xffff_fe00_0000_0000);
 
+/// What guarded memory held when guarding began: a backend that sees a write when it is done keeps no copy of large stretches.
+#[derive(Debug)]
+pub(super) struct Copy {
+    start: Gva,
+    bytes: Vec<u8>,
+}
+
+impl Copy {
+    /// Of the memory of a hook on virtual addresses; `None` for others.
+    pub(super) fn of(kernel: &Kernel, kind: &HookKind) -> Option<Self> {
+        let HookKind::Memory {
+            range: Range::Virtual { start, len },
+            ..
+        } = *kind
+        else {
+            return None;
+        };
+        let mut bytes = vec![0; usize::try_from(len).ok()?];
+        kernel.space().read_partial(start, &mut bytes);
+        Some(Self { start, bytes })
+    }
+
+    /// The `len` bytes, 8 at most, at `at`.
+    pub(super) fn get(&self, at: Gva, len: u8) -> Option<u64> {
+        let from = usize::try_from(at.0.checked_sub(self.start.0)?).ok()?;
+        let found = self.bytes.get(from..from.checked_add(usize::from(len))?)?;
+        let mut value = [0; 8];
+        value.get_mut(..found.len())?.copy_from_slice(found);
+        (len > 0).then_some(u64::from_le_bytes(value))
+    }
+}
+
 /// The hooks that a rule about memory needs: on physical memory where the backend can, for then no other mapping of it
 /// helps; else on the addresses that the kernel itself uses.
 pub(super) fn hooks(kernel: &Kernel, monitor: &Monitor, rule: &Rule) -> Result<Vec<HookKind>, TraceError> {

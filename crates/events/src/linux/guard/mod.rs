@@ -67,6 +67,8 @@ pub struct Guard {
     /// Which control-register rules there are.
     bits: Vec<(ControlRegister, u64, Rule)>,
     delivery: Delivery,
+    /// What memory held whose old values the backend does not know.
+    copies: Vec<memory::Copy>,
     guards: Vec<HookGuard>,
 }
 
@@ -101,6 +103,7 @@ impl Guard {
             control: None,
             bits: Vec::new(),
             delivery,
+            copies: Vec::new(),
             guards: Vec::new(),
         };
         let mut programs = BTreeSet::new();
@@ -108,6 +111,7 @@ impl Guard {
             match rule {
                 Rule::KernelText | Rule::Rodata | Rule::SyscallTable | Rule::Idt => {
                     for kind in memory::hooks(kernel, monitor, rule)? {
+                        guard.copies.extend(memory::Copy::of(kernel, &kind));
                         guard.add(monitor, kind, Purpose::Memory(rule.clone()))?;
                     }
                 }
@@ -214,7 +218,12 @@ impl Guard {
             (
                 Purpose::Memory(rule),
                 Detail::Memory {
-                    gva, gpa, old, new, ..
+                    gva,
+                    gpa,
+                    len,
+                    old,
+                    new,
+                    ..
                 },
             ) => {
                 if memory::is_own_patching(&self.kernel, &registers) {
@@ -222,8 +231,13 @@ impl Guard {
                 }
                 let at = gva.map(|a| a.0).or(gpa.map(|a| a.0)).unwrap_or_default();
                 let shown = |v: Option<u64>| v.map_or("?".to_owned(), |v| format!("{v:#x}"));
+                let kept = || gva.and_then(|at| self.copies.iter().find_map(|copy| copy.get(at, len)));
+                let (old, verdict) = match old {
+                    Some(old) => (Some(old), Verdict::Deny),
+                    None => kept().map_or((None, Verdict::Deny), |old| (Some(old), Verdict::SetData(old))),
+                };
                 let what = format!("write to {at:#x}: {} -> {}", shown(old), shown(new));
-                self.deny(occurrence, &registers, rule, what, Verdict::Deny)
+                self.deny(occurrence, &registers, rule, what, verdict)
             }
             (
                 Purpose::Control,
