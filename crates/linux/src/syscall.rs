@@ -7,6 +7,7 @@
 use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
 
+use crate::layout::{Field, layout};
 use crate::{Kernel, LinuxError};
 
 /// More than any table has: x86-64's ends below 600.
@@ -15,6 +16,17 @@ const MAX_SYSCALLS: u64 = 1024;
 const MAX_PARAMETERS: i32 = 6;
 /// Longest name of a type, parameter or call.
 const MAX_TEXT: usize = 128;
+
+layout! {
+    /// What the kernel keeps of each call for its event tracing (include/trace/syscall.h).
+    struct MetadataLayout = "syscall_metadata" {
+        name: Field<Gva> = "name",
+        // An int up to 6.12, seven bits of a byte in 7.2.
+        nb_args: Field<i32> = "nb_args",
+        types: Field<Gva> = "types",
+        args: Field<Gva> = "args",
+    }
+}
 
 /// How a call was made.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -150,23 +162,25 @@ impl Kernel {
 
     /// The name in the `struct syscall_metadata` at `metadata`.
     fn declared_name(&self, metadata: Gva) -> Option<String> {
-        let at = metadata.wrapping_add(self.offset("syscall_metadata", "name").ok()?);
-        let name = self.text(self.pointer(at).ok()?, MAX_TEXT).ok()?;
+        let layout = self.layout::<MetadataLayout>().ok()?;
+        let at = layout.name.read(self.space(), metadata).ok()?;
+        let name = self.text(at, MAX_TEXT).ok()?;
         Some(usual(name.strip_prefix("sys_")?).to_owned())
     }
 
     /// What the `struct syscall_metadata` at `metadata` says of the parameters.
     fn parameters(&self, metadata: Gva) -> Option<Vec<Parameter>> {
-        let member = |name| Some(metadata.wrapping_add(self.offset("syscall_metadata", name).ok()?));
-        let count = self.space().read_u32(member("nb_args")?).ok()? as i32;
+        let layout = self.layout::<MetadataLayout>().ok()?;
+        let space = self.space();
+        let count = layout.nb_args.read(space, metadata).ok()?;
         if !(0..=MAX_PARAMETERS).contains(&count) {
             return None;
         }
         if count == 0 {
             return Some(Vec::new());
         }
-        let types = self.pointer(member("types")?).ok()?;
-        let names = self.pointer(member("args")?).ok()?;
+        let types = layout.types.read(space, metadata).ok()?;
+        let names = layout.args.read(space, metadata).ok()?;
         let text = |array: Gva, i: i32| {
             let at = self.pointer(array.wrapping_add(i as u64 * 8)).ok()?;
             self.text(at, MAX_TEXT).ok()

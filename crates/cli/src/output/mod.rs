@@ -113,6 +113,13 @@ impl Style {
         }
     }
 
+    /// Says on standard error what is being done, unless only errors are wanted.
+    pub(crate) fn note(&self, message: &str) {
+        if !self.quiet {
+            let _ = writeln!(io::stderr(), "vmsight: {}", escape(message));
+        }
+    }
+
     /// Writes a sheet in the chosen format. How many rows are marked: they have problems that are not shown.
     pub(crate) fn write<R: Record>(&self, sheet: &Sheet<R>, out: &mut dyn Write) -> Result<usize> {
         match self.format {

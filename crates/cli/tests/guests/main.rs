@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod active;
 mod changing;
 mod kvm;
 mod lies;

@@ -134,6 +134,9 @@ impl Cmd {
         };
         let monitor = open(session.target(), options).with_context(|| format!("hooking {}", self.target))?;
         let mut traces = self.arm(&session, &monitor)?;
+        session
+            .style()
+            .note(&format!("tracing {}; Ctrl-C ends it", session.name()));
         let mut shown = Shown {
             stream: (!self.summary)
                 .then(|| Stream::new::<Row>(session.style()))
