@@ -1,24 +1,16 @@
 //! `vmsight guard`: what a guest is not allowed to do does not happen.
 
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Map, Value, json};
+use vmsight_events::EventError;
 use vmsight_events::linux::{Guard, Incident, Judgement, Rule};
-use vmsight_events::{EventError, OpenOptions, open};
-use vmsight_hooks::{BackendKind, Delivery, Expiry, Verdict};
+use vmsight_hooks::{Delivery, Expiry, Verdict};
 
 use super::stream::{Happening, Stream};
 use super::trace::row::{line, timestamp};
-use super::trace::{backend, on_interrupt};
+use super::until::{DEADLINE, Until};
 use crate::{Outcome, args::Global, session::Session};
-
-/// How long a wait for an event lasts before it is asked whether to go on at all.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How long the guest may wait for a judgement.
-const DEADLINE: Duration = Duration::from_secs(2);
 
 /// Holds a running guest to rules: what they forbid does not happen, and who tried it is told.
 #[derive(Args, Debug)]
@@ -40,7 +32,7 @@ read-only data, what was there when guarding began is put back); control registe
 guarded at the instructions of the kernel and its modules that write them, those of modules loaded later included; MSRs cannot be
 guarded. The kernel's own patching is told by the address space that it keeps for that (poking_mm).
 
-The guest goes on unguarded when this ends, however it ends, unless --fail-closed is given. Exit codes: 0 nothing was tried,
+The guest goes on unguarded when this ends, however it ends. Exit codes: 0 nothing was tried,
 1 something was tried and denied, 2 error.")]
 pub(crate) struct Cmd {
     /// What to guard: a running VM
@@ -51,37 +43,20 @@ pub(crate) struct Cmd {
     /// Only tell, deny nothing
     #[arg(long)]
     dry_run: bool,
-    /// Pause the VM, rather than let it go on, where no judgement was made in time or vmsight was killed
+    /// Pause the VM, rather than let it go on, where no judgement was made in time. Through the gdb stub this does not cover a
+    /// vmsight that is killed: then the VM goes on
     #[arg(long)]
     fail_closed: bool,
-    /// End after this many incidents
-    #[arg(long, value_name = "N")]
-    count: Option<u64>,
-    /// End after this many seconds
-    #[arg(long = "for", value_name = "SECONDS")]
-    seconds: Option<f64>,
-    /// By which backend [default: the best that reaches the VM]
-    #[arg(long, value_name = "NAME", value_parser = backend)]
-    backend: Option<BackendKind>,
+    #[command(flatten)]
+    until: Until,
 }
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
-        let end = match self.seconds {
-            Some(s) if s.is_finite() && (0.0..=1e9).contains(&s) => {
-                Some(Instant::now() + Duration::from_secs_f64(s))
-            }
-            Some(_) => bail!("--for takes seconds"),
-            None => None,
-        };
-        let stop = on_interrupt()?;
+        let waiting = self.until.begin()?;
         // Verdicts change the guest.
         let session = Session::for_writing(global, &self.target, true)?;
-        let options = OpenOptions {
-            backend: self.backend,
-            timeout: Duration::from_secs_f64(global.timeout),
-        };
-        let monitor = open(session.target(), options).with_context(|| format!("hooking {}", self.target))?;
+        let monitor = self.until.open(global, &session)?;
         let expiry = match self.fail_closed {
             true => Expiry::Closed,
             false => Expiry::Open,
@@ -93,29 +68,13 @@ impl Cmd {
         let mut guard =
             Guard::arm(session.kernel()?, &monitor, &self.deny, delivery).context("arming the guard")?;
         let mut stream = Stream::new::<Denied>(session.style())?;
-        if !global.quiet {
-            eprintln!(
-                "vmsight: guarding {}; Ctrl-C ends it",
-                crate::output::escape(session.name())
-            );
-        }
+        session
+            .style()
+            .note(&format!("guarding {}; Ctrl-C ends it", session.name()));
         let mut incidents = 0;
-        while incidents < self.count.unwrap_or(u64::MAX) && !stop.load(Ordering::Relaxed) {
-            let wait = match end {
-                Some(end) => end.saturating_duration_since(Instant::now()).min(PATIENCE),
-                None => PATIENCE,
-            };
-            if wait.is_zero() {
+        while incidents < self.until.count.unwrap_or(u64::MAX) {
+            let Some(occurrence) = waiting.next(&session, &monitor)? else {
                 break;
-            }
-            let occurrence = match monitor.next(wait) {
-                Ok(Some(occurrence)) => occurrence,
-                Ok(None) => continue,
-                Err(EventError::Gone) => {
-                    session.style().warn("the VM ended");
-                    break;
-                }
-                Err(error) => return Err(error).context("waiting for events"),
             };
             let judgement = guard.judge(&monitor, &occurrence);
             let (incident, verdict) = match judgement {

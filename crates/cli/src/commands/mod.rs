@@ -17,4 +17,5 @@ pub(crate) mod symbols;
 pub(crate) mod trace;
 pub(crate) mod translate;
 pub(crate) mod types;
+pub(crate) mod until;
 pub(crate) mod write;

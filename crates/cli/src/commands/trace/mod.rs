@@ -4,27 +4,18 @@ mod plain;
 pub(crate) mod row;
 mod summary;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use signal_hook::consts::{SIGINT, SIGTERM};
 use vmsight_events::linux::{Lifecycle, LifecycleTrace, SyscallTrace};
-use vmsight_events::{EventError, Monitor, Occurrence, OpenOptions, open};
-use vmsight_hooks::{BackendKind, Delivery, Expiry, Verdict};
+use vmsight_events::{EventError, Monitor, Occurrence};
+use vmsight_hooks::{Delivery, Expiry, Verdict};
 
-use crate::commands::stream::Stream;
+use super::stream::Stream;
+use super::until::{DEADLINE, Until};
 use crate::{Outcome, args::Global, session::Session};
 use plain::PlainTrace;
 use row::Row;
 use summary::Summary;
-
-/// How long a wait for an event lasts before it is asked whether to go on at all.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How long the guest may wait for us at an event: we are at work all that time, so more means that we are stuck.
-const DEADLINE: Duration = Duration::from_secs(2);
 
 /// What happens in a running guest, as it happens: system calls, programs, modules, any function, writes to memory.
 #[derive(Args, Debug)]
@@ -81,34 +72,8 @@ pub(crate) struct Cmd {
     /// Count instead of showing: what, how often, how long
     #[arg(short = 'c', long, help_heading = "How")]
     summary: bool,
-    /// End after this many events
-    #[arg(long, value_name = "N", help_heading = "How")]
-    count: Option<u64>,
-    /// End after this many seconds
-    #[arg(long = "for", value_name = "SECONDS", help_heading = "How")]
-    seconds: Option<f64>,
-    /// By which backend [default: the best that reaches the VM]
-    #[arg(long, value_name = "NAME", value_parser = backend, help_heading = "How")]
-    backend: Option<BackendKind>,
-}
-
-/// A flag that Ctrl-C and SIGTERM set. The second one ends the program at once: whoever asks twice is not to wait for us.
-pub(crate) fn on_interrupt() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_default(signal, stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
-    Ok(stop)
-}
-
-/// For clap: a backend by its name.
-pub(crate) fn backend(text: &str) -> Result<BackendKind, String> {
-    let all = [BackendKind::GdbStub, BackendKind::AgentKvm, BackendKind::AgentTcg];
-    all.into_iter().find(|b| b.name() == text).ok_or_else(|| {
-        let names: Vec<_> = all.iter().map(|b| b.name()).collect();
-        format!("there are: {}", names.join(", "))
-    })
+    #[command(flatten)]
+    until: Until,
 }
 
 impl Cmd {
@@ -119,20 +84,9 @@ impl Cmd {
                  or --cr"
             );
         }
-        let end = match self.seconds {
-            Some(s) if s.is_finite() && (0.0..=1e9).contains(&s) => {
-                Some(Instant::now() + Duration::from_secs_f64(s))
-            }
-            Some(_) => bail!("--for takes seconds"),
-            None => None,
-        };
-        let stop = on_interrupt()?;
+        let waiting = self.until.begin()?;
         let session = Session::open(global, &self.target)?;
-        let options = OpenOptions {
-            backend: self.backend,
-            timeout: Duration::from_secs_f64(global.timeout),
-        };
-        let monitor = open(session.target(), options).with_context(|| format!("hooking {}", self.target))?;
+        let monitor = self.until.open(global, &session)?;
         let mut traces = self.arm(&session, &monitor)?;
         session
             .style()
@@ -142,25 +96,12 @@ impl Cmd {
                 .then(|| Stream::new::<Row>(session.style()))
                 .transpose()?,
             summary: Summary::default(),
-            left: self.count.unwrap_or(u64::MAX),
+            left: self.until.count.unwrap_or(u64::MAX),
             troubles: 0,
         };
-        while shown.left > 0 && !stop.load(Ordering::Relaxed) {
-            let wait = match end {
-                Some(end) => end.saturating_duration_since(Instant::now()).min(PATIENCE),
-                None => PATIENCE,
-            };
-            if wait.is_zero() {
+        while shown.left > 0 {
+            let Some(occurrence) = waiting.next(&session, &monitor)? else {
                 break;
-            }
-            let occurrence = match monitor.next(wait) {
-                Ok(Some(occurrence)) => occurrence,
-                Ok(None) => continue,
-                Err(EventError::Gone) => {
-                    session.style().warn("the VM ended");
-                    break;
-                }
-                Err(error) => return Err(error).context("waiting for events"),
             };
             shown.take(&session, &mut traces, occurrence)?;
         }
