@@ -53,6 +53,14 @@ guest() {
         -kernel /guest/vmlinuz -initrd /guest/initramfs \
         -append "console=ttyS0 quiet panic=-1 vmsight.lab vmsight.nested $words" "$@" >"/out/$name.qemu" 2>&1
 }
+# A host of its own: the script alone.
+if [ ! -e /guest/vmlinuz ]; then
+    sh /script >/out/script.out 2>&1
+    echo $? >/out/script.code
+    tar -c -C /out . >/dev/vda
+    sync
+    poweroff -f
+fi
 guest plain "" &
 PLAIN=$!
 guest asked vmsight.idle -qmp unix:/run/qmp,server=on,wait=off &
@@ -103,8 +111,35 @@ impl Report {
 /// Runs `script` (of a POSIX shell) on a KVM host that runs two guests with `kernel`. `programs` go along into `/bin`,
 /// with the libraries they need.
 pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
+    host(Some(kernel), programs, script, report)
+}
+
+/// Runs `script` on a KVM host that runs no guests: for programs that bring guests of their own. The exit code, and what it
+/// printed.
+pub fn run_alone(programs: &[&Path], script: &str) -> Result<(i32, String)> {
+    host(None, programs, script, |from| {
+        let folder = unpack(from)?;
+        let text = |name: &str| {
+            let bytes = fs::read(folder.path().join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let code = text("script.code")
+            .trim()
+            .parse()
+            .context("the script did not run")?;
+        Ok((code, text("script.out")))
+    })
+}
+
+/// Starts a KVM host and has `read` say what came of it.
+fn host<T>(
+    kernel: Option<Kernel>,
+    programs: &[&Path],
+    script: &str,
+    read: impl Fn(&Path) -> Result<T>,
+) -> Result<T> {
     let host = Kernel::V6_1.fetch()?;
-    let guest = kernel.fetch()?;
+    let guest = kernel.map(Kernel::fetch).transpose()?;
     let folder = folder::Folder::make(2048, false)?;
     let at = |name: &str| folder.path().join(name);
 
@@ -156,8 +191,10 @@ pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
         order.push_str(&format!("/{path} {}\n", module.parameters));
     }
     archive.file("lib/modules/order", 0o644, order.as_bytes());
-    add(&mut archive, &guest.vmlinuz(), "/guest/vmlinuz")?;
-    add(&mut archive, &initramfs::build(&guest)?, "/guest/initramfs")?;
+    if let Some(guest) = &guest {
+        add(&mut archive, &guest.vmlinuz(), "/guest/vmlinuz")?;
+        add(&mut archive, &initramfs::build(guest)?, "/guest/initramfs")?;
+    }
     fs::write(at("root"), archive.finish())?;
     let _place = Lock::wait_for_place("boot", BOOTING)?;
     let mut attempt = 1;
@@ -165,7 +202,7 @@ pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
         // Empty each time: what a host left that died must not pass for what the next one says.
         File::create(at("console.log"))?;
         File::create(at("out"))?.set_len(OUT_BYTES)?;
-        let finished = boot(&host.vmlinuz(), folder.path()).and_then(|()| report(folder.path()));
+        let finished = boot(&host.vmlinuz(), folder.path()).and_then(|()| read(folder.path()));
         match finished {
             // The script has run to its end: whatever came of it is the answer.
             Ok(report) => return Ok(report),
@@ -234,7 +271,7 @@ fn boot(vmlinuz: &Path, folder: &Path) -> Result<()> {
 }
 
 /// Unpacks what the host left on its disk.
-fn report(from: &Path) -> Result<Report> {
+fn unpack(from: &Path) -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
     let unpacked = Command::new("tar")
         .args(["-x", "-f"])
@@ -249,6 +286,12 @@ fn report(from: &Path) -> Result<Report> {
             String::from_utf8_lossy(&unpacked.stderr)
         );
     }
+    Ok(folder)
+}
+
+/// What the host says of its guests and of the script.
+fn report(from: &Path) -> Result<Report> {
+    let folder = unpack(from)?;
     let read = |name: &str| fs::read(folder.path().join(name)).unwrap_or_default();
     let text = |name: &str| String::from_utf8_lossy(&read(name)).into_owned();
     let sent = read("plain.truth");

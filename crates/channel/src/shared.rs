@@ -33,6 +33,8 @@ const MAGIC: u64 = u64::from_le_bytes(*b"vmsight\x01");
 mod header {
     pub(super) const MAGIC: usize = 0;
     pub(super) const VERSION: usize = 1;
+    /// vCPUs that there are.
+    pub(super) const VCPUS: usize = 2;
     /// Rung for each event (u32).
     pub(super) const BELL: usize = 8;
     /// Whether the monitor sleeps (u32).
@@ -121,6 +123,17 @@ impl Shared {
         let first = PAGE_WORDS + vcpu as usize * AREA_WORDS;
         let words = self.words().get(first..first + AREA_WORDS)?;
         Some(Area { words })
+    }
+
+    /// The agent: how many vCPUs there are.
+    pub fn set_vcpus(&self, vcpus: u32) {
+        self.word(header::VCPUS).store(vcpus.into(), Ordering::Release);
+    }
+
+    /// The monitor: how many vCPUs there are, those that have no ring not counted.
+    pub fn vcpus(&self) -> u32 {
+        let said = self.word(header::VCPUS).load(Ordering::Acquire);
+        u32::try_from(said).unwrap_or(MAX_VCPUS).min(MAX_VCPUS)
     }
 
     /// Says that an event is there.
@@ -277,6 +290,10 @@ mod tests {
         assert!(monitor.area(MAX_VCPUS - 1).is_some());
         assert!(monitor.area(MAX_VCPUS).is_none());
         assert!(monitor.area(u32::MAX).is_none());
+        agent.set_vcpus(2);
+        assert_eq!(monitor.vcpus(), 2);
+        agent.word(header::VCPUS).store(u64::MAX, Ordering::Release);
+        assert_eq!(monitor.vcpus(), MAX_VCPUS);
     }
 
     #[test]
