@@ -48,14 +48,14 @@ while read -r module parameters; do insmod "$module" $parameters; done </lib/mod
 guest() {
     name=$1 words=$2
     shift 2
-    exec /usr/bin/qemu-system-x86_64 -name "$name" -no-user-config -nodefaults -display none -no-reboot \
+    exec $LAUNCH /usr/bin/qemu-system-x86_64 -name "$name" -no-user-config -nodefaults -display none -no-reboot \
         -accel kvm -cpu host -m 512 -serial "file:/out/$name.console" -serial "file:/out/$name.truth" \
         -kernel /guest/vmlinuz -initrd /guest/initramfs \
         -append "console=ttyS0 quiet panic=-1 vmsight.lab vmsight.nested $words" "$@" >"/out/$name.qemu" 2>&1
 }
-# A host of its own: the script alone.
-if [ ! -e /guest/vmlinuz ]; then
-    sh /script >/out/script.out 2>&1
+# Where the script does everything itself.
+if [ -e /alone ]; then
+    (. /script) >/out/script.out 2>&1
     echo $? >/out/script.code
     tar -c -C /out . >/dev/vda
     sync
@@ -111,13 +111,14 @@ impl Report {
 /// Runs `script` (of a POSIX shell) on a KVM host that runs two guests with `kernel`. `programs` go along into `/bin`,
 /// with the libraries they need.
 pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
-    host(Some(kernel), programs, script, report)
+    host(Some(kernel), false, programs, script, report)
 }
 
-/// Runs `script` on a KVM host that runs no guests: for programs that bring guests of their own. The exit code, and what it
-/// printed.
-pub fn run_alone(programs: &[&Path], script: &str) -> Result<(i32, String)> {
-    host(None, programs, script, |from| {
+/// Runs `script` on a KVM host that runs no guests. Programs may bring guests of their own; where `kernel` is given, the
+/// script can start some with `guest NAME WORDS QEMU-ARGUMENT…`, which becomes `$LAUNCH qemu-system-x86_64 …`, with what it says in
+/// `/out/NAME.truth`. The exit code, and what the script printed.
+pub fn run_alone(kernel: Option<Kernel>, programs: &[&Path], script: &str) -> Result<(i32, String)> {
+    host(kernel, true, programs, script, |from| {
         let folder = unpack(from)?;
         let text = |name: &str| {
             let bytes = fs::read(folder.path().join(name)).unwrap_or_default();
@@ -134,6 +135,7 @@ pub fn run_alone(programs: &[&Path], script: &str) -> Result<(i32, String)> {
 /// Starts a KVM host and has `read` say what came of it.
 fn host<T>(
     kernel: Option<Kernel>,
+    alone: bool,
     programs: &[&Path],
     script: &str,
     read: impl Fn(&Path) -> Result<T>,
@@ -149,6 +151,9 @@ fn host<T>(
     }
     archive.file("init", 0o755, INIT.as_bytes());
     archive.file("script", 0o755, script.as_bytes());
+    if alone {
+        archive.file("alone", 0o644, b"");
+    }
     archive.file("bin/busybox", 0o755, &initramfs::busybox()?);
     for applet in [
         "sh", "mount", "mkdir", "insmod", "seq", "grep", "sleep", "tar", "sync", "poweroff", "kill", "cat",

@@ -124,6 +124,15 @@ pub(crate) fn handle(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own, table: &
             };
             (subject, told)
         }
+        Exit::Unknown => {
+            let place = agent.with_guest(|guest, _| guest.translate(&registers, registers.rip));
+            if !place.is_some_and(|gpa| table.patches.contains_key(&gpa)) {
+                return Next::ToVmm;
+            }
+            // Ours: the emulator has no INT3 (Linux, arch/x86/kvm/emulate.c), and KVM has #UD ready for the guest.
+            forget_exception(vcpu);
+            return debug(agent, vcpu, own, table, registers, 3, 0);
+        }
         Exit::Other => return Next::ToVmm,
     };
     begin(agent, vcpu, own, subject, registers, told)
@@ -305,6 +314,16 @@ fn raise(vcpu: &Vcpu, exception: Exception) -> bool {
     events.exception.error_code = exception.error_code.unwrap_or(0);
     events.exception_has_payload = 0;
     kvm::set_events(vcpu.fd, &events).is_ok()
+}
+
+/// Takes back an exception that KVM has ready for the guest.
+fn forget_exception(vcpu: &Vcpu) {
+    if let Ok(mut events) = kvm::get_events(vcpu.fd) {
+        events.exception.injected = 0;
+        events.exception.pending = 0;
+        events.exception_has_payload = 0;
+        let _ = kvm::set_events(vcpu.fd, &events);
+    }
 }
 
 fn begin(

@@ -6,8 +6,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, Ordering};
 
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs, kvm_run, kvm_sregs,
+    KVM_EXIT_DEBUG, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs,
+    kvm_run, kvm_sregs,
 };
 use vmsight_channel::{Producer, Spin};
 
@@ -44,6 +45,8 @@ pub(crate) enum Exit {
         count: u32,
         offset: u64,
     },
+    /// KVM's own emulator met an instruction that it does not know.
+    Unknown,
     Other,
 }
 
@@ -229,6 +232,13 @@ impl Vcpu {
                         port: io.port,
                         count: io.count,
                         offset: io.data_offset,
+                    }
+                }
+                KVM_EXIT_INTERNAL_ERROR => {
+                    let error = (&raw const (*detail).internal).read_volatile();
+                    match error.suberror {
+                        KVM_INTERNAL_ERROR_EMULATION => Exit::Unknown,
+                        _ => Exit::Other,
                     }
                 }
                 _ => Exit::Other,

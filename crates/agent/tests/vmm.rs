@@ -515,6 +515,22 @@ fn hooks_come_and_go_under_load() {
 }
 
 #[test]
+fn a_second_monitor_is_refused_until_the_first_goes() {
+    let Some(machine) = Machine::start(GuestKind::Many, 1) else {
+        return;
+    };
+    let first = machine.monitor();
+    for _ in 0..50 {
+        assert!(matches!(machine.try_backend(), Err(EventError::Busy { .. })));
+    }
+    drop(first);
+    drop(machine.monitor());
+    machine.let_end();
+    machine.go();
+    machine.finish();
+}
+
+#[test]
 fn what_the_vmm_does_itself_still_works() {
     let Some(mut machine) = Machine::start(GuestKind::Writes, 1) else {
         return;

@@ -109,6 +109,10 @@ impl Machine {
         }
     }
 
+    pub(crate) fn try_backend(&self) -> Result<AgentBackend, vmsight_events::EventError> {
+        AgentBackend::open(&socket(self.folder.path()))
+    }
+
     pub(crate) fn monitor(&self) -> Monitor {
         Monitor::new(Box::new(self.backend()))
     }
