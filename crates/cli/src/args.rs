@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    disas, info, kmsg, list, listing, raw, regs, shell, strings, symbols, translate, types, write,
+    disas, info, kmsg, launch, list, listing, raw, regs, shell, strings, symbols, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -178,6 +178,8 @@ pub(crate) enum Command {
     Symbols(symbols::Cmd),
     /// Kernel types with their members' offsets
     Types(types::Cmd),
+    /// Start a QEMU whose guest can be hooked
+    Launch(launch::Cmd),
     /// Print a completion script for a shell
     Completions(shell::Completions),
     /// Write the manual pages
@@ -188,7 +190,7 @@ impl Command {
     /// Whether it may be run again and again: it shows something and changes nothing.
     pub(crate) fn can_repeat(&self) -> bool {
         match self {
-            Command::Write(_) | Command::Completions(_) | Command::Man(_) => false,
+            Command::Write(_) | Command::Launch(_) | Command::Completions(_) | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),
             _ => true,
         }

@@ -95,6 +95,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Strings(c) => c.run(global),
         Command::Symbols(c) => c.run(global),
         Command::Types(c) => c.run(global),
+        Command::Launch(c) => c.run(),
         Command::Completions(c) => c.run(),
         Command::Man(c) => c.run(),
     }

@@ -4,6 +4,7 @@ pub(crate) mod columns;
 pub(crate) mod disas;
 pub(crate) mod info;
 pub(crate) mod kmsg;
+pub(crate) mod launch;
 pub(crate) mod list;
 pub(crate) mod listing;
 pub(crate) mod raw;

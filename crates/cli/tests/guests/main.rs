@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod agent;
 mod changing;
 mod kvm;
 mod lies;
