@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use support::{GuestKind, Machine, SLOT};
 use vmsight_arch::{Gpa, Gva};
 use vmsight_events::{EventError, Monitor};
-use vmsight_hooks::{Access, Delivery, Detail, Expiry, Hook, HookKind, Overflow, Range, Register, Verdict};
+use vmsight_hooks::{
+    Access, Delivery, Detail, Exception, Expiry, Hook, HookKind, Overflow, Range, Register, Verdict,
+};
 
 /// The VMM, when this binary is started as one. First by its name: the harness runs tests in that order, and this one only
 /// where the variable is set.
@@ -312,6 +314,79 @@ fn memory_reads_are_seen_and_changed() {
     ));
     // The guest adds up what it reads: 0 to 99, with one changed.
     assert_eq!(machine.results_n(1), [99 * 100 / 2 - 5 + 0x100]);
+    machine.finish();
+}
+
+#[test]
+fn ports_are_seen_denied_and_changed() {
+    let Some(mut machine) = Machine::start(GuestKind::Ports, 1) else {
+        return;
+    };
+    let monitor = machine.monitor();
+    let hook = Hook::new(HookKind::Port {
+        first: 0x500,
+        last: 0x500,
+        access: Access::READ | Access::WRITE,
+    });
+    let _guard = monitor.hook(&hook).unwrap();
+    machine.go();
+    let events = answer_all(&mut machine, &monitor, |detail| match detail {
+        Detail::Port { value: Some(3), .. } => Verdict::Deny,
+        Detail::Port { value: Some(4), .. } => Verdict::SetData(100),
+        Detail::Port {
+            access: Access::READ, ..
+        } => Verdict::SetData(7),
+        _ => Verdict::Continue,
+    });
+    assert_eq!(events.len(), 20);
+    assert_eq!(machine.word(support::PORT), 55 - 3 - 4 + 100, "what the VMM got");
+    assert_eq!(
+        machine.results_n(1),
+        [70],
+        "what the guest read, and not the VMM's 5"
+    );
+    machine.finish();
+}
+
+#[test]
+fn an_exception_can_be_raised_instead() {
+    let Some(mut machine) = Machine::start(GuestKind::Calls, 1) else {
+        return;
+    };
+    let monitor = machine.monitor();
+    // The guest's handler counts, and passes over two bytes: those of the instruction.
+    let _guard = monitor.hook(&execute(machine.labels()["nop"])).unwrap();
+    machine.go();
+    let calls = std::cell::Cell::new(0);
+    let events = answer_all(&mut machine, &monitor, |_| {
+        calls.set(calls.get() + 1);
+        match calls.get() % 10 {
+            0 => Verdict::Inject(Exception::GENERAL_PROTECTION),
+            _ => Verdict::Continue,
+        }
+    });
+    assert_eq!(events.len(), 1000);
+    assert_eq!(machine.results(), [1000, 1000, 0]);
+    assert_eq!(machine.results_n(5)[4], 100, "faults");
+    machine.finish();
+}
+
+#[test]
+fn a_reset_takes_out_what_means_nothing_any_more() {
+    let Some(mut machine) = Machine::start(GuestKind::Calls, 1) else {
+        return;
+    };
+    let monitor = machine.monitor();
+    let arm = |at: u64| monitor.hook(&execute(at)).unwrap();
+    let elsewhere: Vec<_> = (0..4).map(|n| arm(0xdead_0000 + n)).collect();
+    let inc = arm(machine.labels()["inc"]);
+    assert!(!machine.code_is_clean(), "an INT3 is there");
+    assert_eq!(machine.command("reset"), "ok");
+    assert!(machine.code_is_clean());
+    machine.go();
+    assert_eq!(answer_all(&mut machine, &monitor, |_| Verdict::Continue).len(), 0);
+    assert_eq!(machine.results(), [1000, 1000, 0]);
+    drop((elsewhere, inc));
     machine.finish();
 }
 

@@ -7,6 +7,8 @@ use std::collections::HashMap;
 pub(crate) const CODE: u64 = 0x8000;
 /// Counters: 64 bytes for each vCPU.
 pub(crate) const RESULTS: u64 = 0x1_0000;
+/// What the VMM's port got and gave: the sum of all that was written.
+pub(crate) const PORT: u64 = 0x1_2018;
 /// What memory hooks watch.
 pub(crate) const WATCHED: u64 = 0x1_1000;
 /// The guest waits until this is not 0.
@@ -19,7 +21,7 @@ pub(crate) const END: u64 = 0x1_2010;
 // RDI is the vCPU's number, RSI the place of its counters, RBX 1000.
 global_asm!(
     ".global vmsight_guest_start, vmsight_guest_end",
-    ".global vmsight_calls, vmsight_many, vmsight_msr, vmsight_writes, vmsight_reads, vmsight_gp",
+    ".global vmsight_calls, vmsight_many, vmsight_msr, vmsight_writes, vmsight_reads, vmsight_ports, vmsight_gp",
     ".global vmsight_function, vmsight_nop, vmsight_push, vmsight_inc, vmsight_pushf, vmsight_inc_again",
     "vmsight_guest_start:",
     "vmsight_calls:",
@@ -100,6 +102,21 @@ global_asm!(
     "cmp ecx, 100",
     "jne 3b",
     "mov [rsi], rax",
+    "jmp 9f",
+    "vmsight_ports:",
+    "2: pause",
+    "cmp qword ptr [0x12000], 0",
+    "je 2b",
+    "xor ecx, ecx",
+    "mov edx, 0x500",
+    "3: inc ecx",
+    "mov eax, ecx",
+    "out dx, al",
+    "xor eax, eax",
+    "in al, dx",
+    "add [rsi], rax",
+    "cmp ecx, 10",
+    "jne 3b",
     "9: lock inc qword ptr [0x12008]",
     "hlt",
     "jmp 9b",
@@ -114,6 +131,7 @@ unsafe extern "C" {
     static vmsight_msr: u8;
     static vmsight_writes: u8;
     static vmsight_reads: u8;
+    static vmsight_ports: u8;
     static vmsight_gp: u8;
     static vmsight_function: u8;
     static vmsight_nop: u8;
@@ -169,15 +187,18 @@ pub(crate) enum GuestKind {
     Writes,
     /// Writes and reads a word 100 times.
     Reads,
+    /// Writes 1 to 10 to a port, and reads it after each.
+    Ports,
 }
 
 impl GuestKind {
-    const ALL: [(Self, &'static str); 5] = [
+    const ALL: [(Self, &'static str); 6] = [
         (Self::Calls, "calls"),
         (Self::Many, "many"),
         (Self::Msr, "msr"),
         (Self::Writes, "writes"),
         (Self::Reads, "reads"),
+        (Self::Ports, "ports"),
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -198,6 +219,7 @@ impl GuestKind {
                 Self::Msr => &vmsight_msr,
                 Self::Writes => &vmsight_writes,
                 Self::Reads => &vmsight_reads,
+                Self::Ports => &vmsight_ports,
             }
         })
     }

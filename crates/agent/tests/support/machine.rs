@@ -142,7 +142,7 @@ impl Machine {
         self.memory.write_all_at(&1_u64.to_le_bytes(), END).unwrap();
     }
 
-    fn word(&self, at: u64) -> u64 {
+    pub(crate) fn word(&self, at: u64) -> u64 {
         let mut bytes = [0; 8];
         self.memory.read_exact_at(&mut bytes, at).unwrap();
         u64::from_le_bytes(bytes)

@@ -4,7 +4,7 @@ mod guest;
 mod machine;
 mod vmm;
 
-pub(crate) use guest::{GuestKind, RESULTS, WATCHED};
+pub(crate) use guest::{GuestKind, PORT, RESULTS, WATCHED};
 pub(crate) use machine::{Machine, monitor_if_asked};
 pub(crate) use vmm::{SLOT, vmm_if_asked};
 

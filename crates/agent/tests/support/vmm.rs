@@ -5,11 +5,12 @@ use std::io::{BufRead, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MEM_LOG_DIRTY_PAGES, kvm_dtable,
-    kvm_guest_debug, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+    KVM_EXIT_HLT, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_dtable, kvm_guest_debug, kvm_regs, kvm_run, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 
-use super::guest::{CODE, GuestKind, RESULTS, code, fault_handler};
+use super::guest::{CODE, GuestKind, PORT, RESULTS, code, fault_handler};
 
 /// The slot of all memory.
 pub(crate) const SLOT: u32 = 0;
@@ -123,8 +124,10 @@ fn run(kind: GuestKind, vcpus: u64, file: &str) {
     // One that never runs, so that it can be spoken to at any time.
     let idle = sure(ioctl(vm, KVM_CREATE_VCPU, vcpus as usize), "create a vCPU");
     let threads = fds.iter().map(|&fd| {
+        let place = memory as u64 + PORT;
         std::thread::spawn(move || {
             let page = map(fd, run_size as usize).cast::<kvm_run>();
+            let total = place as *mut u64;
             loop {
                 if ioctl(fd, KVM_RUN, 0) < 0 {
                     let error = std::io::Error::last_os_error();
@@ -135,6 +138,18 @@ fn run(kind: GuestKind, vcpus: u64, file: &str) {
                 let reason = unsafe { (&raw const (*page).exit_reason).read_volatile() };
                 if reason == KVM_EXIT_HLT {
                     return;
+                }
+                if reason == KVM_EXIT_IO {
+                    // SAFETY: as above; the data lies in the page, where the kernel says.
+                    unsafe {
+                        let io = (&raw const (*page).__bindgen_anon_1.io).read_volatile();
+                        let data = page.cast::<u8>().add(io.data_offset as usize);
+                        match u32::from(io.direction) == KVM_EXIT_IO_OUT {
+                            true => *total += u64::from(data.read_volatile()),
+                            false => data.write_volatile(5),
+                        }
+                    }
+                    continue;
                 }
                 // SAFETY: as above.
                 let detail = unsafe { (&raw const (*page).__bindgen_anon_1.padding).read_volatile() };
@@ -168,6 +183,21 @@ fn run(kind: GuestKind, vcpus: u64, file: &str) {
                 let bits = vec![0_u64; (MEMORY >> 12) as usize / 64];
                 let log = [u64::from(SLOT), bits.as_ptr() as u64];
                 ioctl(vm, KVM_GET_DIRTY_LOG, log.as_ptr() as usize)
+            }
+            "reset" => {
+                // As a VMM resets a machine: from protected to real mode.
+                let mut sregs = kvm_sregs::default();
+                sure(
+                    ioctl(idle, KVM_GET_SREGS, (&raw mut sregs) as usize),
+                    "read registers",
+                );
+                let real = sregs;
+                sregs.cr0 |= 1;
+                sure(
+                    ioctl(idle, KVM_SET_SREGS, (&raw const sregs) as usize),
+                    "set registers",
+                );
+                ioctl(idle, KVM_SET_SREGS, (&raw const real) as usize)
             }
             "debug" => debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP),
             "undebug" => debug(0),
