@@ -55,7 +55,7 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
         }
         // From here on no table is replaced until this vCPU has come out.
         let table = agent.table();
-        prepare(agent, vcpu, own, &table);
+        let ours = prepare(agent, vcpu, own, &table);
         let result = vcpu.enter_guest();
         let error = errno::get();
         agent.world.leave(vcpu);
@@ -64,7 +64,7 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
             errno::set(error);
             return result;
         }
-        if !table.active {
+        if !ours {
             return result;
         }
         match handle(agent, vcpu, own, &table) {
@@ -75,8 +75,8 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
     }
 }
 
-/// Tells KVM what this vCPU is debugged for.
-fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) {
+/// Tells KVM what this vCPU is debugged for; whether its next exit may be ours.
+fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
     if own.stepping.as_ref().is_some_and(|s| s.armed.is_removed()) {
         own.stepping = None;
     }
@@ -97,6 +97,10 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) {
         }
     }
     // Done without a step being told, where the VMM or a hook had to help.
+    let breakpoints = table.hardware.iter().any(Option::is_some);
+    if own.past.is_some() && !breakpoints {
+        own.past = None;
+    }
     if own.past.is_some() && kvm::get_regs(vcpu.fd).map(|r| r.rip).ok() != own.past {
         own.past = None;
     }
@@ -112,7 +116,10 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) {
             Err(error) => agent.notice(None, format!("vCPU {} cannot be debugged: {error}", vcpu.index)),
         }
     }
-    vcpu.sync_registers(table.active);
+    // What KVM could not be told stays as it was, and its exits with it.
+    let ours = table.active || own.debug != Applied::default();
+    vcpu.sync_registers(ours);
+    ours
 }
 
 fn interrupted(vcpu: &Vcpu) -> c_int {
