@@ -80,7 +80,7 @@ impl Kernel {
         }
         let write = &[Continue, Skip, Deny, SetData, Pause, Remove];
         let pages = "pages are found when the hook is armed; a locked read-modify-write is not atomic there against other vCPUs; \
-                     page tables must not be watched; what devices do is not seen";
+                     page tables must not be watched; what devices do is not seen; an instruction that KVM's emulator does not know (AVX) cannot write there";
         if self.read_only {
             for feature in [Feature::PhysicalWrite, Feature::VirtualWrite] {
                 add(feature, "read-only memory slots", pages, write);

@@ -212,15 +212,18 @@ fn debug(
         // Otherwise it was ours, and is out by now.
         return Next::Again;
     }
+    if dr6 & DR6_STEP != 0
+        && let Some((before, decoded)) = own.stepped.take()
+    {
+        clean(agent, vcpu, &before, decoded);
+    }
     if dr6 & DR6_STEP != 0 && own.past.take().is_some() {
-        clean(agent, vcpu, &registers, None);
         count_step(vcpu, own);
         return Next::Again;
     }
     if dr6 & DR6_STEP != 0
         && let Some(stepping) = &mut own.stepping
     {
-        clean(agent, vcpu, &registers, None);
         return match stepping.left {
             0 | 1 => {
                 let armed = Arc::clone(&stepping.armed);

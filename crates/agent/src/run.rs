@@ -3,12 +3,15 @@
 use std::sync::PoisonError;
 
 use libc::c_int;
+use vmsight_arch::Registers;
 
 use crate::agent::Agent;
 use crate::debug::Applied;
 use crate::exits::{Next, count_step, handle, proceed};
+use crate::instruction::Decoded;
 use crate::pending::Stepping;
-use crate::step::{Over, over};
+use crate::registers::from_kvm;
+use crate::step::{Over, at_rip, over};
 use crate::table::Table;
 use crate::vcpu::{Own, Vcpu};
 use crate::{errno, kvm};
@@ -116,10 +119,19 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
             Err(error) => agent.notice(None, format!("vCPU {} cannot be debugged: {error}", vcpu.index)),
         }
     }
+    own.stepped = if own.debug.step { before(agent, vcpu) } else { None };
     // What KVM could not be told stays as it was, and its exits with it.
     let ours = table.active || own.debug != Applied::default();
     vcpu.sync_registers(ours);
     ours
+}
+
+/// What is about to be stepped: afterwards nobody can tell what it was.
+fn before(agent: &Agent, vcpu: &Vcpu) -> Option<(Registers, Option<Decoded>)> {
+    let (regs, sregs) = (kvm::get_regs(vcpu.fd).ok()?, kvm::get_sregs(vcpu.fd).ok()?);
+    let registers = from_kvm(vcpu.index, &regs, &sregs);
+    let decoded = agent.with_guest(|guest, table| at_rip(guest, table, &registers));
+    Some((registers, decoded))
 }
 
 fn interrupted(vcpu: &Vcpu) -> c_int {

@@ -10,9 +10,11 @@ use kvm_bindings::{
     KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs,
     kvm_run, kvm_sregs,
 };
+use vmsight_arch::Registers;
 use vmsight_channel::{Producer, Spin};
 
 use crate::debug::Applied;
+use crate::instruction::Decoded;
 use crate::pending::{Pending, Stepping};
 use crate::{kvm, signal};
 
@@ -61,6 +63,8 @@ pub(crate) struct Own {
     pub(crate) past: Option<u64>,
     /// Steps that are counted.
     pub(crate) stepping: Option<Stepping>,
+    /// The instruction that is being stepped, and the registers before it.
+    pub(crate) stepped: Option<(Registers, Option<Decoded>)>,
     /// What KVM was told last.
     pub(crate) debug: Applied,
     /// Its end of the ring of the monitor with this number.

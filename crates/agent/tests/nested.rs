@@ -12,7 +12,7 @@ use vmsight_lab::nested;
 const SCRIPT: &str = "
 set -e
 export VMSIGHT_AGENT_LIBRARY=/bin/libvmsight_agent.so RUST_BACKTRACE=0 VMSIGHT_TEST_NO_INT3=1
-for test in memory_ msr_writes hooks_come_and_go what_the_vmm_does; do
+for test in memory_ msr_writes hooks_come_and_go stepped_through what_the_vmm_does; do
     vmm $test --test-threads=1 --nocapture
 done
 ";
@@ -40,5 +40,5 @@ fn hooks_on_a_processor() {
     let (code, said) =
         nested::run_alone(None, &[&program, &agent], SCRIPT).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(code, 0, "{said}");
-    assert!(said.matches("test result: ok").count() == 4, "{said}");
+    assert!(said.matches("test result: ok").count() == 5, "{said}");
 }

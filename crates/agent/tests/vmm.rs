@@ -318,6 +318,53 @@ fn memory_reads_are_seen_and_changed() {
 }
 
 #[test]
+fn a_guest_that_is_stepped_does_not_see_it() {
+    let Some(mut machine) = Machine::start(GuestKind::Calls, 1) else {
+        return;
+    };
+    let monitor = machine.monitor();
+    let at = machine.labels();
+    let function = monitor.hook(&execute(at["function"])).unwrap();
+    machine.go();
+    // Each call to its end, PUSHF among its instructions, for the first hundred.
+    let mut steps = 0;
+    while steps < 100 {
+        let occurrence = monitor.next(Duration::from_secs(20)).unwrap().expect("an event");
+        let verdict = match occurrence.event().detail {
+            Detail::Execute { .. } => Verdict::Step(10),
+            _ => {
+                steps += 1;
+                Verdict::Continue
+            }
+        };
+        occurrence.answer(verdict).unwrap();
+    }
+    drop(function);
+    machine.wait_until_done();
+    assert_eq!(machine.results(), [1000, 1000, 0]);
+    machine.finish();
+}
+
+#[test]
+fn a_guest_that_is_stepped_through_does_not_see_it() {
+    let Some(mut machine) = Machine::start(GuestKind::Calls, 1) else {
+        return;
+    };
+    let monitor = machine.monitor();
+    let steps = HookKind::Step { vcpu: 0, count: 2000 };
+    let guard = monitor.hook(&Hook::new(steps)).unwrap();
+    machine.go();
+    let events = answer_all(&mut machine, &monitor, |detail| match detail {
+        Detail::Step { .. } => Verdict::Step(2000),
+        other => panic!("{other:?}"),
+    });
+    assert!(events.len() >= 6, "a call has 13 instructions: {}", events.len());
+    assert_eq!(machine.results(), [1000, 1000, 0]);
+    drop(guard);
+    machine.finish();
+}
+
+#[test]
 fn ports_are_seen_denied_and_changed() {
     let Some(mut machine) = Machine::start(GuestKind::Ports, 1) else {
         return;
