@@ -48,11 +48,19 @@ while read -r module parameters; do insmod "$module" $parameters; done </lib/mod
 guest() {
     name=$1 words=$2
     shift 2
-    exec /usr/bin/qemu-system-x86_64 -name "$name" -no-user-config -nodefaults -display none -no-reboot \
+    exec $LAUNCH /usr/bin/qemu-system-x86_64 -name "$name" -no-user-config -nodefaults -display none -no-reboot \
         -accel kvm -cpu host -m 512 -serial "file:/out/$name.console" -serial "file:/out/$name.truth" \
         -kernel /guest/vmlinuz -initrd /guest/initramfs \
         -append "console=ttyS0 quiet panic=-1 vmsight.lab vmsight.nested $words" "$@" >"/out/$name.qemu" 2>&1
 }
+# Where the script does everything itself.
+if [ -e /alone ]; then
+    (. /script) >/out/script.out 2>&1
+    echo $? >/out/script.code
+    tar -c -C /out . >/dev/vda
+    sync
+    poweroff -f
+fi
 guest plain "" &
 PLAIN=$!
 guest asked vmsight.idle -qmp unix:/run/qmp,server=on,wait=off &
@@ -103,8 +111,37 @@ impl Report {
 /// Runs `script` (of a POSIX shell) on a KVM host that runs two guests with `kernel`. `programs` go along into `/bin`,
 /// with the libraries they need.
 pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
+    host(Some(kernel), false, programs, script, report)
+}
+
+/// Runs `script` on a KVM host that runs no guests. Programs may bring guests of their own; where `kernel` is given, the
+/// script can start some with `guest NAME WORDS QEMU-ARGUMENT…`, which becomes `$LAUNCH qemu-system-x86_64 …`, with what it says in
+/// `/out/NAME.truth`. The exit code, and what the script printed.
+pub fn run_alone(kernel: Option<Kernel>, programs: &[&Path], script: &str) -> Result<(i32, String)> {
+    host(kernel, true, programs, script, |from| {
+        let folder = unpack(from)?;
+        let text = |name: &str| {
+            let bytes = fs::read(folder.path().join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let code = text("script.code")
+            .trim()
+            .parse()
+            .context("the script did not run")?;
+        Ok((code, text("script.out")))
+    })
+}
+
+/// Starts a KVM host and has `read` say what came of it.
+fn host<T>(
+    kernel: Option<Kernel>,
+    alone: bool,
+    programs: &[&Path],
+    script: &str,
+    read: impl Fn(&Path) -> Result<T>,
+) -> Result<T> {
     let host = Kernel::V6_1.fetch()?;
-    let guest = kernel.fetch()?;
+    let guest = kernel.map(Kernel::fetch).transpose()?;
     let folder = folder::Folder::make(2048, false)?;
     let at = |name: &str| folder.path().join(name);
 
@@ -114,6 +151,9 @@ pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
     }
     archive.file("init", 0o755, INIT.as_bytes());
     archive.file("script", 0o755, script.as_bytes());
+    if alone {
+        archive.file("alone", 0o644, b"");
+    }
     archive.file("bin/busybox", 0o755, &initramfs::busybox()?);
     for applet in [
         "sh", "mount", "mkdir", "insmod", "seq", "grep", "sleep", "tar", "sync", "poweroff", "kill", "cat",
@@ -156,8 +196,10 @@ pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
         order.push_str(&format!("/{path} {}\n", module.parameters));
     }
     archive.file("lib/modules/order", 0o644, order.as_bytes());
-    add(&mut archive, &guest.vmlinuz(), "/guest/vmlinuz")?;
-    add(&mut archive, &initramfs::build(&guest)?, "/guest/initramfs")?;
+    if let Some(guest) = &guest {
+        add(&mut archive, &guest.vmlinuz(), "/guest/vmlinuz")?;
+        add(&mut archive, &initramfs::build(guest)?, "/guest/initramfs")?;
+    }
     fs::write(at("root"), archive.finish())?;
     let _place = Lock::wait_for_place("boot", BOOTING)?;
     let mut attempt = 1;
@@ -165,7 +207,7 @@ pub fn run(kernel: Kernel, programs: &[&Path], script: &str) -> Result<Report> {
         // Empty each time: what a host left that died must not pass for what the next one says.
         File::create(at("console.log"))?;
         File::create(at("out"))?.set_len(OUT_BYTES)?;
-        let finished = boot(&host.vmlinuz(), folder.path()).and_then(|()| report(folder.path()));
+        let finished = boot(&host.vmlinuz(), folder.path()).and_then(|()| read(folder.path()));
         match finished {
             // The script has run to its end: whatever came of it is the answer.
             Ok(report) => return Ok(report),
@@ -234,7 +276,7 @@ fn boot(vmlinuz: &Path, folder: &Path) -> Result<()> {
 }
 
 /// Unpacks what the host left on its disk.
-fn report(from: &Path) -> Result<Report> {
+fn unpack(from: &Path) -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
     let unpacked = Command::new("tar")
         .args(["-x", "-f"])
@@ -249,6 +291,12 @@ fn report(from: &Path) -> Result<Report> {
             String::from_utf8_lossy(&unpacked.stderr)
         );
     }
+    Ok(folder)
+}
+
+/// What the host says of its guests and of the script.
+fn report(from: &Path) -> Result<Report> {
+    let folder = unpack(from)?;
     let read = |name: &str| fs::read(folder.path().join(name)).unwrap_or_default();
     let text = |name: &str| String::from_utf8_lossy(&read(name)).into_owned();
     let sent = read("plain.truth");

@@ -80,7 +80,7 @@ pub enum EventError {
 
 fn instead(can: &[BackendKind]) -> String {
     match can {
-        [] => "; no backend can".to_owned(),
+        [] => "; no backend of this version can".to_owned(),
         some => {
             let names: Vec<&str> = some.iter().map(|b| b.name()).collect();
             format!("; what can: {}", names.join(", "))

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 mod backend;
 mod error;
 pub mod gdb;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use vmsight_hooks::BackendKind;
 use vmsight_target::Target;
 
+use crate::agent::AgentBackend;
 use crate::{EventError, Monitor, gdb};
 
 /// How to open a monitor.
@@ -31,16 +32,26 @@ impl Default for OpenOptions {
 /// [`EventError::NoBackend`] where none does: a dump, or a VM without QMP socket and agent; [`EventError::Busy`] where
 /// somebody debugs it already.
 pub fn open(target: &Target, options: OpenOptions) -> Result<Monitor, EventError> {
-    match options.backend {
-        None | Some(BackendKind::GdbStub) => gdb::open(
+    let by_stub = || {
+        gdb::open(
             target,
             gdb::GdbOptions {
                 timeout: options.timeout,
             },
-        ),
+        )
+    };
+    let by_agent = || Ok(Monitor::new(Box::new(AgentBackend::of(target)?)));
+    match options.backend {
+        Some(BackendKind::GdbStub) => by_stub(),
+        Some(BackendKind::AgentKvm) => by_agent(),
+        // Where there is an agent it can do more, and costs the guest less.
+        None => match by_agent() {
+            Err(EventError::NoBackend { .. }) => by_stub(),
+            opened => opened,
+        },
         Some(other) => Err(EventError::NoBackend {
             target: target.name.clone(),
-            why: format!("the {other} backend is not there"),
+            why: format!("there is no {other} backend in this version"),
         }),
     }
 }

@@ -5,7 +5,8 @@ use vmsight_target::discover::ControlKind;
 use vmsight_target::gdb::Accelerator;
 use vmsight_target::{Target, TargetKind};
 
-use crate::gdb;
+use crate::agent::AgentBackend;
+use crate::{Backend, EventError, gdb};
 
 /// One backend, as far as it can be told without touching the VM.
 #[derive(Clone, Debug)]
@@ -18,9 +19,23 @@ pub struct Survey {
     pub capabilities: Vec<Capability>,
 }
 
-/// All backends. Nothing is connected to: one that somebody else has in use is found out only when it is opened.
+/// All backends. The guest is not stopped for it: an agent is asked, of a stub only its accelerator is known, and whether somebody
+/// else has it in use is found out when it is opened.
 pub fn survey(target: &Target) -> Vec<Survey> {
-    vec![gdb_stub(target)]
+    vec![agent(target), gdb_stub(target)]
+}
+
+fn agent(target: &Target) -> Survey {
+    let (obstacle, capabilities) = match AgentBackend::of(target) {
+        Ok(agent) => (None, agent.capabilities()),
+        Err(EventError::NoBackend { why, .. }) => (Some(why), Vec::new()),
+        Err(error) => (Some(error.to_string()), Vec::new()),
+    };
+    Survey {
+        backend: BackendKind::AgentKvm,
+        obstacle,
+        capabilities,
+    }
 }
 
 fn gdb_stub(target: &Target) -> Survey {

@@ -15,8 +15,6 @@ pub enum BackendKind {
     GdbStub,
     /// The agent in a QEMU that runs its guest with KVM.
     AgentKvm,
-    /// The agent in a QEMU that emulates its guest's processor.
-    AgentTcg,
 }
 
 impl BackendKind {
@@ -25,7 +23,6 @@ impl BackendKind {
         match self {
             Self::GdbStub => "gdb-stub",
             Self::AgentKvm => "agent-kvm",
-            Self::AgentTcg => "agent-tcg",
         }
     }
 }

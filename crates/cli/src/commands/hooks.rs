@@ -12,9 +12,10 @@ use crate::{Outcome, args::Global, output::Sheet, session::Session};
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Backends:
+  agent-kvm   the agent in a QEMU that was started by `vmsight launch` and runs its guest with KVM
   gdb-stub    QEMU's gdb stub, opened at run time through QMP: on any running QEMU, with nothing prepared
 
-Nothing is connected to for this: a stub that a debugger holds is found out when it is opened. Verdicts are what can be done at an
+The guest is not stopped for this. A stub that a debugger holds is found out when it is opened. Verdicts are what can be done at an
 event: continue; skip the instruction; deny it (a write is undone or dropped); return from the function at once; change registers or
 data; pause the VM; step; remove the hook.")]
 pub(crate) struct Cmd {

@@ -6,6 +6,7 @@ pub(crate) mod guard;
 pub(crate) mod hooks;
 pub(crate) mod info;
 pub(crate) mod kmsg;
+pub(crate) mod launch;
 pub(crate) mod list;
 pub(crate) mod listing;
 pub(crate) mod raw;

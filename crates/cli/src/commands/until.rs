@@ -33,7 +33,7 @@ pub(crate) struct Until {
 
 /// For clap: a backend by its name.
 fn backend(text: &str) -> Result<BackendKind, String> {
-    let all = [BackendKind::GdbStub, BackendKind::AgentKvm, BackendKind::AgentTcg];
+    let all = [BackendKind::GdbStub, BackendKind::AgentKvm];
     all.into_iter().find(|b| b.name() == text).ok_or_else(|| {
         let names: Vec<_> = all.iter().map(|b| b.name()).collect();
         format!("there are: {}", names.join(", "))

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod active;
+mod agent;
 mod changing;
 mod kvm;
 mod lies;

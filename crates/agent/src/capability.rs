@@ -1,0 +1,113 @@
+//! What can be hooked here: what this kernel's KVM can, asked of it.
+
+use std::os::fd::RawFd;
+
+use kvm_bindings::{
+    KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_NR_MEMSLOTS, KVM_CAP_READONLY_MEM, KVM_CAP_SET_GUEST_DEBUG,
+    KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SYNC_REGS, KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+};
+use vmsight_hooks::{Capability, Feature, VerdictKind};
+
+use crate::kvm::extension;
+
+/// What KVM said.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Kernel {
+    /// vCPUs can be brought out of the guest without a race, and their registers come along: nothing works without.
+    usable: bool,
+    pub(crate) hardware_breakpoints: bool,
+    /// Interrupts can be kept out while a vCPU steps.
+    pub(crate) block_interrupts: bool,
+    read_only: bool,
+    msr_filter: bool,
+    pub(crate) slots: u32,
+}
+
+impl Kernel {
+    /// Asks.
+    pub(crate) fn ask(vm: RawFd) -> Self {
+        let registers = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+        let has = |capability| extension(vm, capability) != 0;
+        Self {
+            usable: has(KVM_CAP_IMMEDIATE_EXIT) && extension(vm, KVM_CAP_SYNC_REGS) & registers == registers,
+            hardware_breakpoints: has(KVM_CAP_SET_GUEST_DEBUG),
+            block_interrupts: extension(vm, KVM_CAP_SET_GUEST_DEBUG2) & KVM_GUESTDBG_BLOCKIRQ != 0,
+            read_only: has(KVM_CAP_READONLY_MEM),
+            msr_filter: has(KVM_CAP_X86_USER_SPACE_MSR) && has(KVM_CAP_X86_MSR_FILTER),
+            slots: extension(vm, KVM_CAP_NR_MEMSLOTS),
+        }
+    }
+
+    /// Whether a feature can be had here.
+    pub(crate) fn can(&self, feature: Feature) -> bool {
+        self.list().iter().any(|c| c.feature == feature)
+    }
+
+    /// All that can.
+    pub(crate) fn list(&self) -> Vec<Capability> {
+        use VerdictKind::{Continue, Deny, Inject, Pause, Remove, Return, SetData, SetRegisters, Skip, Step};
+        if !self.usable {
+            return Vec::new();
+        }
+        let mut list = Vec::new();
+        let mut add = |feature, mechanism: &str, limits: &str, verdicts: &[VerdictKind]| {
+            list.push(Capability {
+                feature,
+                mechanism: mechanism.to_owned(),
+                limits: limits.to_owned(),
+                verdicts: verdicts.to_vec(),
+            });
+        };
+        if self.hardware_breakpoints {
+            add(
+                Feature::Execute,
+                "4 hardware breakpoints, then INT3, by KVM_SET_GUEST_DEBUG",
+                "the guest's own hardware breakpoints rest meanwhile; a guest that reads its code sees an INT3; a user page must be \
+                 mapped when it is hooked",
+                &[Continue, Skip, Return, SetRegisters, Inject, Pause, Step, Remove],
+            );
+            add(
+                Feature::Step,
+                "KVM_GUESTDBG_SINGLESTEP",
+                if self.block_interrupts {
+                    "interrupts wait meanwhile"
+                } else {
+                    "interrupts are stepped through too: this kernel cannot keep them out (Linux 5.15 can)"
+                },
+                &[Continue, SetRegisters, Inject, Pause, Step, Remove],
+            );
+        }
+        let write = &[Continue, Skip, Deny, SetData, Pause, Remove];
+        let pages = "pages are found when the hook is armed; a locked read-modify-write is not atomic there against other vCPUs; \
+                     page tables must not be watched; what devices do is not seen; an instruction that KVM's emulator does not know (AVX) cannot write there";
+        if self.read_only {
+            for feature in [Feature::PhysicalWrite, Feature::VirtualWrite] {
+                add(feature, "read-only memory slots", pages, write);
+            }
+        }
+        for feature in [Feature::PhysicalRead, Feature::VirtualRead] {
+            add(
+                feature,
+                "no memory slot",
+                "as for writes; no instruction may be fetched from there",
+                &[Continue, SetData, Pause, Remove],
+            );
+        }
+        if self.msr_filter {
+            let limits = "not the MSRs of the x2APIC; no writes of the time-stamp counter";
+            let verdicts = &[Continue, Deny, SetData, Pause, Remove];
+            let mut with_skip = verdicts.to_vec();
+            with_skip.push(Skip);
+            add(Feature::MsrWrite, "KVM_X86_SET_MSR_FILTER", limits, &with_skip);
+            add(Feature::MsrRead, "KVM_X86_SET_MSR_FILTER", limits, verdicts);
+        }
+        add(
+            Feature::Port,
+            "KVM_EXIT_IO",
+            "only ports that KVM leaves to the VMM (not its own interrupt controller and timer); of a string the first value",
+            &[Continue, Skip, Deny, SetData, Pause, Remove],
+        );
+        list
+    }
+}

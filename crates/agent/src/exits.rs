@@ -1,0 +1,588 @@
+//! Exits that hooks caused: what happened, who is told, and how it ends.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE};
+use vmsight_arch::Registers;
+use vmsight_arch::registers::{control, msr};
+use vmsight_hooks::{Access, Exception, HookKind, Verdict, VerdictKind};
+
+use crate::agent::Agent;
+use crate::kvm;
+use crate::pending::{Otherwise, Pending, Progress, Stepping, Subject, Told, in_scope};
+use crate::registers::{from_kvm, set};
+use crate::slots::PAGE;
+use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, at_rip, clean};
+use crate::table::{Armed, Table};
+use crate::vcpu::{Exit, Own, Vcpu};
+
+/// What the vCPU's thread does next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Next {
+    /// Back into the guest.
+    Again,
+    /// Back to the VMM: the exit is its own, too.
+    ToVmm,
+    /// Back to the VMM as if a signal had come.
+    Interrupted,
+}
+
+/// Looks at an exit. `table` is the one with which the guest was entered.
+pub(crate) fn handle(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> Next {
+    let exit = vcpu.exit();
+    if exit == Exit::Other {
+        return Next::ToVmm;
+    }
+    let (regs, sregs) = vcpu.synced();
+    let registers = from_kvm(vcpu.index, &regs, &sregs);
+    let cr3 = registers.cr3;
+    let (subject, told) = match exit {
+        Exit::Debug { exception, dr6 } => return debug(agent, vcpu, own, table, registers, exception, dr6),
+        Exit::Mmio {
+            gpa,
+            data,
+            len,
+            write,
+        } => {
+            if len == 0 || !table.pages.contains_key(&(gpa & !(PAGE - 1))) {
+                return Next::ToVmm;
+            }
+            // A device's memory, or none at all.
+            let Some(old) = agent.with_guest(|guest, _| guest.read(gpa, len)) else {
+                return Next::ToVmm;
+            };
+            let mask = u64::MAX >> (64 - 8 * u32::from(len));
+            let subject = match write {
+                true => Subject::Write {
+                    gpa,
+                    len,
+                    old,
+                    new: data & mask,
+                },
+                false => Subject::Read { gpa, len, value: old },
+            };
+            let access = if write { Access::WRITE } else { Access::READ };
+            let watching = table.watching(gpa, len.into(), access);
+            let meant = watching.filter(|s| s.armed.hook.scope.covers(cr3));
+            let told = meant.map(|span| Told {
+                armed: Arc::clone(&span.armed),
+                gva: span.gva.map(|gva| gva.wrapping_add(gpa.wrapping_sub(span.gpa))),
+            });
+            (subject, told.collect())
+        }
+        Exit::WriteMsr { index, data, reason } => {
+            let Some(told) = msr_hooks(table, index, Access::WRITE, reason, cr3) else {
+                return unwatched(vcpu, table, reason);
+            };
+            let subject = Subject::WriteMsr {
+                index,
+                data,
+                old: kvm::get_msr(vcpu.fd, index),
+                otherwise: otherwise(table, index, KVM_MSR_FILTER_WRITE),
+            };
+            (subject, told)
+        }
+        Exit::ReadMsr { index, reason } => {
+            let Some(told) = msr_hooks(table, index, Access::READ, reason, cr3) else {
+                return unwatched(vcpu, table, reason);
+            };
+            let subject = Subject::ReadMsr {
+                index,
+                value: kvm::get_msr(vcpu.fd, index),
+                otherwise: otherwise(table, index, KVM_MSR_FILTER_READ),
+            };
+            (subject, told)
+        }
+        Exit::Io {
+            out,
+            size,
+            port,
+            count,
+            offset,
+        } => {
+            let access = if out { Access::WRITE } else { Access::READ };
+            let last = port.saturating_add(u16::from(size.max(1)) - 1);
+            let hooks = table
+                .ports
+                .iter()
+                .filter(|(from, to, a, _)| a.intersects(access) && *from <= last && port <= *to)
+                .map(|(.., armed)| Arc::clone(armed))
+                .collect();
+            let told = in_scope(&hooks, cr3);
+            if told.is_empty() {
+                return Next::ToVmm;
+            }
+            let value = vcpu.io_value(offset, size);
+            let subject = Subject::Port {
+                out,
+                size,
+                port,
+                count,
+                offset,
+                value,
+            };
+            (subject, told)
+        }
+        Exit::Unknown => {
+            let place = agent.with_guest(|guest, _| guest.translate(&registers, registers.rip));
+            if !place.is_some_and(|gpa| table.patches.contains_key(&gpa)) {
+                return Next::ToVmm;
+            }
+            // Ours: the emulator has no INT3 (Linux, arch/x86/kvm/emulate.c), and KVM has #UD ready for the guest.
+            forget_exception(vcpu);
+            return debug(agent, vcpu, own, table, registers, 3, 0);
+        }
+        Exit::Other => return Next::ToVmm,
+    };
+    begin(agent, vcpu, own, subject, registers, told)
+}
+
+/// Who watches an MSR; `None` where the exit is the VMM's alone.
+fn msr_hooks(table: &Table, index: u32, access: Access, reason: u32, cr3: u64) -> Option<Vec<Told>> {
+    if reason != KVM_MSR_EXIT_REASON_FILTER {
+        return None;
+    }
+    let hooks = table.msrs.get(&index)?;
+    let wants =
+        |a: &&Arc<Armed>| matches!(a.hook.kind, HookKind::Msr { access: its, .. } if its.intersects(access));
+    let hooks: Vec<_> = hooks.iter().filter(wants).cloned().collect();
+    if hooks.is_empty() {
+        return None;
+    }
+    Some(in_scope(&hooks, cr3))
+}
+
+/// What would be done with an MSR access that the VMM's own filter does not let through: it wants to do it itself, or, where it
+/// did not ask for such exits, it is #GP.
+fn otherwise(table: &Table, index: u32, kind: u32) -> Otherwise {
+    if table.vmm_filter.lets_through(index, kind) {
+        Otherwise::Done
+    } else if table.vmm_reasons & KVM_MSR_EXIT_REASON_FILTER != 0 {
+        Otherwise::Vmm
+    } else {
+        Otherwise::Fault
+    }
+}
+
+/// An access that only the VMM's filter brought out.
+fn unwatched(vcpu: &Vcpu, table: &Table, reason: u32) -> Next {
+    if reason == KVM_MSR_EXIT_REASON_FILTER && table.vmm_reasons & reason == 0 {
+        vcpu.give_msr(true, None);
+        return Next::Again;
+    }
+    Next::ToVmm
+}
+
+fn debug(
+    agent: &'static Agent,
+    vcpu: &Vcpu,
+    own: &mut Own,
+    table: &Table,
+    registers: Registers,
+    exception: u32,
+    dr6: u64,
+) -> Next {
+    let rip = registers.rip;
+    if vcpu.vmm_debug.load(Ordering::Relaxed) {
+        return Next::ToVmm;
+    }
+    if exception == 3 {
+        let place = agent.with_guest(|guest, _| guest.translate(&registers, rip));
+        if let Some(gpa) = place
+            && let Some(patched) = table.patches.get(&gpa)
+        {
+            let at = |a: &&Arc<Armed>| matches!(a.hook.kind, HookKind::Execute { at } if at.0 == rip);
+            let hooks = patched.hooks.iter().filter(at).cloned().collect();
+            let told = in_scope(&hooks, registers.cr3);
+            let patch = Some(gpa);
+            return begin(agent, vcpu, own, Subject::Execute { rip, patch }, registers, told);
+        }
+        let byte = place.and_then(|gpa| agent.with_guest(|guest, _| guest.read(gpa, 1)));
+        if byte == Some(BREAKPOINT) {
+            raise(
+                vcpu,
+                Exception {
+                    vector: 3,
+                    error_code: None,
+                    cr2: None,
+                },
+            );
+        }
+        // Otherwise it was ours, and is out by now.
+        return Next::Again;
+    }
+    if dr6 & DR6_STEP != 0
+        && let Some((before, decoded)) = own.stepped.take()
+    {
+        clean(agent, vcpu, &before, decoded);
+    }
+    if dr6 & DR6_STEP != 0 && own.past.take().is_some() {
+        count_step(vcpu, own);
+        return Next::Again;
+    }
+    if dr6 & DR6_STEP != 0
+        && let Some(stepping) = &mut own.stepping
+    {
+        return match stepping.left {
+            0 | 1 => {
+                let armed = Arc::clone(&stepping.armed);
+                own.stepping = None;
+                let told = vec![Told { armed, gva: None }];
+                begin(agent, vcpu, own, Subject::Step { rip }, registers, told)
+            }
+            _ => {
+                stepping.left -= 1;
+                Next::Again
+            }
+        };
+    }
+    // A step over an INT3 that a signal ended late.
+    if dr6 & DR6_STEP != 0 && own.debug.step {
+        return Next::Again;
+    }
+    if dr6 & 15 != 0 && own.debug.hardware.contains(&Some(rip)) {
+        // RF is set until an instruction is done: this one was told already, and is being executed by KVM's own emulator, which
+        // does not look at RF (Linux, arch/x86/kvm/x86.c, kvm_vcpu_check_code_breakpoint).
+        if registers.rflags & RFLAGS_RF != 0 {
+            own.past = Some(rip);
+            return Next::Again;
+        }
+        let told = table
+            .execute
+            .get(&rip)
+            .map(|hooks| in_scope(hooks, registers.cr3))
+            .unwrap_or_default();
+        return begin(
+            agent,
+            vcpu,
+            own,
+            Subject::Execute { rip, patch: None },
+            registers,
+            told,
+        );
+    }
+    // The guest's own: a step, or a breakpoint of its debugger.
+    if let Ok(mut registers) = kvm::get_debugregs(vcpu.fd) {
+        registers.dr6 |= dr6;
+        let _ = kvm::set_debugregs(vcpu.fd, &registers);
+    }
+    raise(
+        vcpu,
+        Exception {
+            vector: 1,
+            error_code: None,
+            cr2: None,
+        },
+    );
+    Next::Again
+}
+
+/// An instruction was executed here, not by KVM: it counts as a step where steps are counted.
+pub(crate) fn count_step(vcpu: &Vcpu, own: &mut Own) {
+    let Some(stepping) = &mut own.stepping else { return };
+    if stepping.left > 1 {
+        stepping.left -= 1;
+        return;
+    }
+    let armed = Arc::clone(&stepping.armed);
+    own.stepping = None;
+    let (Ok(regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
+        return;
+    };
+    let registers = from_kvm(vcpu.index, &regs, &sregs);
+    let told = vec![Told { armed, gva: None }];
+    let subject = Subject::Step { rip: regs.rip };
+    own.pending = Some(Box::new(Pending::new(subject, registers, told)));
+}
+
+/// Raises an exception before the next instruction.
+fn raise(vcpu: &Vcpu, exception: Exception) -> bool {
+    if let Some(cr2) = exception.cr2 {
+        let Ok(mut sregs) = kvm::get_sregs(vcpu.fd) else {
+            return false;
+        };
+        sregs.cr2 = cr2;
+        if kvm::set_sregs(vcpu.fd, &sregs).is_err() {
+            return false;
+        }
+    }
+    let Ok(mut events) = kvm::get_events(vcpu.fd) else {
+        return false;
+    };
+    events.exception.injected = 1;
+    events.exception.pending = 0;
+    events.exception.nr = exception.vector;
+    events.exception.has_error_code = u8::from(exception.error_code.is_some());
+    events.exception.error_code = exception.error_code.unwrap_or(0);
+    events.exception_has_payload = 0;
+    kvm::set_events(vcpu.fd, &events).is_ok()
+}
+
+/// Takes back an exception that KVM has ready for the guest.
+fn forget_exception(vcpu: &Vcpu) {
+    if let Ok(mut events) = kvm::get_events(vcpu.fd) {
+        events.exception.injected = 0;
+        events.exception.pending = 0;
+        events.exception_has_payload = 0;
+        let _ = kvm::set_events(vcpu.fd, &events);
+    }
+}
+
+fn begin(
+    agent: &'static Agent,
+    vcpu: &Vcpu,
+    own: &mut Own,
+    subject: Subject,
+    registers: Registers,
+    told: Vec<Told>,
+) -> Next {
+    own.pending = Some(Box::new(Pending::new(subject, registers, told)));
+    proceed(agent, vcpu, own)
+}
+
+/// Goes on with the event that is pending.
+pub(crate) fn proceed(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own) -> Next {
+    let Some(mut pending) = own.pending.take() else {
+        return Next::Again;
+    };
+    match pending.advance(agent, vcpu, own) {
+        Progress::Interrupted => {
+            own.pending = Some(pending);
+            Next::Interrupted
+        }
+        Progress::Concluded(verdict, by) => conclude(agent, vcpu, own, *pending, verdict, by),
+    }
+}
+
+fn conclude(
+    agent: &'static Agent,
+    vcpu: &Vcpu,
+    own: &mut Own,
+    pending: Pending,
+    verdict: Verdict,
+    by: Option<Arc<Armed>>,
+) -> Next {
+    let id = by.as_ref().map(|a| a.id);
+    match (&verdict, id) {
+        (Verdict::Remove, Some(id)) => agent.disarm(id),
+        (Verdict::Pause, _) => {
+            agent.freeze();
+            // It happens when the VM goes on.
+            own.pending = Some(Box::new(Pending::new(
+                pending.subject,
+                pending.registers,
+                Vec::new(),
+            )));
+            return Next::Again;
+        }
+        _ => {}
+    }
+    let unfit = |kind: VerdictKind| {
+        agent.notice(
+            id,
+            format!("the verdict {kind} cannot be given here; the guest went on"),
+        );
+    };
+    match pending.subject {
+        Subject::Execute { rip, patch } => executed(agent, vcpu, own, rip, patch, &verdict, by, &unfit),
+        Subject::Step { .. } => {
+            match verdict {
+                Verdict::SetRegisters(registers) => {
+                    if let Ok(mut regs) = kvm::get_regs(vcpu.fd) {
+                        for (register, value) in registers {
+                            set(&mut regs, register, value);
+                        }
+                        let _ = kvm::set_regs(vcpu.fd, &regs);
+                    }
+                }
+                Verdict::Inject(exception) => {
+                    raise(vcpu, exception);
+                }
+                Verdict::Step(left) => own.stepping = by.map(|armed| Stepping { armed, left }),
+                Verdict::Continue | Verdict::Remove => {}
+                other => unfit(other.kind()),
+            }
+            Next::Again
+        }
+        Subject::WriteMsr {
+            index,
+            data,
+            otherwise,
+            ..
+        } => {
+            let value = match verdict {
+                Verdict::Deny => {
+                    vcpu.give_msr(true, None);
+                    return Next::Again;
+                }
+                Verdict::Skip => {
+                    vcpu.give_msr(false, None);
+                    return Next::Again;
+                }
+                Verdict::SetData(value) => value,
+                Verdict::Continue | Verdict::Remove => data,
+                other => {
+                    unfit(other.kind());
+                    data
+                }
+            };
+            if otherwise == Otherwise::Vmm {
+                vcpu.give_msr(false, Some(value));
+                return Next::ToVmm;
+            }
+            let done = otherwise == Otherwise::Done
+                && allowed(&pending.registers, index, value)
+                && kvm::set_msr(vcpu.fd, index, value);
+            vcpu.give_msr(!done, None);
+            Next::Again
+        }
+        Subject::ReadMsr { index, otherwise, .. } => {
+            match verdict {
+                Verdict::Deny => vcpu.give_msr(true, None),
+                Verdict::SetData(value) => vcpu.give_msr(false, Some(value)),
+                other => {
+                    if !matches!(other, Verdict::Continue | Verdict::Remove) {
+                        unfit(other.kind());
+                    }
+                    let value = match otherwise {
+                        Otherwise::Vmm => return Next::ToVmm,
+                        Otherwise::Fault => None,
+                        Otherwise::Done => kvm::get_msr(vcpu.fd, index),
+                    };
+                    vcpu.give_msr(value.is_none(), value);
+                }
+            }
+            Next::Again
+        }
+        Subject::Write { gpa, len, new, .. } => {
+            let value = match verdict {
+                Verdict::Deny | Verdict::Skip => return Next::Again,
+                Verdict::SetData(value) => value,
+                Verdict::Continue | Verdict::Remove => new,
+                other => {
+                    unfit(other.kind());
+                    new
+                }
+            };
+            agent.with_guest(|guest, _| guest.write(gpa, len, value));
+            Next::Again
+        }
+        Subject::Read { gpa, len, value } => {
+            let value = match verdict {
+                Verdict::SetData(value) => value,
+                other => {
+                    if !matches!(other, Verdict::Continue | Verdict::Remove) {
+                        unfit(other.kind());
+                    }
+                    // Read now: it may have changed while the verdict was awaited.
+                    agent.with_guest(|guest, _| guest.read(gpa, len)).unwrap_or(value)
+                }
+            };
+            vcpu.give_mmio(value);
+            Next::Again
+        }
+        Subject::Port {
+            out,
+            size,
+            count,
+            offset,
+            ..
+        } => {
+            match verdict {
+                Verdict::Deny | Verdict::Skip if out => return Next::Again,
+                // What nobody answers reads as all ones.
+                Verdict::Deny | Verdict::Skip => vcpu.give_io(offset, size, count, u32::MAX),
+                Verdict::SetData(value) => {
+                    vcpu.give_io(offset, size, count, value as u32);
+                    if out {
+                        return Next::ToVmm;
+                    }
+                }
+                Verdict::Continue | Verdict::Remove => return Next::ToVmm,
+                other => {
+                    unfit(other.kind());
+                    return Next::ToVmm;
+                }
+            }
+            Next::Again
+        }
+    }
+}
+
+/// What a processor checks of a guest's WRMSR, and KVM not of a write from outside: LME does not change while paging is on
+/// (SDM vol. 3A 4.1.1).
+fn allowed(registers: &Registers, index: u32, value: u64) -> bool {
+    let paging = registers.cr0 & control::CR0_PG != 0;
+    index != msr::EFER || !paging || (registers.efer ^ value) & control::EFER_LME == 0
+}
+
+#[allow(clippy::too_many_arguments)]
+fn executed(
+    agent: &'static Agent,
+    vcpu: &Vcpu,
+    own: &mut Own,
+    rip: u64,
+    patch: Option<u64>,
+    verdict: &Verdict,
+    by: Option<Arc<Armed>>,
+    unfit: &dyn Fn(VerdictKind),
+) -> Next {
+    let (Ok(mut regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
+        return Next::Again;
+    };
+    // The VMM has loaded another state meanwhile (a reset, a snapshot): nothing of this is true any more.
+    if regs.rip != rip {
+        return Next::Again;
+    }
+    let registers = from_kvm(vcpu.index, &regs, &sregs);
+    let mut elsewhere = false;
+    match verdict {
+        Verdict::Skip => match agent.with_guest(|guest, table| at_rip(guest, table, &registers)) {
+            Some(decoded) => {
+                regs.rip = rip.wrapping_add(decoded.len);
+                elsewhere = true;
+            }
+            None => unfit(VerdictKind::Skip),
+        },
+        Verdict::Return(value) => {
+            let to = agent.with_guest(|guest, _| guest.read_virtual_u64(&registers, regs.rsp));
+            match to {
+                Some(to) if registers.cs.attributes & 1 << 13 != 0 => {
+                    regs.rip = to;
+                    regs.rsp = regs.rsp.wrapping_add(8);
+                    regs.rax = *value;
+                    elsewhere = true;
+                }
+                _ => unfit(VerdictKind::Return),
+            }
+        }
+        Verdict::SetRegisters(list) => {
+            for (register, value) in list {
+                set(&mut regs, *register, *value);
+            }
+            elsewhere = regs.rip != rip;
+        }
+        Verdict::Inject(exception) => {
+            if raise(vcpu, *exception) {
+                return Next::Again;
+            }
+            unfit(VerdictKind::Inject);
+        }
+        Verdict::Step(left) => own.stepping = by.map(|armed| Stepping { armed, left: *left }),
+        Verdict::Continue | Verdict::Remove | Verdict::Pause => {}
+        other => unfit(other.kind()),
+    }
+    if elsewhere {
+        regs.rflags &= !RFLAGS_RF;
+    } else if patch.is_none() {
+        regs.rflags |= RFLAGS_RF;
+    } else {
+        own.over = Some(rip);
+    }
+    let changed = elsewhere || patch.is_none() || matches!(verdict, Verdict::SetRegisters(_));
+    if changed && kvm::set_regs(vcpu.fd, &regs).is_err() {
+        unfit(verdict.kind());
+    }
+    Next::Again
+}

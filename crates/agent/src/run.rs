@@ -1,0 +1,141 @@
+//! KVM_RUN, as the VMM calls it.
+
+use std::sync::PoisonError;
+
+use libc::c_int;
+use vmsight_arch::Registers;
+
+use crate::agent::Agent;
+use crate::debug::Applied;
+use crate::exits::{Next, count_step, handle, proceed};
+use crate::instruction::Decoded;
+use crate::pending::Stepping;
+use crate::registers::from_kvm;
+use crate::step::{Over, at_rip, over};
+use crate::table::Table;
+use crate::vcpu::{Own, Vcpu};
+use crate::{errno, kvm};
+
+/// Runs the guest until the VMM is needed. The answer is that of ioctl(2).
+pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
+    let mut own = vcpu.own.lock().unwrap_or_else(PoisonError::into_inner);
+    let own = &mut *own;
+    loop {
+        if agent.world.is_frozen() {
+            if !agent.world.enter(vcpu) {
+                return interrupted(vcpu);
+            }
+            agent.world.leave(vcpu);
+        }
+        if own.pending.is_some() {
+            match proceed(agent, vcpu, own) {
+                Next::Again => continue,
+                Next::ToVmm => return 0,
+                Next::Interrupted => return interrupted(vcpu),
+            }
+        }
+        if let Some(rip) = own.over {
+            match over(agent, vcpu, own, rip) {
+                Over::Done { executed } => {
+                    own.over = None;
+                    if executed {
+                        count_step(vcpu, own);
+                    }
+                    continue;
+                }
+                Over::Interrupted => return interrupted(vcpu),
+                Over::Exit => own.over = None,
+            }
+            let table = agent.table();
+            match handle(agent, vcpu, own, &table) {
+                Next::Again => continue,
+                Next::ToVmm => return 0,
+                Next::Interrupted => return interrupted(vcpu),
+            }
+        }
+        if !agent.world.enter(vcpu) {
+            return interrupted(vcpu);
+        }
+        // From here on no table is replaced until this vCPU has come out.
+        let table = agent.table();
+        let ours = prepare(agent, vcpu, own, &table);
+        let result = vcpu.enter_guest();
+        let error = errno::get();
+        agent.world.leave(vcpu);
+        if result < 0 {
+            vcpu.settle();
+            errno::set(error);
+            return result;
+        }
+        if !ours {
+            return result;
+        }
+        match handle(agent, vcpu, own, &table) {
+            Next::Again => {}
+            Next::ToVmm => return 0,
+            Next::Interrupted => return interrupted(vcpu),
+        }
+    }
+}
+
+/// Tells KVM what this vCPU is debugged for; whether its next exit may be ours.
+fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
+    if own.stepping.as_ref().is_some_and(|s| s.armed.is_removed()) {
+        own.stepping = None;
+    }
+    if own.stepping.is_none() && own.last_step < table.last_step {
+        let next = table
+            .steps
+            .iter()
+            .find(|(index, _, armed)| *index == vcpu.index && armed.id.0 > own.last_step);
+        match next {
+            Some((_, count, armed)) => {
+                own.last_step = armed.id.0;
+                own.stepping = Some(Stepping {
+                    armed: armed.clone(),
+                    left: *count,
+                });
+            }
+            None => own.last_step = table.last_step,
+        }
+    }
+    // Done without a step being told, where the VMM or a hook had to help.
+    let breakpoints = table.hardware.iter().any(Option::is_some);
+    if own.past.is_some() && !breakpoints {
+        own.past = None;
+    }
+    if own.past.is_some() && kvm::get_regs(vcpu.fd).map(|r| r.rip).ok() != own.past {
+        own.past = None;
+    }
+    let past = own.past.is_some();
+    let wanted = Applied {
+        hardware: if past { [None; 4] } else { table.hardware },
+        software: !table.patches.is_empty(),
+        step: past || own.stepping.is_some(),
+    };
+    if own.debug != wanted {
+        match wanted.apply(vcpu, agent.kernel.block_interrupts) {
+            Ok(()) => own.debug = wanted,
+            Err(error) => agent.notice(None, format!("vCPU {} cannot be debugged: {error}", vcpu.index)),
+        }
+    }
+    own.stepped = if own.debug.step { before(agent, vcpu) } else { None };
+    // What KVM could not be told stays as it was, and its exits with it.
+    let ours = table.active || own.debug != Applied::default();
+    vcpu.sync_registers(ours);
+    ours
+}
+
+/// What is about to be stepped: afterwards nobody can tell what it was.
+fn before(agent: &Agent, vcpu: &Vcpu) -> Option<(Registers, Option<Decoded>)> {
+    let (regs, sregs) = (kvm::get_regs(vcpu.fd).ok()?, kvm::get_sregs(vcpu.fd).ok()?);
+    let registers = from_kvm(vcpu.index, &regs, &sregs);
+    let decoded = agent.with_guest(|guest, table| at_rip(guest, table, &registers));
+    Some((registers, decoded))
+}
+
+fn interrupted(vcpu: &Vcpu) -> c_int {
+    vcpu.settle();
+    errno::set(libc::EINTR);
+    -1
+}

@@ -1,0 +1,108 @@
+//! What vCPUs look up when the guest stops: hooks by what they are hooked to. It is replaced as a whole, never changed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vmsight_channel::Counts;
+use vmsight_hooks::{Access, Hook, HookId};
+
+use crate::filter::Filter;
+use crate::slots::{Protection, Slot};
+
+/// A hook that is armed, with what became of it.
+#[derive(Debug)]
+pub(crate) struct Armed {
+    pub(crate) id: HookId,
+    pub(crate) hook: Hook,
+    /// Set when it is taken out: who waits with an event of it waits no longer.
+    pub(crate) removed: AtomicBool,
+    pub(crate) occurred: AtomicU64,
+    pub(crate) told: AtomicU64,
+    pub(crate) dropped: AtomicU64,
+    pub(crate) expired: AtomicU64,
+}
+
+impl Armed {
+    pub(crate) fn new(id: HookId, hook: Hook) -> Self {
+        Self {
+            id,
+            hook,
+            removed: AtomicBool::new(false),
+            occurred: AtomicU64::new(0),
+            told: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            expired: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        Counts {
+            occurred: get(&self.occurred),
+            told: get(&self.told),
+            dropped: get(&self.dropped),
+            expired: get(&self.expired),
+        }
+    }
+}
+
+/// Hooks in the order in which they were armed.
+pub(crate) type Hooks = Vec<Arc<Armed>>;
+
+/// A stretch of physical memory that is watched.
+#[derive(Clone, Debug)]
+pub(crate) struct Span {
+    pub(crate) gpa: u64,
+    pub(crate) len: u64,
+    /// Where it lies in the address space for which it was hooked.
+    pub(crate) gva: Option<u64>,
+    pub(crate) access: Access,
+    pub(crate) armed: Arc<Armed>,
+}
+
+/// An INT3 in the guest's memory.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Patched {
+    /// What stands there without it.
+    pub(crate) original: u8,
+    pub(crate) hooks: Hooks,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Table {
+    pub(crate) slots: Vec<Slot>,
+    /// Hardware breakpoints 0 to 3.
+    pub(crate) hardware: [Option<u64>; 4],
+    pub(crate) execute: HashMap<u64, Hooks>,
+    /// By physical address.
+    pub(crate) patches: HashMap<u64, Patched>,
+    pub(crate) msrs: HashMap<u32, Hooks>,
+    pub(crate) vmm_filter: Filter,
+    /// Why the VMM itself wants MSR accesses (KVM_MSR_EXIT_REASON_*).
+    pub(crate) vmm_reasons: u32,
+    pub(crate) spans: Vec<Span>,
+    pub(crate) pages: BTreeMap<u64, Protection>,
+    pub(crate) ports: Vec<(u16, u16, Access, Arc<Armed>)>,
+    /// Steps: which vCPU, how many.
+    pub(crate) steps: Vec<(u32, u64, Arc<Armed>)>,
+    /// The id of the last of them.
+    pub(crate) last_step: u32,
+    /// Whether there is any hook.
+    pub(crate) active: bool,
+}
+
+impl Table {
+    /// Hooks on these bytes.
+    pub(crate) fn watching(&self, gpa: u64, len: u64, access: Access) -> impl Iterator<Item = &Span> {
+        let end = gpa.saturating_add(len);
+        self.spans
+            .iter()
+            .filter(move |s| s.access.intersects(access) && s.gpa < end && gpa < s.gpa.saturating_add(s.len))
+    }
+}
