@@ -21,7 +21,7 @@ data; pause the VM; step; remove the hook.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,
-    /// Also what no backend here can hook
+    /// Also what a backend cannot hook, and why one does not reach the target
     #[arg(long)]
     all: bool,
 }
@@ -59,8 +59,10 @@ impl Cmd {
                 sheet.rows.push(row);
             }
         }
+        let reached = surveys.iter().any(|s| s.obstacle.is_none());
         for survey in &surveys {
-            if let Some(obstacle) = &survey.obstacle {
+            // Where one reaches, that another one does not is of interest only to those who ask for all.
+            if let Some(obstacle) = survey.obstacle.as_ref().filter(|_| self.all || !reached) {
                 sheet.warnings.push(format!(
                     "{} does not reach this target: {obstacle}",
                     survey.backend
@@ -68,7 +70,6 @@ impl Cmd {
             }
         }
         session.style().print(&sheet)?;
-        let reached = surveys.iter().any(|s| s.obstacle.is_none());
         Ok(if reached { Outcome::Fine } else { Outcome::Nothing })
     }
 }

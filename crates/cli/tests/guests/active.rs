@@ -8,7 +8,7 @@ use serde_json::Value;
 use vmsight_lab::orders::{WITNESS, checksum};
 use vmsight_lab::{Format, Guest, Kernel, Memory, Spec, Work};
 
-use crate::support::{Dump, command, ends_with, number, rows};
+use crate::support::{Dump, command, ends_with, number, objects, rows, text, vmsight};
 
 fn boot() -> (Guest, String) {
     let spec = Spec {
@@ -96,7 +96,12 @@ fn what_happens_is_shown_and_counted_and_leaves_no_trace() {
         (&execute["backend"], &execute["available"]),
         (&"gdb-stub".into(), &true.into())
     );
-    assert!(rows(&["hooks", t, "--all"]).len() > hooks.len());
+    let all = vmsight(&["hooks", t, "--all", "-o", "json"]);
+    assert!(objects(&all.stdout).unwrap().len() > hooks.len());
+    assert!(
+        text(&all.stderr).contains("vmsight launch"),
+        "why there is no agent"
+    );
 
     // JSON lines, as they come.
     let running = start(&["trace", t, "--syscalls", "getpid,openat", "-o", "jsonl"]);
@@ -186,7 +191,12 @@ fn what_happens_is_shown_and_counted_and_leaves_no_trace() {
     let dump = Dump::of(&guest, Format::Elf);
     let err = ends_with(2, &["trace", dump.target(), "--exec"]);
     assert!(err.contains("dump"), "{err}");
-    assert_eq!(ends_with(1, &["hooks", dump.target()]).matches("dump").count(), 1);
+    assert_eq!(
+        ends_with(1, &["hooks", dump.target()])
+            .matches("it is a dump")
+            .count(),
+        1
+    );
 }
 
 #[test]
