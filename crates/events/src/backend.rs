@@ -53,6 +53,23 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// [`EventError::Verdict`] where it does not fit; the vCPU goes on all the same.
     fn answer(&self, event: &Event, verdict: &Verdict) -> Result<(), EventError>;
 
+    /// Whether an event that is held halts all vCPUs, not only its own.
+    fn halts_all(&self) -> bool {
+        false
+    }
+
+    /// All registers of a vCPU that stands still because another one's event is held: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// Where nothing is held, there is no such vCPU, or the VM could not be reached.
+    fn registers_of(&self, vcpu: u32) -> Result<Registers, EventError> {
+        Err(EventError::Limit {
+            backend: self.kind(),
+            what: format!("the registers of vCPU {vcpu}"),
+            why: "it has no event that is held".to_owned(),
+        })
+    }
+
     /// Events of a hook that were lost because nobody fetched them in time, and occurrences it counted.
     ///
     /// # Errors

@@ -133,6 +133,19 @@ impl Monitor {
         self.inner.backend.wake();
     }
 
+    /// Whether an event that is held halts all vCPUs, not only its own.
+    pub fn halts_all(&self) -> bool {
+        self.inner.backend.halts_all()
+    }
+
+    /// All registers of a vCPU that stands still because another one's event is held: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// Where nothing is held, there is no such vCPU, or the VM could not be reached.
+    pub fn registers_of(&self, vcpu: u32) -> Result<Registers, EventError> {
+        self.inner.backend.registers_of(vcpu)
+    }
+
     fn callbacks(&self) -> MutexGuard<'_, HashMap<HookId, Callback>> {
         self.inner
             .callbacks

@@ -195,6 +195,14 @@ impl Backend for GdbBackend {
         self.command(|answer| Command::Answer(event.sequence, verdict.clone(), answer))
     }
 
+    fn halts_all(&self) -> bool {
+        true
+    }
+
+    fn registers_of(&self, vcpu: u32) -> Result<Registers, EventError> {
+        self.command(|answer| Command::RegistersOf(vcpu, answer))
+    }
+
     fn counts(&self, id: HookId) -> Result<Counts, EventError> {
         Ok(self.queue.counts(id))
     }

@@ -25,6 +25,7 @@ pub(super) enum Command {
     Arm(Hook, Answer<HookId>),
     Disarm(HookId, Answer<()>),
     Registers(Sequence, Answer<Registers>),
+    RegistersOf(u32, Answer<Registers>),
     Answer(Sequence, Verdict, Answer<()>),
     End,
 }
@@ -148,6 +149,22 @@ impl Worker {
                 let held = self.occasions.front().filter(|o| o.waits_with(sequence));
                 let _ = answer.send(held.map(|o| o.registers).ok_or_else(|| EventError::Protocol {
                     what: format!("event {sequence} is not held: its vCPU went on"),
+                }));
+                Ok(())
+            }
+            Command::RegistersOf(vcpu, answer) => {
+                let held = self.occasions.front().is_some_and(|o| o.waiting.is_some());
+                if held && vcpu < self.debug.vcpus() {
+                    let result = self.debug.registers(vcpu).map_err(of_stub);
+                    return give(&answer, result);
+                }
+                let _ = answer.send(Err(EventError::Limit {
+                    backend: vmsight_hooks::BackendKind::GdbStub,
+                    what: format!("the registers of vCPU {vcpu}"),
+                    why: format!(
+                        "there are {} vCPUs, and an event must be held",
+                        self.debug.vcpus()
+                    ),
                 }));
                 Ok(())
             }
