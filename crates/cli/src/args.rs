@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    disas, guard, hooks, info, kmsg, list, listing, raw, regs, shell, strings, symbols, trace, translate,
-    types, write,
+    debug, disas, guard, hooks, info, kmsg, list, listing, raw, regs, shell, strings, symbols, trace,
+    translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -185,6 +185,8 @@ pub(crate) enum Command {
     Trace(trace::Cmd),
     /// Hold a running guest to rules: deny what they forbid, and say who tried
     Guard(guard::Cmd),
+    /// Let gdb or lldb debug a guest's kernel, or one process of it
+    Debug(debug::Cmd),
     /// Print a completion script for a shell
     Completions(shell::Completions),
     /// Write the manual pages
@@ -198,6 +200,7 @@ impl Command {
             Command::Write(_)
             | Command::Trace(_)
             | Command::Guard(_)
+            | Command::Debug(_)
             | Command::Completions(_)
             | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),

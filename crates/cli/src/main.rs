@@ -98,6 +98,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Hooks(c) => c.run(global),
         Command::Trace(c) => c.run(global),
         Command::Guard(c) => c.run(global),
+        Command::Debug(c) => c.run(global),
         Command::Completions(c) => c.run(),
         Command::Man(c) => c.run(),
     }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+pub mod debug;
 mod error;
 pub mod gdb;
 pub mod linux;

@@ -6,6 +6,7 @@
 
 mod active;
 mod changing;
+mod debug;
 mod kvm;
 mod lies;
 mod listings;
