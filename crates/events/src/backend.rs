@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Event, Hook, HookId, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Feature, Hook, HookId, Verdict};
 
 use crate::EventError;
 
@@ -56,6 +56,19 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Whether an event that is held halts all vCPUs, not only its own.
     fn halts_all(&self) -> bool {
         false
+    }
+
+    /// Makes all vCPUs stand still, and holds an event ([`vmsight_hooks::Detail::Step`], of no step that was made) until it
+    /// is answered or its hook, whose id is given, is taken out: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// [`EventError::Unsupported`] where it cannot.
+    fn halt(&self, _delivery: Delivery) -> Result<HookId, EventError> {
+        Err(EventError::Unsupported {
+            backend: self.kind(),
+            feature: Feature::Step,
+            can: &[BackendKind::GdbStub],
+        })
     }
 
     /// All registers of a vCPU that stands still because another one's event is held: only where [`Self::halts_all`].

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Event, Hook, HookId, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Hook, HookId, Verdict};
 
 use crate::backend::Counts;
 use crate::{Backend, EventError};
@@ -136,6 +136,19 @@ impl Monitor {
     /// Whether an event that is held halts all vCPUs, not only its own.
     pub fn halts_all(&self) -> bool {
         self.inner.backend.halts_all()
+    }
+
+    /// Makes all vCPUs stand still with an event of vCPU 0, in which nothing was executed, until it is answered or the guard is
+    /// dropped: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// [`EventError::Unsupported`] where the backend cannot.
+    pub fn halt(&self, delivery: Delivery) -> Result<HookGuard, EventError> {
+        let id = self.inner.backend.halt(delivery)?;
+        Ok(HookGuard {
+            monitor: self.clone(),
+            id,
+        })
     }
 
     /// All registers of a vCPU that stands still because another one's event is held: only where [`Self::halts_all`].

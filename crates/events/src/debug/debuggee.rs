@@ -103,6 +103,8 @@ pub(super) struct Debuggee {
     saved: Registers,
     stepping: Vec<Stepping>,
     back: Option<Return>,
+    /// A vCPU that sleeps and is to make a step, and the hook behind its HLT.
+    waking: Option<(u32, HookGuard)>,
     /// Stops that are to be told after the first: each vCPU may have met something.
     pending: Vec<(u32, Why)>,
 }
@@ -140,6 +142,7 @@ impl Debuggee {
             saved: Registers::default(),
             stepping: Vec::new(),
             back: None,
+            waking: None,
             pending: Vec::new(),
         }
     }
@@ -153,18 +156,29 @@ impl Debuggee {
         !self.held.is_empty()
     }
 
-    /// Sees to it that it will stand: [`Self::poll`] says when. A step of a vCPU is the means that every
-    /// backend has.
+    /// Sees to it that it will stand: [`Self::poll`] says when.
     pub(super) fn interrupt(&mut self) -> Result<(), EventError> {
-        if self.stands()
-            || self
-                .stepping
-                .iter()
-                .any(|s| matches!(s.purpose, Purpose::Interrupt))
-        {
+        let waited = |s: &Stepping| matches!(s.purpose, Purpose::Interrupt);
+        if self.stands() || self.stepping.iter().any(waited) {
             return Ok(());
         }
-        self.step(0, Purpose::Interrupt)
+        if self.monitor.halts_all() {
+            let guard = self.monitor.halt(HELD)?;
+            self.stepping.push(Stepping {
+                guard,
+                vcpu: 0,
+                purpose: Purpose::Interrupt,
+            });
+            return Ok(());
+        }
+        // Whichever executes anything: the others may sleep.
+        let tried: Vec<_> = (0..self.vcpus)
+            .map(|vcpu| self.step(vcpu, Purpose::Interrupt))
+            .collect();
+        match tried.iter().any(Result::is_ok) {
+            true => Ok(()),
+            false => tried.into_iter().collect(),
+        }
     }
 
     fn step(&mut self, vcpu: u32, purpose: Purpose) -> Result<(), EventError> {
@@ -216,6 +230,16 @@ impl Debuggee {
             .is_some_and(|back| back.at.iter().any(|g| g.id() == hook))
         {
             return self.came_back(occurrence);
+        }
+        if let Some((sleeper, guard)) = &self.waking
+            && guard.id() == hook
+        {
+            if *sleeper != vcpu {
+                answer(occurrence, Verdict::Continue)?;
+                return Ok(None);
+            }
+            self.hold(occurrence, None)?;
+            return Ok(Some((vcpu, Why::Stepped)));
         }
         let point = self.points.of(hook);
         match point {
@@ -297,6 +321,12 @@ impl Debuggee {
         Ok(())
     }
 
+    fn wait_for_waking(&mut self, vcpu: u32, rip: u64) -> Result<(), EventError> {
+        let hook = Hook::execute(Gva(rip)).delivered(HELD);
+        self.waking = Some((vcpu, self.monitor.hook(&hook)?));
+        Ok(())
+    }
+
     /// A process is back in user mode.
     fn came_back(&mut self, occurrence: Occurrence) -> Result<Option<(u32, Why)>, EventError> {
         if !self.concerns(&occurrence)? {
@@ -348,7 +378,11 @@ impl Debuggee {
         for vcpu in 0..self.vcpus {
             let waited = self.stepping.iter().any(|s| s.vcpu == vcpu);
             if !self.held.contains_key(&vcpu) && !waited {
-                self.step(vcpu, Purpose::Halt)?;
+                match self.step(vcpu, Purpose::Halt) {
+                    // It sleeps, and cannot be held before it wakes.
+                    Err(EventError::Limit { .. }) => {}
+                    other => other?,
+                }
             }
         }
         let deadline = Instant::now() + OTHERS;
@@ -376,7 +410,7 @@ impl Debuggee {
         }
         self.stepping.clear();
         // Its hooks go when the events that are held by them are answered.
-        let back = self.back.take();
+        let (back, waking) = (self.back.take(), self.waking.take());
         let held: Vec<HookId> = self.held.values().map(|h| h.occurrence.event().hook).collect();
         self.points.prune(&held);
         if let Action::Step(tid) = std::mem::take(&mut self.action) {
@@ -387,13 +421,17 @@ impl Debuggee {
             match shown {
                 Shown::Vcpu(vcpu) => {
                     let from = self.registers_of(vcpu)?.rip;
-                    self.step(vcpu, Purpose::Step { from })?;
+                    match self.step(vcpu, Purpose::Step { from }) {
+                        // It sleeps behind HLT: the step is over when it has woken and is back there.
+                        Err(EventError::Limit { .. }) => self.wait_for_waking(vcpu, from)?,
+                        other => other?,
+                    }
                 }
                 Shown::Saved => self.wait_for_return(self.saved.rip, false)?,
             }
         }
         self.release_all()?;
-        drop(back);
+        drop((back, waking));
         self.points.prune(&[]);
         Ok(())
     }
@@ -422,7 +460,7 @@ impl Debuggee {
         self.points.want_none();
         self.action = Action::Continue;
         let done = self.resume();
-        self.back = None;
+        (self.back, self.waking) = (None, None);
         self.stepping.clear();
         self.held.clear();
         self.points.prune(&[]);

@@ -11,11 +11,14 @@
 //! its own vCPU, each other one is made to step once, which holds it too; one that sleeps is held when it
 //! wakes, and its registers are not known before.
 //!
-//! **An interrupt** (Ctrl-C, and a debugger's arrival) is a step of vCPU 0: every backend that can be
-//! debugged with has it, and what comes of it is an event like others, that holds, shows registers and is
-//! answered. The price is that one instruction is executed. Pausing the VM through its monitor would show no
-//! registers where the stub's connection is the only one, and a guest that its owner may resume under the
+//! **An interrupt** (Ctrl-C, and a debugger's arrival) is an event in which nothing happened, of vCPU 0
+//! (`Monitor::halt`), or else a step of whichever vCPU executes something: what comes of it is an event like
+//! others, that holds, shows registers and is answered. Pausing the VM through its monitor would show no
+//! registers where the stub's connection is the only one, and leave a guest that its owner may resume under the
 //! debugger's feet.
+//!
+//! **A vCPU that sleeps** in HLT makes no step while the others stand. All go on until it has woken and is
+//! back behind its HLT, which is where the step ends.
 //!
 //! **Breakpoints stay in the guest** while it stands, whatever the debugger takes out: see `points`.
 //! **Changed registers** are written by the verdict with which the vCPU goes on; only a vCPU whose own event

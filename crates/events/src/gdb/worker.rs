@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{Hook, HookId, Sequence, Verdict};
+use vmsight_hooks::{Delivery, Hook, HookId, Sequence, Verdict};
 use vmsight_target::gdb::{Cause, Debugger, GdbError, Stop, Waited};
 
 use super::occasion::Occasion;
@@ -23,6 +23,7 @@ type Answer<T> = Sender<Result<T, EventError>>;
 /// What others ask of the thread.
 pub(super) enum Command {
     Arm(Hook, Answer<HookId>),
+    Halt(Delivery, Answer<HookId>),
     Disarm(HookId, Answer<()>),
     Registers(Sequence, Answer<Registers>),
     RegistersOf(u32, Answer<Registers>),
@@ -139,6 +140,10 @@ impl Worker {
         match command {
             Command::Arm(hook, answer) => {
                 let result = self.arm(hook);
+                give(&answer, result)
+            }
+            Command::Halt(delivery, answer) => {
+                let result = self.halt(delivery);
                 give(&answer, result)
             }
             Command::Disarm(id, answer) => {

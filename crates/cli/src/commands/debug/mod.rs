@@ -49,8 +49,8 @@ CR4 and EFER can be read; floating point is not shown. While one vCPU makes a st
 written through the page tables whatever they say about writing; an emulated guest (TCG) may go on with code that it
 has translated already.
 
-An interrupt (Ctrl-C in gdb) is one step of vCPU 0. A Unix socket is for you alone; whoever can connect to a port of
-this host's loopback owns the guest.")]
+A vCPU that sleeps in HLT makes its step when it has woken: until then all go on. A Unix socket is for you alone;
+whoever can connect to a port of this host's loopback owns the guest.")]
 pub(crate) struct Cmd {
     /// What to debug: a running VM
     target: String,
