@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings, symbols, trace,
+    debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings, symbols, trace,
     translate, types, write,
 };
 use crate::output::{Color, Format, Style};
@@ -187,6 +187,8 @@ pub(crate) enum Command {
     Guard(guard::Cmd),
     /// Start a QEMU whose guest can be hooked
     Launch(launch::Cmd),
+    /// Let gdb or lldb debug a guest's kernel, or one process of it
+    Debug(debug::Cmd),
     /// Print a completion script for a shell
     Completions(shell::Completions),
     /// Write the manual pages
@@ -201,6 +203,7 @@ impl Command {
             | Command::Trace(_)
             | Command::Guard(_)
             | Command::Launch(_)
+            | Command::Debug(_)
             | Command::Completions(_)
             | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),

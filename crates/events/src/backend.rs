@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Event, Hook, HookId, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Feature, Hook, HookId, Verdict};
 
 use crate::EventError;
 
@@ -52,6 +52,36 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`EventError::Verdict`] where it does not fit; the vCPU goes on all the same.
     fn answer(&self, event: &Event, verdict: &Verdict) -> Result<(), EventError>;
+
+    /// Whether an event that is held halts all vCPUs, not only its own.
+    fn halts_all(&self) -> bool {
+        false
+    }
+
+    /// Makes all vCPUs stand still, and holds an event ([`vmsight_hooks::Detail::Step`], of no step that was made) until it
+    /// is answered or its hook, whose id is given, is taken out: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// [`EventError::Unsupported`] where it cannot.
+    fn halt(&self, _delivery: Delivery) -> Result<HookId, EventError> {
+        Err(EventError::Unsupported {
+            backend: self.kind(),
+            feature: Feature::Step,
+            can: &[BackendKind::GdbStub],
+        })
+    }
+
+    /// All registers of a vCPU that stands still because another one's event is held: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// Where nothing is held, there is no such vCPU, or the VM could not be reached.
+    fn registers_of(&self, vcpu: u32) -> Result<Registers, EventError> {
+        Err(EventError::Limit {
+            backend: self.kind(),
+            what: format!("the registers of vCPU {vcpu}"),
+            why: "it has no event that is held".to_owned(),
+        })
+    }
 
     /// Events of a hook that were lost because nobody fetched them in time, and occurrences it counted.
     ///

@@ -7,6 +7,7 @@
 
 pub mod agent;
 mod backend;
+pub mod debug;
 mod error;
 pub mod gdb;
 pub mod linux;

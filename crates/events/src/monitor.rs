@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Event, Hook, HookId, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Hook, HookId, Verdict};
 
 use crate::backend::Counts;
 use crate::{Backend, EventError};
@@ -131,6 +131,32 @@ impl Monitor {
     /// Makes those who wait in [`Self::next`] return.
     pub fn wake(&self) {
         self.inner.backend.wake();
+    }
+
+    /// Whether an event that is held halts all vCPUs, not only its own.
+    pub fn halts_all(&self) -> bool {
+        self.inner.backend.halts_all()
+    }
+
+    /// Makes all vCPUs stand still with an event of vCPU 0, in which nothing was executed, until it is answered or the guard is
+    /// dropped: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// [`EventError::Unsupported`] where the backend cannot.
+    pub fn halt(&self, delivery: Delivery) -> Result<HookGuard, EventError> {
+        let id = self.inner.backend.halt(delivery)?;
+        Ok(HookGuard {
+            monitor: self.clone(),
+            id,
+        })
+    }
+
+    /// All registers of a vCPU that stands still because another one's event is held: only where [`Self::halts_all`].
+    ///
+    /// # Errors
+    /// Where nothing is held, there is no such vCPU, or the VM could not be reached.
+    pub fn registers_of(&self, vcpu: u32) -> Result<Registers, EventError> {
+        self.inner.backend.registers_of(vcpu)
     }
 
     fn callbacks(&self) -> MutexGuard<'_, HashMap<HookId, Callback>> {

@@ -31,8 +31,19 @@ pub(crate) struct Until {
     backend: Option<BackendKind>,
 }
 
+/// A flag that Ctrl-C and SIGTERM set, from now on. The second one ends the program at once: whoever asks twice is not to
+/// wait for us.
+pub(crate) fn on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_conditional_default(signal, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    Ok(stop)
+}
+
 /// For clap: a backend by its name.
-fn backend(text: &str) -> Result<BackendKind, String> {
+pub(crate) fn backend(text: &str) -> Result<BackendKind, String> {
     let all = [BackendKind::GdbStub, BackendKind::AgentKvm];
     all.into_iter().find(|b| b.name() == text).ok_or_else(|| {
         let names: Vec<_> = all.iter().map(|b| b.name()).collect();
@@ -41,8 +52,7 @@ fn backend(text: &str) -> Result<BackendKind, String> {
 }
 
 impl Until {
-    /// From now on Ctrl-C and SIGTERM end the waiting and not the program; the second one does end it at once: whoever asks
-    /// twice is not to wait for us.
+    /// From now on Ctrl-C and SIGTERM end the waiting and not the program.
     pub(crate) fn begin(&self) -> Result<Waiting> {
         let end = match self.seconds {
             Some(s) if s.is_finite() && (0.0..=1e9).contains(&s) => {
@@ -51,12 +61,10 @@ impl Until {
             Some(_) => bail!("--for takes seconds"),
             None => None,
         };
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register_conditional_default(signal, stop.clone())?;
-            signal_hook::flag::register(signal, stop.clone())?;
-        }
-        Ok(Waiting { stop, end })
+        Ok(Waiting {
+            stop: on_interrupt()?,
+            end,
+        })
     }
 
     /// The monitor of the session's target.

@@ -1,9 +1,10 @@
 //! Hooks come and go.
 
-use vmsight_hooks::{BackendKind, Hook, HookId, HookKind};
+use vmsight_arch::Gva;
+use vmsight_hooks::{BackendKind, Delivery, Detail, Hook, HookId, HookKind};
 use vmsight_target::gdb::{GdbError, Point};
 
-use super::occasion::Occasion;
+use super::occasion::{Occasion, Tell};
 use super::of_stub;
 use super::table::{Armed, Place, Shared, places};
 use super::worker::{State, Worker, is_fatal_target};
@@ -75,6 +76,26 @@ impl Worker {
                 }
             }
         }
+        Ok(id)
+    }
+
+    /// An event without anything that happened: the machine stands for it.
+    pub(super) fn halt(&mut self, delivery: Delivery) -> Result<HookId, EventError> {
+        self.stand()?;
+        let registers = self.debug.registers(0).map_err(of_stub)?;
+        let id = HookId(self.last.wrapping_add(1));
+        self.last = id.0;
+        let hook = Hook::new(HookKind::Step { vcpu: 0, count: 1 }).delivered(delivery);
+        self.table.hooks.insert(id, Armed::new(hook));
+        let mut occasion = Occasion::new(registers);
+        occasion.tell.push_back(Tell {
+            hook: id,
+            detail: Detail::Step {
+                rip: Gva(occasion.registers.rip),
+            },
+            undo: None,
+        });
+        self.occasions.push_back(occasion);
         Ok(id)
     }
 

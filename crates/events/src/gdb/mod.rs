@@ -41,7 +41,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Event, Hook, HookId, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Hook, HookId, Verdict};
 use vmsight_target::gdb::{Accelerator, Debugger, GdbError, Waker};
 use vmsight_target::{Target, TargetError};
 
@@ -193,6 +193,18 @@ impl Backend for GdbBackend {
             return Ok(());
         }
         self.command(|answer| Command::Answer(event.sequence, verdict.clone(), answer))
+    }
+
+    fn halts_all(&self) -> bool {
+        true
+    }
+
+    fn halt(&self, delivery: Delivery) -> Result<HookId, EventError> {
+        self.command(|answer| Command::Halt(delivery, answer))
+    }
+
+    fn registers_of(&self, vcpu: u32) -> Result<Registers, EventError> {
+        self.command(|answer| Command::RegistersOf(vcpu, answer))
     }
 
     fn counts(&self, id: HookId) -> Result<Counts, EventError> {

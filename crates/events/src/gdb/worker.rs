@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{Hook, HookId, Sequence, Verdict};
+use vmsight_hooks::{Delivery, Hook, HookId, Sequence, Verdict};
 use vmsight_target::gdb::{Cause, Debugger, GdbError, Stop, Waited};
 
 use super::occasion::Occasion;
@@ -23,8 +23,10 @@ type Answer<T> = Sender<Result<T, EventError>>;
 /// What others ask of the thread.
 pub(super) enum Command {
     Arm(Hook, Answer<HookId>),
+    Halt(Delivery, Answer<HookId>),
     Disarm(HookId, Answer<()>),
     Registers(Sequence, Answer<Registers>),
+    RegistersOf(u32, Answer<Registers>),
     Answer(Sequence, Verdict, Answer<()>),
     End,
 }
@@ -140,6 +142,10 @@ impl Worker {
                 let result = self.arm(hook);
                 give(&answer, result)
             }
+            Command::Halt(delivery, answer) => {
+                let result = self.halt(delivery);
+                give(&answer, result)
+            }
             Command::Disarm(id, answer) => {
                 let result = self.disarm(id);
                 give(&answer, result)
@@ -148,6 +154,22 @@ impl Worker {
                 let held = self.occasions.front().filter(|o| o.waits_with(sequence));
                 let _ = answer.send(held.map(|o| o.registers).ok_or_else(|| EventError::Protocol {
                     what: format!("event {sequence} is not held: its vCPU went on"),
+                }));
+                Ok(())
+            }
+            Command::RegistersOf(vcpu, answer) => {
+                let held = self.occasions.front().is_some_and(|o| o.waiting.is_some());
+                if held && vcpu < self.debug.vcpus() {
+                    let result = self.debug.registers(vcpu).map_err(of_stub);
+                    return give(&answer, result);
+                }
+                let _ = answer.send(Err(EventError::Limit {
+                    backend: vmsight_hooks::BackendKind::GdbStub,
+                    what: format!("the registers of vCPU {vcpu}"),
+                    why: format!(
+                        "there are {} vCPUs, and an event must be held",
+                        self.debug.vcpus()
+                    ),
                 }));
                 Ok(())
             }

@@ -1,6 +1,6 @@
-//! Writes a profile for other tools: as a symbol table of Volatility 3.
+//! Writes a profile for other tools: as a symbol table of Volatility 3, and its symbols as an ELF file for debuggers.
 //!
-//! The form is ISF 6.2.0 (`volatility3/schemas/schema-6.2.0.json`), with the conventions of dwarf2json that plugins
+//! The form of the former is ISF 6.2.0 (`volatility3/schemas/schema-6.2.0.json`), with the conventions of dwarf2json that plugins
 //! rely on: typedefs are resolved, anonymous structs and unions are named and marked, symbols of unknown type are
 //! `void`, and `linux_banner` carries its text so that the table can be matched to a dump.
 //!
@@ -11,6 +11,7 @@
 //! affair (of Linux 7.2 it lists processes, files, sockets, and fails at modules for `taint_flag.module`, which is gone).
 
 mod describe;
+mod elf;
 mod globals;
 mod names;
 
@@ -24,6 +25,7 @@ use crate::types::{Kind, Type};
 use crate::{Profile, SymbolTable};
 
 use describe::Describe;
+pub use elf::{PlacedSymbol, elf};
 use names::Names;
 
 /// Why a profile could not be written.
