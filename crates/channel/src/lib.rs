@@ -2,7 +2,7 @@
 //! through shared memory.
 //!
 //! The socket carries what is rare: the hello, arming, disarming, counts ([`Request`], [`Reply`]), as JSON behind a length
-//! ([`frame`]). With the hello comes a memfd ([`Shared`]): a ring of [`Record`]s per vCPU, a place for one verdict per
+//! (`frame`). With the hello comes a memfd ([`Shared`]): a ring of [`Record`]s per vCPU, a place for one verdict per
 //! vCPU, and the futexes that wake who waits.
 //!
 //! Neither side believes the other. What stands in shared memory is copied out once and then checked; an index that the

@@ -38,7 +38,7 @@ pub(crate) struct Cmd {
     /// [default: vmsight/PID.sock in $XDG_RUNTIME_DIR or /run, or /tmp/vmsight-UID/PID.sock]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Print a script that does this for libvirt's <emulator>, and start nothing
+    /// Print a script that does this for libvirt's emulator element, and start nothing
     #[arg(long, conflicts_with = "socket")]
     wrapper: bool,
     /// The command: qemu-system-x86_64 and what it takes

@@ -54,7 +54,7 @@ whoever can connect to a port of this host's loopback owns the guest.")]
 pub(crate) struct Cmd {
     /// What to debug: a running VM
     target: String,
-    /// Where to listen: 127.0.0.1:PORT (0 for any free one), [::1]:PORT, or the path of a Unix socket
+    /// Where to listen: 127.0.0.1:PORT (0 for any free one), an IPv6 one in brackets, or the path of a Unix socket
     /// [default: a Unix socket in a new folder of our own]
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<Address>,
