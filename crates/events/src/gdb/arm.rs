@@ -1,12 +1,14 @@
 //! Hooks come and go.
 
 use vmsight_arch::Gva;
-use vmsight_hooks::{BackendKind, Delivery, Detail, Hook, HookId, HookKind};
+use vmsight_arch::paging::PagingMode;
+use vmsight_hooks::{BackendKind, Delivery, Detail, Hook, HookId, HookKind, Scope};
+use vmsight_memory::AddressSpace;
 use vmsight_target::gdb::{GdbError, Point};
 
 use super::occasion::{Occasion, Tell};
 use super::of_stub;
-use super::table::{Armed, Place, Shared, places};
+use super::table::{Armed, Kept, Place, Shared, places};
 use super::worker::{State, Worker, is_fatal_target};
 use crate::EventError;
 
@@ -56,6 +58,9 @@ impl Worker {
                     break;
                 }
             }
+            if armed.before.is_none() {
+                armed.before = self.bytes_elsewhere(armed.hook.scope, start, len)?;
+            }
         }
         let step = match armed.hook.kind {
             HookKind::Step { vcpu, count } => Some((vcpu, count)),
@@ -77,6 +82,24 @@ impl Worker {
             }
         }
         Ok(id)
+    }
+
+    /// The bytes of memory in an address space that no vCPU has now.
+    fn bytes_elsewhere(&mut self, scope: Scope, start: u64, len: u64) -> Result<Option<Kept>, EventError> {
+        let Scope::Dtb(dtb) = scope else {
+            return Ok(None);
+        };
+        let registers = self.debug.registers(0).map_err(of_stub)?;
+        let Some(mode) = PagingMode::from_registers(&registers) else {
+            return Ok(None);
+        };
+        let space = AddressSpace::new(self.memory.clone(), mode, dtb);
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
+        // What is not there yet has no old value.
+        Ok(space.read(Gva(start), &mut bytes).is_ok().then(|| Kept {
+            dtb: Armed::space(start, dtb.0),
+            bytes,
+        }))
     }
 
     /// An event without anything that happened: the machine stands for it.

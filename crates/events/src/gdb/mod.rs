@@ -42,6 +42,7 @@ use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
 use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Hook, HookId, Verdict};
+use vmsight_memory::GuestMemory;
 use vmsight_target::gdb::{Accelerator, Debugger, GdbError, Waker};
 use vmsight_target::{Target, TargetError};
 
@@ -101,15 +102,15 @@ impl GdbBackend {
             TargetError::NoStub { target, why } => EventError::NoBackend { target, why },
             error => lost(error),
         })?;
-        Self::over(debug)
+        Self::over(debug, target.memory.clone())
     }
 
-    fn over(debug: Debugger) -> Result<Self, EventError> {
+    fn over(debug: Debugger, memory: GuestMemory) -> Result<Self, EventError> {
         let waker = debug.waker();
         let accelerator = debug.accelerator();
         let queue = Arc::new(Queue::new(waker.clone()));
         let (commands, receiver) = mpsc::channel();
-        let worker = Worker::new(debug, Arc::clone(&queue), receiver);
+        let worker = Worker::new(debug, memory, Arc::clone(&queue), receiver);
         let worker = std::thread::Builder::new()
             .name("gdb-stub".to_owned())
             .spawn(move || worker.run())

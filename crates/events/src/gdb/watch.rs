@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmsight_arch::{Gva, Registers};
+use vmsight_arch::{Dtb, Gva, Registers};
 use vmsight_hooks::{Access, Detail, HookId};
 use vmsight_target::gdb::{Accelerator, Cause, GdbError, Point, WatchKind};
 
@@ -93,54 +93,72 @@ impl Worker {
             located.push(self.locate(hit)?);
         }
         for (id, start, len, wanted) in self.table.memory() {
-            let Some(first) = hits.first() else { break };
-            let Some(kept) = self.table.hooks.get(&id).map(Armed::keeps) else {
+            let Some(armed) = self.table.hooks.get(&id) else {
                 continue;
             };
-            let now = match kept {
-                true => self.bytes_now(&first.registers, start, len)?,
-                false => None,
-            };
-            let before = self.table.hooks.get(&id).and_then(|armed| armed.before.clone());
-            // What another address space held says nothing of this one.
-            let before = before.filter(|b| now.as_ref().is_some_and(|n| n.dtb == b.dtb));
-            let changed = changes(before.as_ref(), now.as_ref());
-            let mine: Vec<Mine> = (0..hits.len())
-                .filter_map(|i| {
-                    let located = *located.get(i)?;
-                    let access = meets(hits.get(i)?, located, (start, len, wanted), changed)?;
-                    Some((i, access, place(located, start, len)))
-                })
-                .collect();
-            // Where nobody else was at it, it is what changed.
-            let mine: Vec<Mine> = match mine[..] {
-                [(i, access, None)] => vec![(i, access, changed_place(start, len, changed))],
-                _ => mine,
-            };
-            for (order, (i, access, location)) in mine.iter().enumerate() {
-                let (before_it, behind_it) = mine.split_at(order);
-                let alone = Alone {
-                    first: !before_it.iter().any(|(.., other)| overlap(*location, *other)),
-                    last: !behind_it
-                        .iter()
-                        .skip(1)
-                        .any(|(.., other)| overlap(*location, *other)),
-                };
-                let tell = tell(
-                    id,
-                    *access,
-                    *location,
-                    start,
-                    before.as_ref(),
-                    now.as_ref(),
-                    alone,
-                );
-                if let Some(occasion) = occasions.get_mut(*i) {
-                    occasion.tell.push_back(tell);
+            let (kept, scope) = (armed.keeps(), armed.hook.scope);
+            // The same address is other memory in another address space: each has a turn of its own.
+            let mut spaces: Vec<(Option<Dtb>, Vec<usize>)> = Vec::new();
+            for (i, hit) in hits.iter().enumerate() {
+                if !scope.covers(hit.registers.cr3) {
+                    continue;
+                }
+                let space = Armed::space(start, hit.registers.cr3);
+                match spaces.iter_mut().find(|(known, _)| *known == space) {
+                    Some((_, those)) => those.push(i),
+                    None => spaces.push((space, vec![i])),
                 }
             }
-            if let (Some(armed), Some(now)) = (self.table.hooks.get_mut(&id), now) {
-                armed.before = Some(now);
+            for (_, those) in spaces {
+                let Some(first) = those.first().and_then(|i| hits.get(*i)) else {
+                    continue;
+                };
+                let now = match kept {
+                    true => self.bytes_now(&first.registers, start, len)?,
+                    false => None,
+                };
+                let before = self.table.hooks.get(&id).and_then(|armed| armed.before.clone());
+                // What another address space held says nothing of this one.
+                let before = before.filter(|b| now.as_ref().is_some_and(|n| n.dtb == b.dtb));
+                let changed = changes(before.as_ref(), now.as_ref());
+                let mine: Vec<Mine> = those
+                    .iter()
+                    .filter_map(|&i| {
+                        let located = *located.get(i)?;
+                        let access = meets(hits.get(i)?, located, (start, len, wanted), changed)?;
+                        Some((i, access, place(located, start, len)))
+                    })
+                    .collect();
+                // Where nobody else was at it, it is what changed.
+                let mine: Vec<Mine> = match mine[..] {
+                    [(i, access, None)] => vec![(i, access, changed_place(start, len, changed))],
+                    _ => mine,
+                };
+                for (order, (i, access, location)) in mine.iter().enumerate() {
+                    let (before_it, behind_it) = mine.split_at(order);
+                    let alone = Alone {
+                        first: !before_it.iter().any(|(.., other)| overlap(*location, *other)),
+                        last: !behind_it
+                            .iter()
+                            .skip(1)
+                            .any(|(.., other)| overlap(*location, *other)),
+                    };
+                    let tell = tell(
+                        id,
+                        *access,
+                        *location,
+                        start,
+                        before.as_ref(),
+                        now.as_ref(),
+                        alone,
+                    );
+                    if let Some(occasion) = occasions.get_mut(*i) {
+                        occasion.tell.push_back(tell);
+                    }
+                }
+                if let (Some(armed), Some(now)) = (self.table.hooks.get_mut(&id), now) {
+                    armed.before = Some(now);
+                }
             }
         }
         Ok(occasions)

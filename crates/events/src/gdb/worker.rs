@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
 use vmsight_hooks::{Delivery, Hook, HookId, Sequence, Verdict};
+use vmsight_memory::GuestMemory;
 use vmsight_target::gdb::{Cause, Debugger, GdbError, Stop, Waited};
 
 use super::occasion::Occasion;
@@ -45,6 +46,8 @@ pub(super) enum State {
 /// The connection and everything that is known.
 pub(super) struct Worker {
     pub(super) debug: Debugger,
+    /// For what no vCPU has in its address space at the moment.
+    pub(super) memory: GuestMemory,
     pub(super) table: Table,
     pub(super) queue: Arc<Queue>,
     commands: Receiver<Command>,
@@ -59,10 +62,16 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(debug: Debugger, queue: Arc<Queue>, commands: Receiver<Command>) -> Self {
+    pub(super) fn new(
+        debug: Debugger,
+        memory: GuestMemory,
+        queue: Arc<Queue>,
+        commands: Receiver<Command>,
+    ) -> Self {
         let ran = debug.ran();
         Self {
             debug,
+            memory,
             table: Table::default(),
             queue,
             commands,

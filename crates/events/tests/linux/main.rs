@@ -5,3 +5,4 @@
 mod guard;
 mod support;
 mod syscalls;
+mod writes;
