@@ -288,7 +288,6 @@ fn what_a_stub_cannot_do_names_who_can() {
             index: 0xc000_0082,
             access: Access::WRITE,
         },
-        HookKind::Cpuid,
         HookKind::Memory {
             range: Range::Physical {
                 start: vmsight_arch::Gpa(0x1000),
@@ -303,6 +302,11 @@ fn what_a_stub_cannot_do_names_who_can() {
         };
         assert!(error.to_string().contains(can[0].name()), "{error}");
     }
+    let error = monitor.hook(&Hook::new(HookKind::Cpuid)).unwrap_err();
+    assert!(
+        error.to_string().contains("CPUID; no backend"),
+        "who can, if anybody: {error}"
+    );
     let error = monitor
         .hook(&Hook::new(HookKind::Step { vcpu: 7, count: 1 }))
         .unwrap_err();
