@@ -7,12 +7,20 @@ use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
 use super::layouts::{CredLayout, TaskLayout};
+use crate::layout::{Field, layout};
 use crate::listing::address;
 use crate::text::guest_array_text;
 use crate::{Kernel, LinuxError};
 
 /// `TASK_COMM_LEN`.
 const COMM: usize = 16;
+
+layout! {
+    /// What a task acts with: differs from `real_cred` only while it acts for somebody else.
+    struct SubjectiveLayout = "task_struct" {
+        cred: Field<Gva> = "cred",
+    }
+}
 
 /// A task at one moment, as far as an event needs it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -37,6 +45,7 @@ pub struct CurrentReader {
     /// What is added to the GS base: where the variable lies in each CPU's area.
     variable: u64,
     task: Arc<TaskLayout>,
+    subjective: Arc<SubjectiveLayout>,
     cred: Arc<CredLayout>,
 }
 
@@ -55,6 +64,7 @@ impl Kernel {
             kernel: self.clone(),
             variable: variable.0,
             task: self.layout()?,
+            subjective: self.layout()?,
             cred: self.layout()?,
         })
     }
@@ -77,7 +87,7 @@ impl CurrentReader {
         let space = self.kernel.space();
         let mut comm = [0; COMM];
         space.read(self.task.comm.at(task), &mut comm)?;
-        let cred = self.task.subjective.read(space, task)?;
+        let cred = self.subjective.cred.read(space, task)?;
         Ok(Current {
             pid: self.task.tgid.read(space, task)?,
             tid: self.task.pid.read(space, task)?,

@@ -22,8 +22,6 @@ layout! {
         fs: Field<Gva> = "fs",
         signal: Field<Gva> = "signal",
         cred: Field<Gva> = "real_cred",
-        // What it acts with; differs from `real_cred` only while it acts for somebody else.
-        subjective: Field<Gva> = "cred",
         nsproxy: Field<Gva> = "nsproxy",
         thread_pid: Field<Gva> = "thread_pid",
         cgroups: Option<Field<Gva>> = "cgroups",
