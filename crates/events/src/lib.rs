@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+mod armed;
 mod backend;
 pub mod debug;
 mod error;
@@ -15,6 +16,7 @@ mod monitor;
 mod open;
 mod survey;
 
+pub use armed::Armed;
 pub use backend::{Backend, Counts};
 pub use error::EventError;
 pub use monitor::{HookGuard, Monitor, Occurrence};

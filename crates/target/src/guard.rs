@@ -57,24 +57,19 @@ impl Guard {
     /// Sets up the watch: `last_words` (octal escapes as of `printf`) go to `connection` when we are gone, and the
     /// watch ends with the line that holds `answer`, or a second later where that is empty.
     pub(crate) fn set(connection: OwnedFd, last_words: &str, answer: &str) -> io::Result<Self> {
-        let mut child = Command::new("/bin/sh")
-            .args(["-c", SCRIPT, "vmsight-guard", last_words, answer])
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::from(connection))
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()?;
-        let pipe = child.stdin.take();
-        Ok(Self { child, pipe })
+        Self::over(connection, &["-c", SCRIPT, "vmsight-guard", last_words, answer])
     }
 
     /// Sets up a watch over a connection whose answers have no lines: `go` is what it sends when we are gone, `hold`
     /// what it sends after [`Self::hold`].
     pub(crate) fn switched(connection: OwnedFd, go: &str, hold: &str) -> io::Result<Self> {
+        Self::over(connection, &["-c", SWITCHED, "vmsight-guard", go, hold])
+    }
+
+    /// A shell whose standard output is the connection.
+    fn over(connection: OwnedFd, args: &[&str]) -> io::Result<Self> {
         let mut child = Command::new("/bin/sh")
-            .args(["-c", SWITCHED, "vmsight-guard", go, hold])
+            .args(args)
             .env_clear()
             .env("PATH", "/usr/bin:/bin") // sleep is no builtin
             .current_dir("/")

@@ -6,14 +6,14 @@
 use std::time::SystemTime;
 
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register as Operand};
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 use vmsight_arch::{Gva, Registers};
 use vmsight_hooks::{ControlRegister, Delivery, Hook, HookId};
 use vmsight_linux::Kernel;
 use vmsight_linux::module::ModuleFields;
 
 use super::TraceError;
-use crate::{HookGuard, Monitor, Occurrence};
+use crate::{Armed, Monitor, Occurrence};
 
 /// Most text that is searched in one piece: no kernel's is larger.
 const MAX_TEXT: u64 = 256 << 20;
@@ -166,8 +166,7 @@ pub struct ControlTrace {
     kernel: Kernel,
     registers: FxHashSet<ControlRegister>,
     delivery: Delivery,
-    hooks: FxHashMap<HookId, ControlSite>,
-    guards: Vec<HookGuard>,
+    hooks: Armed<ControlSite>,
 }
 
 impl ControlTrace {
@@ -185,12 +184,11 @@ impl ControlTrace {
             kernel: kernel.clone(),
             registers: registers.into_iter().collect(),
             delivery,
-            hooks: FxHashMap::default(),
-            guards: Vec::new(),
+            hooks: Armed::default(),
         };
         let sites = control_sites(kernel)?;
         trace.add(monitor, sites)?;
-        if trace.hooks.is_empty() {
+        if trace.sites() == 0 {
             return Err(TraceError::NoSite {
                 what: "control registers".to_owned(),
                 why: "no instruction that writes them was found".to_owned(),
@@ -211,25 +209,24 @@ impl ControlTrace {
 
     fn add(&mut self, monitor: &Monitor, sites: Vec<ControlSite>) -> Result<(), TraceError> {
         for site in sites {
-            let known = self.hooks.values().any(|known| known.at == site.at);
+            let known = self.hooks.purposes().any(|known| known.at == site.at);
             if known || !self.registers.contains(&site.register) {
                 continue;
             }
-            let guard = monitor.hook(&Hook::execute(site.at).delivered(self.delivery))?;
-            self.hooks.insert(guard.id(), site);
-            self.guards.push(guard);
+            let hook = Hook::execute(site.at).delivered(self.delivery);
+            self.hooks.arm(monitor, &hook, site)?;
         }
         Ok(())
     }
 
     /// Whether an event is of one of these hooks.
     pub fn owns(&self, id: HookId) -> bool {
-        self.hooks.contains_key(&id)
+        self.hooks.get(id).is_some()
     }
 
     /// How many instructions are hooked.
     pub fn sites(&self) -> usize {
-        self.hooks.len()
+        self.hooks.purposes().len()
     }
 
     /// Takes an event in.
@@ -238,7 +235,7 @@ impl ControlTrace {
     /// If the registers cannot be had.
     pub fn take(&self, occurrence: &Occurrence) -> Result<Option<ControlRecord>, TraceError> {
         let event = occurrence.event();
-        let Some(site) = self.hooks.get(&event.hook).copied() else {
+        let Some(site) = self.hooks.get(event.hook).copied() else {
             return Ok(None);
         };
         let registers = occurrence.registers()?;

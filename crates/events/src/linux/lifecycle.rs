@@ -3,7 +3,6 @@
 use std::fmt;
 use std::time::SystemTime;
 
-use rustc_hash::FxHashMap;
 use vmsight_arch::{Gva, Registers};
 use vmsight_hooks::{Delivery, Hook, HookId};
 use vmsight_linux::text::{guest_array_text, guest_text};
@@ -12,7 +11,7 @@ use vmsight_linux::{Current, CurrentReader, Kernel};
 use super::TraceError;
 use super::site::function;
 use super::whose::Whose;
-use crate::{HookGuard, Monitor, Occurrence};
+use crate::{Armed, Monitor, Occurrence};
 
 /// PATH_MAX.
 const MAX_PATH: usize = 4096;
@@ -125,8 +124,7 @@ pub struct LifecycleTrace {
     kernel: Kernel,
     current: CurrentReader,
     whose: Whose,
-    hooks: FxHashMap<HookId, Lifecycle>,
-    guards: Vec<HookGuard>,
+    hooks: Armed<Lifecycle>,
 }
 
 impl LifecycleTrace {
@@ -139,8 +137,7 @@ impl LifecycleTrace {
             kernel: kernel.clone(),
             current: kernel.current()?,
             whose: Whose::default(),
-            hooks: FxHashMap::default(),
-            guards: Vec::new(),
+            hooks: Armed::default(),
         })
     }
 
@@ -157,15 +154,14 @@ impl LifecycleTrace {
     /// If the kernel has no such function, or the backend cannot hook execution.
     pub fn arm(&mut self, monitor: &Monitor, what: Lifecycle, delivery: Delivery) -> Result<(), TraceError> {
         let at = function(&self.kernel, what.functions())?;
-        let guard = monitor.hook(&Hook::execute(at).delivered(delivery))?;
-        self.hooks.insert(guard.id(), what);
-        self.guards.push(guard);
-        Ok(())
+        Ok(self
+            .hooks
+            .arm(monitor, &Hook::execute(at).delivered(delivery), what)?)
     }
 
     /// Whether an event is of one of these hooks.
     pub fn owns(&self, id: HookId) -> bool {
-        self.hooks.contains_key(&id)
+        self.hooks.get(id).is_some()
     }
 
     /// Takes an event in.
@@ -174,7 +170,7 @@ impl LifecycleTrace {
     /// If it cannot be said who did it. What else cannot be read is left out of the record.
     pub fn take(&mut self, occurrence: &Occurrence) -> Result<Option<LifecycleRecord>, TraceError> {
         let event = occurrence.event();
-        let Some(what) = self.hooks.get(&event.hook).copied() else {
+        let Some(what) = self.hooks.get(event.hook).copied() else {
             return Ok(None);
         };
         let registers = occurrence.registers()?;

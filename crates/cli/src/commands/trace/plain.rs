@@ -1,6 +1,5 @@
 //! Hooks on places and registers, as the command line names them.
 
-use std::collections::HashMap;
 use std::str::FromStr;
 use std::time::SystemTime;
 
@@ -9,8 +8,8 @@ use serde_json::{Map, Value};
 use vmsight_arch::registers::msr;
 use vmsight_arch::{Gva, Registers};
 use vmsight_events::linux::ControlTrace;
-use vmsight_events::{HookGuard, Monitor, Occurrence};
-use vmsight_hooks::{Access, ControlRegister, Delivery, Detail, Feature, Hook, HookId, HookKind, Range};
+use vmsight_events::{Armed, Monitor, Occurrence};
+use vmsight_hooks::{Access, ControlRegister, Delivery, Detail, Feature, Hook, HookKind, Range};
 use vmsight_linux::{Current, CurrentReader, Kernel};
 
 use super::Cmd;
@@ -114,9 +113,8 @@ pub(super) struct PlainRecord {
 pub(super) struct PlainTrace {
     current: Option<CurrentReader>,
     pids: Vec<i32>,
-    hooks: HashMap<HookId, String>,
+    hooks: Armed<String>,
     control: Option<ControlTrace>,
-    guards: Vec<HookGuard>,
 }
 
 impl PlainTrace {
@@ -125,9 +123,8 @@ impl PlainTrace {
             // Only for who did it: without it, events are shown all the same.
             current: kernel.current().ok(),
             pids: pids.to_vec(),
-            hooks: HashMap::new(),
+            hooks: Armed::default(),
             control: None,
-            guards: Vec::new(),
         }
     }
 
@@ -138,12 +135,11 @@ impl PlainTrace {
         name: String,
         delivery: Delivery,
     ) -> Result<()> {
-        let guard = monitor
-            .hook(&Hook::new(kind).delivered(delivery))
-            .with_context(|| format!("hooking {name}"))?;
-        self.hooks.insert(guard.id(), name);
-        self.guards.push(guard);
-        Ok(())
+        let hook = Hook::new(kind).delivered(delivery);
+        let named = name.clone();
+        self.hooks
+            .arm(monitor, &hook, name)
+            .with_context(|| format!("hooking {named}"))
     }
 
     /// Follows writes of control registers: by the backend where it can, else by the kernel's instructions for it.
@@ -176,7 +172,7 @@ impl PlainTrace {
     pub(super) fn take(&self, session: &Session, occurrence: &Occurrence) -> Result<Option<PlainRecord>> {
         let event = occurrence.event();
         // A backend that sees the register itself tells what it will hold; where the instructions were hooked, they do.
-        let (name, detail) = match self.hooks.get(&event.hook) {
+        let (name, detail) = match self.hooks.get(event.hook) {
             Some(name) => (name.clone(), event.detail),
             None => match self
                 .control

@@ -9,7 +9,6 @@ use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use nix::errno::Errno;
-use rustc_hash::FxHashMap;
 use vmsight_arch::registers::control::{CR0_WP, CR4_SMAP, CR4_SMEP};
 use vmsight_arch::registers::msr;
 use vmsight_arch::{Gva, Registers};
@@ -20,7 +19,7 @@ use vmsight_linux::{Current, CurrentReader, Kernel};
 
 use super::site::function;
 use super::{ControlTrace, TraceError};
-use crate::{HookGuard, Monitor, Occurrence};
+use crate::{Armed, Monitor, Occurrence};
 
 /// What loads modules: handlers of system calls, 64-bit and 32-bit.
 const LOADERS: [&str; 4] = [
@@ -62,14 +61,13 @@ pub struct Guard {
     kernel: Kernel,
     current: CurrentReader,
     paths: PathResolver,
-    hooks: FxHashMap<HookId, Purpose>,
+    hooks: Armed<Purpose>,
     control: Option<ControlTrace>,
     /// Which control-register rules there are.
     bits: Vec<(ControlRegister, u64, Rule)>,
     delivery: Delivery,
     /// What memory held whose old values the backend does not know.
     copies: Vec<memory::Copy>,
-    guards: Vec<HookGuard>,
 }
 
 /// What a hook is there for.
@@ -99,12 +97,11 @@ impl Guard {
             current: kernel.current()?,
             paths: PathResolver::new(kernel)?,
             kernel: kernel.clone(),
-            hooks: FxHashMap::default(),
+            hooks: Armed::default(),
             control: None,
             bits: Vec::new(),
             delivery,
             copies: Vec::new(),
-            guards: Vec::new(),
         };
         let mut programs = BTreeSet::new();
         for rule in rules {
@@ -147,10 +144,8 @@ impl Guard {
     }
 
     fn add(&mut self, monitor: &Monitor, kind: HookKind, purpose: Purpose) -> Result<(), TraceError> {
-        let guard = monitor.hook(&Hook::new(kind).delivered(self.delivery))?;
-        self.hooks.insert(guard.id(), purpose);
-        self.guards.push(guard);
-        Ok(())
+        let hook = Hook::new(kind).delivered(self.delivery);
+        Ok(self.hooks.arm(monitor, &hook, purpose)?)
     }
 
     fn arm_control(&mut self, monitor: &Monitor) -> Result<(), TraceError> {
@@ -187,7 +182,7 @@ impl Guard {
 
     /// Whether an event is of one of these hooks.
     pub fn owns(&self, id: HookId) -> bool {
-        self.hooks.contains_key(&id) || self.control.as_ref().is_some_and(|c| c.owns(id))
+        self.hooks.get(id).is_some() || self.control.as_ref().is_some_and(|c| c.owns(id))
     }
 
     /// What an event means, and what is to be done about it.
@@ -197,7 +192,7 @@ impl Guard {
     pub fn judge(&mut self, monitor: &Monitor, occurrence: &Occurrence) -> Result<Judgement, TraceError> {
         let event = occurrence.event();
         let registers = occurrence.registers()?;
-        let purpose = match self.hooks.get(&event.hook) {
+        let purpose = match self.hooks.get(event.hook) {
             Some(purpose) => purpose.clone(),
             None => {
                 let record = self.control.as_ref().map(|c| c.take(occurrence)).transpose()?;

@@ -22,7 +22,7 @@ use vmsight_linux::{CurrentReader, Kernel};
 use super::TraceError;
 use super::site::{SyscallSite, syscall_sites};
 use super::whose::Whose;
-use crate::{HookGuard, Monitor, Occurrence};
+use crate::{Armed, Monitor, Occurrence};
 
 /// `struct pt_regs`: its size and where what is read of it lies (arch/x86/include/asm/ptrace.h; user ABI, never changed).
 mod pt_regs {
@@ -56,8 +56,7 @@ pub struct SyscallTrace {
     wanted: Option<FxHashSet<String>>,
     whose: Whose,
     pending: FxHashMap<Gva, SyscallRecord>,
-    hooks: FxHashMap<HookId, (SyscallSite, Phase)>,
-    guards: Vec<HookGuard>,
+    hooks: Armed<(SyscallSite, Phase)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -92,8 +91,7 @@ impl SyscallTrace {
             wanted: (!names.is_empty()).then(|| names.iter().cloned().collect()),
             whose: Whose::default(),
             pending: FxHashMap::default(),
-            hooks: FxHashMap::default(),
-            guards: Vec::new(),
+            hooks: Armed::default(),
         })
     }
 
@@ -116,9 +114,8 @@ impl SyscallTrace {
                     Phase::Entry => site.entry,
                     Phase::Exit => site.exit,
                 };
-                let guard = monitor.hook(&Hook::execute(at).delivered(delivery))?;
-                self.hooks.insert(guard.id(), (*site, phase));
-                self.guards.push(guard);
+                let hook = Hook::execute(at).delivered(delivery);
+                self.hooks.arm(monitor, &hook, (*site, phase))?;
             }
         }
         Ok(())
@@ -126,7 +123,7 @@ impl SyscallTrace {
 
     /// Whether an event is of one of these hooks.
     pub fn owns(&self, id: HookId) -> bool {
-        self.hooks.contains_key(&id)
+        self.hooks.get(id).is_some()
     }
 
     /// Takes an event in. What comes out is a call that has returned, or one that never will (`exit`).
@@ -134,7 +131,7 @@ impl SyscallTrace {
     /// # Errors
     /// If the guest's memory does not hold what it must at these places.
     pub fn take(&mut self, occurrence: &Occurrence) -> Result<Option<SyscallRecord>, TraceError> {
-        let Some((site, phase)) = self.hooks.get(&occurrence.event().hook).copied() else {
+        let Some((site, phase)) = self.hooks.get(occurrence.event().hook).copied() else {
             return Ok(None);
         };
         let registers = occurrence.registers()?;
