@@ -1,9 +1,6 @@
 //! `vmsight symbols`: the names a kernel knows its own addresses by.
 
-use std::fs::Permissions;
-use std::io::{BufWriter, Write as _};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -14,6 +11,7 @@ use vmsight_symbols::layout::matches;
 use crate::{
     Outcome,
     args::Global,
+    commands::beside::write_beside,
     output::{Progress, Sheet},
     place::Place,
     session::{
@@ -161,28 +159,12 @@ impl Export {
     fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let kernel = session.kernel()?;
-        // Written beside its final name, under one that nobody can know before, and then moved: nobody finds half a symbol table.
-        let folder = match self.isf.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let mut part = tempfile::Builder::new()
-            .prefix(".vmsight-")
-            .permissions(Permissions::from_mode(0o666))
-            .tempfile_in(folder)
-            .with_context(|| format!("making a file in {}", folder.display()))?;
         let xz = self.isf.extension().is_some_and(|e| e == "xz");
-        let progress = Progress::spinner(global.quiet, "writing the symbol table");
-        let mut out = BufWriter::new(part.as_file_mut());
-        export::isf(kernel.profile(), &mut out, xz.then_some(export::XZ_LEVEL))
-            .context("writing the symbol table")?;
-        out.flush()
-            .and_then(|()| out.get_ref().sync_all())
-            .context("writing the symbol table")?;
-        drop((out, progress));
-        part.persist(&self.isf)
-            .map_err(|e| e.error)
-            .with_context(|| format!("moving the symbol table to {}", self.isf.display()))?;
+        write_beside(&self.isf, "the symbol table", |out| {
+            let _progress = Progress::spinner(global.quiet, "writing the symbol table");
+            export::isf(kernel.profile(), out, xz.then_some(export::XZ_LEVEL))
+                .context("writing the symbol table")
+        })?;
         let mut row = Map::new();
         row.insert("file".into(), self.isf.display().to_string().into());
         row.insert("release".into(), kernel.profile().release.as_str().into());

@@ -2,9 +2,7 @@
 
 mod listen;
 
-use std::fs::Permissions;
-use std::io::{BufWriter, Write as _};
-use std::os::unix::fs::PermissionsExt;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,6 +15,7 @@ use vmsight_events::{EventError, OpenOptions, open};
 use vmsight_hooks::BackendKind;
 use vmsight_symbols::export::{self, PlacedSymbol};
 
+use super::beside::write_beside;
 use super::until::{backend, on_interrupt};
 use crate::output::{Format, escape};
 use crate::session::symbol::is_in_image;
@@ -174,22 +173,9 @@ fn write_symbols(session: &Session, file: &Path) -> Result<()> {
         size: symbol.size,
         kind: u8::try_from(symbol.kind).unwrap_or(b'?'),
     });
-    let folder = match file.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut part = tempfile::Builder::new()
-        .prefix(".vmsight-")
-        .permissions(Permissions::from_mode(0o666))
-        .tempfile_in(folder)
-        .with_context(|| format!("making a file in {}", folder.display()))?;
-    let mut out = BufWriter::new(part.as_file_mut());
-    let count = export::elf(of_kernel.chain(of_modules), &mut out).context("writing the symbols")?;
-    out.flush().context("writing the symbols")?;
-    drop(out);
-    part.persist(file)
-        .map_err(|e| e.error)
-        .with_context(|| format!("moving the symbols to {}", file.display()))?;
+    let count = write_beside(file, "the symbols", |out| {
+        export::elf(of_kernel.chain(of_modules), out).context("writing the symbols")
+    })?;
     tracing::info!("{count} symbols in {}", file.display());
     Ok(())
 }
