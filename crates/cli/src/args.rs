@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings, symbols, trace,
-    translate, types, write,
+    bench, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings, symbols,
+    trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -189,6 +189,8 @@ pub(crate) enum Command {
     Launch(launch::Cmd),
     /// Let gdb or lldb debug a guest's kernel, or one process of it
     Debug(debug::Cmd),
+    /// Measure what hooks cost on this machine
+    Bench(bench::Cmd),
     /// Print a completion script for a shell
     Completions(shell::Completions),
     /// Write the manual pages
@@ -204,6 +206,7 @@ impl Command {
             | Command::Guard(_)
             | Command::Launch(_)
             | Command::Debug(_)
+            | Command::Bench(_)
             | Command::Completions(_)
             | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),

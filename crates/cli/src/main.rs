@@ -100,6 +100,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Guard(c) => c.run(global),
         Command::Launch(c) => c.run(),
         Command::Debug(c) => c.run(global),
+        Command::Bench(c) => c.run(global),
         Command::Completions(c) => c.run(),
         Command::Man(c) => c.run(),
     }

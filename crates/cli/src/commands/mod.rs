@@ -1,5 +1,6 @@
 //! One module per command or family of commands.
 
+pub(crate) mod bench;
 pub(crate) mod beside;
 pub(crate) mod columns;
 pub(crate) mod debug;

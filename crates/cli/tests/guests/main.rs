@@ -6,6 +6,7 @@
 
 mod active;
 mod agent;
+mod bench;
 mod changing;
 mod debug;
 mod kvm;

@@ -1,0 +1,352 @@
+//! `vmsight bench hooks`: one table, in one run, of what an event costs by each way that there is here.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use serde_json::{Map, Value};
+use vmsight_arch::{Gpa, Gva};
+use vmsight_events::Monitor;
+use vmsight_gauge::image::{MOST, PORT, WATCHED};
+use vmsight_gauge::{Operation, Summary};
+use vmsight_hooks::{Access, Delivery, Expiry, Hook, HookKind, Overflow, Range, Verdict};
+
+use super::machine::{Host, Machine};
+use super::switches::two_switches;
+use crate::output::{Progress, Sheet, Style};
+use crate::{Outcome, args::Global};
+
+/// How long the guest may take for its rounds.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// MSR LSTAR (SDM vol. 4).
+const LSTAR: u32 = 0xc000_0082;
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+A guest of our own, of some hundred bytes, times itself by its time-stamp counter: a round calls a function, writes a word of
+memory, an MSR or a port. The same round is done without a hook, with one whose handler does nothing, and by each backend. \"held\"
+means that the vCPU waits for the handler's verdict, \"told\" that it goes on at once, \"counted\" that nobody is told.
+
+The guest runs in stock QEMU, and on /dev/kvm in a VMM that does nothing else. Floors: what the exit to that VMM costs (a port is
+written), and what it costs that two threads wake each other (two context switches). Where KVM itself runs in a VM, or on an
+emulated processor, its figures are those of that machine and not of hardware.")]
+pub(crate) struct Cmd {
+    /// Rounds of each row
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    samples: u64,
+    /// The QEMU to measure; may be given several times
+    #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
+    qemu: Vec<PathBuf>,
+    /// Only guests of this accelerator: tcg or kvm
+    #[arg(long, value_name = "NAME")]
+    accelerator: Option<String>,
+}
+
+const KEYS: &[&str] = &[
+    "host",
+    "by",
+    "hook",
+    "delivery",
+    "samples",
+    "min_ns",
+    "median_ns",
+    "sd_ns",
+    "ratio",
+    "of",
+    "goal",
+    "met",
+    "problem",
+];
+const SHOWN: &[&str] = &[
+    "host",
+    "by",
+    "hook",
+    "delivery",
+    "min_ns",
+    "median_ns",
+    "sd_ns",
+    "ratio",
+    "of",
+    "goal",
+    "met",
+];
+
+/// One line of the table.
+struct Row {
+    host: String,
+    by: &'static str,
+    hook: &'static str,
+    delivery: &'static str,
+    outcome: Result<Summary, String>,
+    /// What it is compared with: its name, its median, and the highest ratio that is wanted.
+    against: Option<(&'static str, f64, Option<f64>)>,
+}
+
+impl Cmd {
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        ensure!(
+            (10..=MOST).contains(&self.samples),
+            "--samples takes 10 to {MOST}"
+        );
+        let style = global.style();
+        let progress = Progress::spinner(style.quiet, "measuring");
+        let mut rows = Vec::new();
+        let switches = two_switches(self.samples)?;
+        rows.push(Row {
+            host: "this program".to_owned(),
+            by: "-",
+            hook: "two context switches",
+            delivery: "-",
+            outcome: Ok(switches),
+            against: None,
+        });
+        let mut warnings = Vec::new();
+        for host in self.hosts() {
+            match measure(&host, self.samples, switches.median) {
+                Ok(measured) => rows.extend(measured),
+                Err(error) => warnings.push(format!("no guest in {host}: {error:#}")),
+            }
+        }
+        drop(progress);
+        print(&style, &rows, warnings)?;
+        Ok(Outcome::Fine)
+    }
+
+    fn hosts(&self) -> Vec<Host> {
+        let wanted = |name: &str| self.accelerator.as_deref().is_none_or(|only| only == name);
+        let kvm = wanted("kvm") && Path::new("/dev/kvm").exists();
+        let qemu = |accelerator: &'static str| {
+            self.qemu.iter().map(move |program| Host::Qemu {
+                program: program.clone(),
+                accelerator: accelerator.to_owned(),
+            })
+        };
+        let least = kvm.then_some(Host::Vmm);
+        let by_kvm = qemu("kvm").filter(|_| kvm);
+        let by_tcg = qemu("tcg").filter(|_| wanted("tcg"));
+        least.into_iter().chain(by_kvm).chain(by_tcg).collect()
+    }
+}
+
+/// Everything about one host.
+fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let name = host.to_string();
+    let plain = Machine::start(host, false)?;
+    let row = |by, hook, delivery, outcome: Result<Summary>, against| Row {
+        host: name.clone(),
+        by,
+        hook,
+        delivery,
+        outcome: outcome.map_err(|error| format!("{error:#}")),
+        against,
+    };
+    for (hook, operation) in [("none (call)", Operation::Call), ("none (port)", Operation::Port)] {
+        rows.push(row("-", hook, "-", rounds(&plain, operation, samples), None));
+    }
+    let exit = rows.last().and_then(median);
+    // The stub, where there is one: by execution and by a write.
+    let mut stub = None;
+    if let Host::Qemu { .. } = host {
+        let monitor = plain.by_stub()?;
+        for (hook, operation) in [("execute", Operation::Call), ("virtual write", Operation::Write)] {
+            let asked = asked(&plain, hook).delivered(HELD);
+            let outcome = hooked(&plain, &monitor, &asked, operation, samples);
+            rows.push(row(
+                "gdb-stub",
+                hook,
+                "held",
+                outcome,
+                exit.map(|e| ("exit", e, None)),
+            ));
+            if hook == "execute" {
+                stub = rows.last().and_then(median);
+            }
+        }
+    }
+    drop(plain);
+    let machine = match Machine::start(host, true) {
+        Ok(machine) => machine,
+        Err(error) => {
+            rows.push(row("agent", "-", "-", Err(error), None));
+            return Ok(rows);
+        }
+    };
+    let monitor = match machine.by_agent() {
+        Ok(monitor) => monitor,
+        Err(error) => {
+            rows.push(row("agent", "-", "-", Err(error), None));
+            return Ok(rows);
+        }
+    };
+    let by = monitor.backend().name();
+    for (hook, operation) in [("none (call)", Operation::Call), ("none (port)", Operation::Port)] {
+        rows.push(row(by, hook, "-", rounds(&machine, operation, samples), None));
+    }
+    let mut held = None;
+    for (hook, delivery, operation) in [
+        ("execute", "held", Operation::Call),
+        ("execute", "told", Operation::Call),
+        ("execute", "counted", Operation::Call),
+        ("virtual write", "held", Operation::Write),
+        ("physical write", "held", Operation::Write),
+        ("MSR write", "held", Operation::Msr),
+        ("port", "held", Operation::Port),
+        ("port", "counted", Operation::Port),
+    ] {
+        let how = match delivery {
+            "held" => HELD,
+            "told" => Delivery::Told {
+                overflow: Overflow::Block,
+            },
+            _ => Delivery::Counted,
+        };
+        let asked = asked(&machine, hook).delivered(how);
+        let outcome = hooked(&machine, &monitor, &asked, operation, samples);
+        let against = match (hook, delivery) {
+            ("execute", "held") => {
+                stub.map(|stub| ("gdb-stub", stub, Some(0.1)))
+                    .or(Some(("two switches", switches, Some(3.0))))
+            }
+            ("execute", _) => held.map(|held| ("held", held, Some(0.1)).into()).unwrap_or(None),
+            _ => exit.map(|exit| ("exit", exit, None)),
+        };
+        rows.push(row(by, hook, delivery, outcome, against));
+        if (hook, delivery) == ("execute", "held") {
+            held = rows.last().and_then(median);
+        }
+    }
+    Ok(rows)
+}
+
+const HELD: Delivery = Delivery::Held {
+    deadline: Duration::from_secs(5),
+    expiry: Expiry::Open,
+};
+
+fn median(row: &Row) -> Option<f64> {
+    row.outcome.as_ref().ok().map(|summary| summary.median)
+}
+
+/// The hook of a name.
+fn asked(machine: &Machine, hook: &str) -> Hook {
+    let memory = |range| HookKind::Memory {
+        range,
+        access: Access::WRITE,
+    };
+    let start = WATCHED;
+    Hook::new(match hook {
+        "virtual write" => memory(Range::Virtual {
+            start: Gva(start),
+            len: 8,
+        }),
+        "physical write" => memory(Range::Physical {
+            start: Gpa(start),
+            len: 8,
+        }),
+        "MSR write" => HookKind::Msr {
+            index: LSTAR,
+            access: Access::WRITE,
+        },
+        "port" => HookKind::Port {
+            first: PORT,
+            last: PORT,
+            access: Access::WRITE,
+        },
+        _ => HookKind::Execute {
+            at: Gva(machine.timer.image().function),
+        },
+    })
+}
+
+/// What the rounds take. As many as a tenth are done before, for what is done only once.
+fn rounds(machine: &Machine, operation: Operation, samples: u64) -> Result<Summary> {
+    let timer = &machine.timer;
+    timer.run(operation, samples / 10, PATIENCE)?;
+    let took = timer.run(operation, samples, PATIENCE)?;
+    Summary::of(&took.nanoseconds).context("no round was done")
+}
+
+/// The same with a hook, whose handler lets the guest go on.
+fn hooked(
+    machine: &Machine,
+    monitor: &Monitor,
+    hook: &Hook,
+    operation: Operation,
+    samples: u64,
+) -> Result<Summary> {
+    let guard = monitor.on(hook, |_| Verdict::Continue)?;
+    let done = AtomicBool::new(false);
+    let measured = std::thread::scope(|scope| {
+        let serving = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                monitor.serve(Duration::from_millis(200))?;
+            }
+            anyhow::Ok(())
+        });
+        let measured = rounds(machine, operation, samples);
+        done.store(true, Ordering::Relaxed);
+        monitor.wake();
+        match serving.join() {
+            Ok(served) => served.and(measured),
+            Err(_) => measured,
+        }
+    })?;
+    // A figure is worth something only where each round was an event.
+    let occurred = guard.counts()?.occurred;
+    let expected = samples + samples / 10;
+    ensure!(
+        occurred == expected,
+        "{occurred} of {expected} rounds were events"
+    );
+    Ok(measured)
+}
+
+fn print(style: &Style, rows: &[Row], warnings: Vec<String>) -> Result<()> {
+    let mut sheet = Sheet::with_keys(KEYS, SHOWN);
+    for row in rows {
+        let mut cells = Map::new();
+        cells.insert("host".into(), row.host.clone().into());
+        cells.insert("by".into(), row.by.into());
+        cells.insert("hook".into(), row.hook.into());
+        cells.insert("delivery".into(), row.delivery.into());
+        match &row.outcome {
+            Ok(summary) => {
+                cells.insert("samples".into(), summary.count.into());
+                cells.insert("min_ns".into(), whole(summary.min));
+                cells.insert("median_ns".into(), whole(summary.median));
+                cells.insert("sd_ns".into(), whole(summary.sd));
+                if let Some((of, other, goal)) = row.against.filter(|(_, other, _)| *other > 0.0) {
+                    let ratio = summary.median / other;
+                    cells.insert("ratio".into(), ((ratio * 1000.0).round() / 1000.0).into());
+                    cells.insert("of".into(), of.into());
+                    if let Some(goal) = goal {
+                        cells.insert("goal".into(), goal.into());
+                        cells.insert("met".into(), (ratio <= goal).into());
+                    }
+                }
+            }
+            Err(problem) => {
+                cells.insert("problem".into(), problem.clone().into());
+            }
+        }
+        sheet.rows.push(cells);
+    }
+    sheet.warnings = warnings;
+    for row in rows {
+        if let Err(problem) = &row.outcome {
+            let (host, by, hook, delivery) = (&row.host, row.by, row.hook, row.delivery);
+            sheet.warnings.push(format!(
+                "not measured: {host}, {by}, {hook}, {delivery}: {problem}"
+            ));
+        }
+    }
+    style.print(&sheet)
+}
+
+/// Nanoseconds, as exactly as they are known.
+fn whole(nanoseconds: f64) -> Value {
+    Value::from(nanoseconds.round() as u64)
+}

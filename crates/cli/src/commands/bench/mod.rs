@@ -1,0 +1,62 @@
+//! `vmsight bench`: what vmsight costs a guest, measured on this machine.
+
+mod hooks;
+mod machine;
+mod switches;
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use crate::{Outcome, args::Global};
+
+/// Measure what hooks cost on this machine.
+#[derive(Args, Debug)]
+pub(crate) struct Cmd {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// What a hook with an empty handler costs: from the hooked instruction until the guest goes on
+    Hooks(hooks::Cmd),
+    /// A machine of this bench's own: what follows is started, and ends with its parent
+    #[command(hide = true)]
+    Child {
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    /// The least VMM, with its guest's memory in a file
+    #[command(hide = true)]
+    Vmm { memory: PathBuf },
+}
+
+impl Cmd {
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        match &self.what {
+            What::Hooks(cmd) => cmd.run(global),
+            What::Child { command } => {
+                set_parent_process_death_signal(Some(Signal::KILL)).context("binding it to its parent")?;
+                let (program, arguments) = command.split_first().context("no command is given")?;
+                let error = Command::new(program).args(arguments).exec();
+                Err(error).with_context(|| format!("starting {}", program.display()))
+            }
+            What::Vmm { memory } => {
+                let file = File::options()
+                    .read(true)
+                    .write(true)
+                    .open(memory)
+                    .with_context(|| format!("opening {}", memory.display()))?;
+                let error = vmsight_gauge::vmm::run(&file).unwrap_err();
+                Err(error).context("running a guest in the least VMM")
+            }
+        }
+    }
+}

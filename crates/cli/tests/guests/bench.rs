@@ -1,0 +1,55 @@
+//! What hooks cost: the table is there, and each figure in it was measured by events that were counted.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::{ends_with, rows};
+
+#[test]
+fn hooks_are_measured_by_every_way_there_is() {
+    let rows = rows(&["--quiet", "bench", "hooks", "--samples", "50"]);
+    let text =
+        |row: &serde_json::Map<String, Value>, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    let measured = |host: &str, by: &str, hook: &str| {
+        let found = rows.iter().find(|row| {
+            text(row, "host").ends_with(host) && text(row, "by") == by && text(row, "hook") == hook
+        });
+        let row = found.unwrap_or_else(|| panic!("no row {host}, {by}, {hook}: {rows:?}"));
+        assert_eq!(row["samples"], 50, "{row:?}");
+        let figure = |key: &str| row[key].as_f64().unwrap();
+        assert!(figure("min_ns") <= figure("median_ns"), "{row:?}");
+        figure("median_ns")
+    };
+    assert!(measured("program", "-", "two context switches") > 0.0);
+    let call = measured("tcg", "-", "none (call)");
+    for hook in ["execute", "virtual write"] {
+        // Out of QEMU and back costs more than a call in the guest, on any machine.
+        assert!(measured("tcg", "gdb-stub", hook) > call);
+    }
+    if Path::new("/dev/kvm").exists() {
+        let exit = measured("least VMM, kvm", "-", "none (port)");
+        for hook in ["execute", "virtual write", "physical write", "MSR write", "port"] {
+            assert!(measured("least VMM, kvm", "agent-kvm", hook) > 0.0);
+        }
+        assert!(exit > 0.0);
+    }
+}
+
+#[test]
+fn a_qemu_that_is_not_there_is_said() {
+    let args = [
+        "bench",
+        "hooks",
+        "--samples",
+        "20",
+        "--accelerator",
+        "tcg",
+        "--qemu",
+        "/nowhere/qemu",
+    ];
+    let said = ends_with(0, &args);
+    assert!(said.contains("/nowhere/qemu"), "{said}");
+    let said = ends_with(2, &["bench", "hooks", "--samples", "3"]);
+    assert!(said.contains("--samples takes 10 to"), "{said}");
+}
