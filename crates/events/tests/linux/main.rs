@@ -5,4 +5,5 @@
 mod guard;
 mod support;
 mod syscalls;
+mod torture;
 mod writes;
