@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vmsight_arch::Gva;
 use vmsight_events::agent::AgentBackend;
 use vmsight_events::{EventError, Monitor};
-use vmsight_hooks::{Access, Detail, Hook, HookKind, Verdict};
+use vmsight_hooks::{Access, Delivery, Detail, Hook, HookKind, Overflow, Verdict};
 use vmsight_lab::{Kernel, nested};
 
 use crate::support::{number, objects};
@@ -26,6 +26,11 @@ export HOOKED=$!
 guests --exact agent::inside --nocapture
 # It is the process that was started, and it runs on without us.
 kill -0 $HOOKED
+kill $HOOKED
+LAUNCH=
+guest restored vmsight.idle -incoming "exec:cat /tmp/state" &
+export HOOKED=$!
+guests --exact agent::restored --nocapture
 "#;
 
 const LSTAR: u32 = 0xc000_0082;
@@ -43,7 +48,7 @@ fn a_stock_guest_with_the_agent() {
     let (code, said) =
         nested::run_alone(Some(Kernel::V6_1), &programs, SCRIPT).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(code, 0, "{said}");
-    assert!(said.contains("1 passed"), "{said}");
+    assert_eq!(said.matches("1 passed").count(), 2, "{said}");
 }
 
 /// Sends QEMU a command and waits for its answer.
@@ -58,7 +63,11 @@ impl Qmp {
     }
 
     fn ask(&mut self, command: &str) -> String {
-        writeln!(self.0.get_mut(), "{{\"execute\": \"{command}\"}}").unwrap();
+        self.send(&format!("{{\"execute\": \"{command}\"}}"))
+    }
+
+    fn send(&mut self, line: &str) -> String {
+        writeln!(self.0.get_mut(), "{line}").unwrap();
         loop {
             let mut line = String::new();
             assert_ne!(self.0.read_line(&mut line).unwrap(), 0, "QEMU is gone");
@@ -201,6 +210,41 @@ fn inside() {
     assert_eq!(jiffies().1, stopped);
     qmp.ask("cont");
     patiently(|| (jiffies().1 > stopped).then_some(()));
-    drop(monitor);
-    assert!(qmp.ask("query-status").contains("\"running\""));
+
+    // Moved elsewhere while it is hooked: what is sent is the guest without hooks, and it runs on there.
+    let told = Delivery::Told {
+        overflow: Overflow::Drop,
+    };
+    let clock = monitor
+        .hook(&Hook::write(Gva(address), 8).delivered(told))
+        .unwrap();
+    let lstar = monitor.hook(&write(LSTAR)).unwrap();
+    patiently(|| (clock.counts().unwrap().occurred > 0).then_some(()));
+    qmp.send(r#"{"execute": "migrate", "arguments": {"uri": "exec:cat >/tmp/state"}}"#);
+    patiently(|| {
+        let said = qmp.ask("query-migrate");
+        assert!(!said.contains("\"failed\""), "{said}");
+        said.contains("\"completed\"").then_some(())
+    });
+    drop((clock, lstar, monitor));
+    assert!(qmp.ask("query-status").contains("\"postmigrate\""));
+}
+
+/// The guest that was moved, in a QEMU without the agent.
+#[test]
+fn restored() {
+    if std::env::var_os("VMSIGHT_TEST_INSIDE").is_none() {
+        return;
+    }
+    let target = format!("pid:{}", std::env::var("HOOKED").unwrap());
+    let lists = || {
+        let output = Command::new("vmsight")
+            .args(["ps", &target, "-o", "json"])
+            .output()
+            .unwrap();
+        objects(&output.stdout).ok().filter(|rows| rows.len() > 10)
+    };
+    patiently(lists);
+    let before = jiffies().1;
+    patiently(|| (jiffies().1 > before).then_some(()));
 }
