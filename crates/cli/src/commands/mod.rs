@@ -1,6 +1,7 @@
 //! One module per command or family of commands.
 
 pub(crate) mod beside;
+pub(crate) mod check;
 pub(crate) mod columns;
 pub(crate) mod debug;
 pub(crate) mod disas;
