@@ -10,6 +10,8 @@ use vmsight_linux::listing::address;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
+    /// Worth knowing, and of no weight by itself: honest guests have it. It makes no guest suspicious.
+    Info,
     /// Unusual; there are honest reasons.
     Low,
     /// Weakens the guest, or has honest reasons that are rare.
@@ -21,9 +23,10 @@ pub enum Severity {
 }
 
 impl Severity {
-    /// As in results: `low`, `medium`, `high`, `critical`.
+    /// As in results: `info`, `low`, `medium`, `high`, `critical`.
     pub fn as_str(self) -> &'static str {
         match self {
+            Severity::Info => "info",
             Severity::Low => "low",
             Severity::Medium => "medium",
             Severity::High => "high",
@@ -193,6 +196,11 @@ impl Finding {
     pub fn by(mut self, module: Option<String>) -> Self {
         self.module = module;
         self
+    }
+
+    /// Whether it makes the guest suspicious: it is more than worth knowing.
+    pub fn is_suspicious(&self) -> bool {
+        self.severity > Severity::Info
     }
 
     /// Whether both say the same of the same thing.

@@ -19,7 +19,7 @@ use crate::{
 /// Check the integrity of a guest's kernel: tampering, hooks, what it hides.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Exit codes: 0 clean; 1 findings; 2 error, also where a check could not be made.
+Exit codes: 0 clean; 1 findings; 2 error, also where a check could not be made. What is of severity info does not count.
 What could not be looked at is said on standard error, and in SARIF as a notification. In a running guest what is found
 is read anew twice, and what is not there each time is no finding.")]
 pub(crate) struct Cmd {
@@ -125,7 +125,11 @@ impl Cmd {
 
 /// Clean only where every check could be made.
 fn verdict(outcomes: &[Checked]) -> Outcome {
-    if outcomes.iter().any(|o| !o.findings.is_empty()) {
+    if outcomes
+        .iter()
+        .flat_map(|o| &o.findings)
+        .any(Finding::is_suspicious)
+    {
         Outcome::Found
     } else if outcomes.iter().any(|o| o.failed) {
         Outcome::Failed

@@ -72,7 +72,7 @@ fn rule(check: &Check) -> Value {
 
 fn result(finding: &Finding, checks: &[&Check]) -> Value {
     let level = match finding.severity {
-        Severity::Low => "note",
+        Severity::Info | Severity::Low => "note",
         Severity::Medium => "warning",
         Severity::High | Severity::Critical => "error",
     };
