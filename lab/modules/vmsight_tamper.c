@@ -55,6 +55,7 @@ enum what {
 	PAGE_WX,		/* a page that is writable and executable */
 	TEXT_ALIAS,		/* a second, writable mapping of the page of function `symbol` */
 	SOCKET,			/* the listening socket of process `pid` out of its table */
+	MODULE_MARK,		/* this module marked as one that is only being made */
 	WHATS,
 };
 
@@ -221,6 +222,13 @@ static int module_tree(struct tamper *t)
 	mutex_lock(mutex);
 	change(THIS_MODULE);
 	mutex_unlock(mutex);
+	return 0;
+}
+
+static int module_mark(struct tamper *t)
+{
+	t->object = (u64)&THIS_MODULE->state;
+	WRITE_ONCE(THIS_MODULE->state, t->undo ? MODULE_STATE_LIVE : MODULE_STATE_UNFORMED);
 	return 0;
 }
 
@@ -554,6 +562,7 @@ static int (*const means[WHATS])(struct tamper *) = {
 	[PAGE_WX] = page_wx,
 	[TEXT_ALIAS] = text_alias,
 	[SOCKET] = hide_socket,
+	[MODULE_MARK] = module_mark,
 };
 
 /* Those that replace bytes are undone by putting the old ones back. */

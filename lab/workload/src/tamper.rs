@@ -12,6 +12,8 @@ pub enum Tamper {
     ModuleSysfs,
     /// Takes it out of the tree by which the kernel finds a module by an address. `object` is its `struct module`.
     ModuleTree,
+    /// Marks the module as one that is only being made: /proc/modules leaves it out. `object` is the mark.
+    ModuleMark,
     /// Takes a process out of the list of tasks. `object` is its `task_struct`.
     TaskList {
         /// Who.

@@ -92,6 +92,7 @@ fn message(tamper: &Tamper, undo: bool) -> Result<Message> {
         Tamper::PageWx => (14, 0, 0, ""),
         Tamper::TextAlias { symbol } => (15, 0, 0, symbol.as_str()),
         Tamper::Socket { pid } => (16, *pid, 0, ""),
+        Tamper::ModuleMark => (17, 0, 0, ""),
     };
     if name.len() >= SYMBOL {
         bail!("'{name}' is too long for a symbol");
