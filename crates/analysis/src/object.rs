@@ -40,6 +40,14 @@ impl<'c> Object<'c> {
         Self { at, ..self.clone() }
     }
 
+    /// A structure of another type in the same kernel.
+    ///
+    /// # Errors
+    /// If the kernel's types have no such structure.
+    pub fn of(&self, structure: &str, at: Gva) -> Result<Self, LinuxError> {
+        Self::new(self.kernel, structure, at)
+    }
+
     /// Its size in bytes.
     pub fn size(&self) -> u64 {
         self.kernel.types().size_of(self.id).unwrap_or(0)

@@ -4,7 +4,8 @@ mod cross_view;
 mod modules;
 mod processes;
 mod sockets;
+mod task_slabs;
 
-pub use modules::MODULES;
-pub use processes::PROCESSES;
-pub use sockets::SOCKETS;
+pub(super) use modules::MODULES;
+pub(super) use processes::PROCESSES;
+pub(super) use sockets::SOCKETS;

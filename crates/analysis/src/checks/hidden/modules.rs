@@ -9,7 +9,7 @@ use super::cross_view::CrossView;
 use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 
 /// See [`Check`].
-pub const MODULES: Check = Check {
+pub(crate) const MODULES: Check = Check {
     name: "hidden-modules",
     summary: "Every loaded module is in the kernel's list and in sysfs",
     compares: "the list of modules (lsmod), the kset behind /sys/module, the tree that finds a module by an address, the list of \
@@ -25,6 +25,8 @@ pub const MODULES: Check = Check {
 
 /// More modules than any kernel holds.
 const MAX_MODULES: usize = 1 << 16;
+/// Modules that are told of.
+const MAX_TOLD: usize = 1 << 10;
 /// Nodes of the tree: each module has one for each of its regions.
 const MAX_NODES: usize = 1 << 18;
 /// Page tables of the area of modules that are visited.
@@ -34,6 +36,7 @@ const MODULE_AREA: std::ops::RangeInclusive<Gva> = Gva(0xffff_ffff_a000_0000)..=
 const PAGE: usize = 4096;
 /// `struct module` is aligned to a cache line.
 const ALIGNMENT: usize = 64;
+const LISTED: &str = "in the list of modules";
 /// `MODULE_STATE_LIVE`. One that is being loaded or unloaded is not everywhere yet, or any more.
 const LIVE: u64 = 0;
 
@@ -43,8 +46,9 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         findings.note(doubt.clone());
     }
     let mut views = CrossView::default();
-    views.whole("in the list of modules", listed.iter().copied());
+    views.whole(LISTED, listed.iter().copied());
     if let Some(found) = findings.or_note("the kset of modules", in_sysfs(context)) {
+        unformed(context, findings, &found);
         views.whole("in /sys/module", found);
     }
     if let Some(found) = findings.or_note("the tree of modules", in_tree(context)) {
@@ -63,11 +67,29 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         Err(error) => findings.note(format!("the memory of modules: {error}")),
     }
     findings.looked_at(views.len());
-    let missing: Vec<Gva> = views.missing().collect();
+    let missing: Vec<Gva> = views.missing().take(MAX_TOLD).collect();
     for module in missing {
         report(context, findings, &views, module);
     }
     Ok(())
+}
+
+/// What is not formed is not in sysfs yet, or any more, and no tool in the guest shows it: the mark alone hides a module.
+fn unformed(context: &Context, findings: &mut Findings, in_sysfs: &[Gva]) {
+    let marked = context.modules().iter().filter(|m| m.state == "Unformed");
+    for module in marked.filter(|m| in_sysfs.contains(&m.address)) {
+        let finding = Finding::new(
+            Severity::Critical,
+            format!("state of module {}", module.name),
+            "the module is marked as one that is only being made, and it is in sysfs already: lsmod does not show it",
+        );
+        findings.report(
+            finding
+                .at(module.address)
+                .by(Some(module.name.clone()))
+                .with(Evidence::value("state", module.state)),
+        );
+    }
 }
 
 fn report(context: &Context, findings: &mut Findings, views: &CrossView, address: Gva) {
@@ -81,7 +103,7 @@ fn report(context: &Context, findings: &mut Findings, views: &CrossView, address
     }
     let name = module.array_text("name").unwrap_or_default();
     let lacking = views.lacking(address);
-    let hidden = lacking.contains(&"in the list of modules");
+    let hidden = lacking.contains(&LISTED);
     let explanation = format!(
         "the module is loaded and live, and yet not {}{}",
         lacking.join(", not "),
@@ -195,11 +217,15 @@ fn in_memory(context: &Context) -> Result<(Vec<Gva>, Option<String>), LinuxError
             before = None;
             continue;
         }
-        let joined = before.take().filter(|(start, _)| start.wrapping_add(PAGE as u64) == at);
+        let joined = before
+            .take()
+            .filter(|(start, _)| start.wrapping_add(PAGE as u64) == at);
         for offset in (0..PAGE).step_by(ALIGNMENT) {
             // Where a structure begins whose pointer to itself lies in this page.
             let pointer = offset.wrapping_add(own % ALIGNMENT);
-            let Some(value) = bytes.get(pointer..pointer + 8) else { continue };
+            let Some(value) = bytes.get(pointer..pointer + 8) else {
+                continue;
+            };
             let value = u64::from_le_bytes(value.try_into().unwrap_or_default());
             let start = at.wrapping_add(pointer as u64).wrapping_sub(own as u64);
             if value != start.0 {
