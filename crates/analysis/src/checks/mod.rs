@@ -1,13 +1,40 @@
 //! The checks there are.
 
+mod callbacks;
 mod entry;
+mod pointers;
+mod sites;
 mod switch;
 mod syscalls;
+mod tables;
+mod text;
+mod tracing;
 
 use crate::Check;
 
 /// All of them, in the order in which they are shown.
-pub const ALL: &[&Check] = &[&syscalls::SYSCALLS, &entry::ENTRY, &entry::IDT, &entry::GDT];
+pub const ALL: &[&Check] = &[
+    &syscalls::SYSCALLS,
+    &entry::ENTRY,
+    &entry::IDT,
+    &entry::GDT,
+    &text::TEXT,
+    &tracing::FTRACE,
+    &tracing::KPROBES,
+    &tracing::STATIC_CALLS,
+    &tables::RODATA,
+    &tables::PROC,
+    &tables::SEQ_OPS,
+    &tables::FILESYSTEMS,
+    &tables::TTY,
+    &callbacks::NOTIFIERS,
+    &callbacks::NETFILTER,
+    &callbacks::LSM,
+    &callbacks::BINFMT,
+    &callbacks::INPUT,
+    &callbacks::TIMERS,
+    &callbacks::BPF,
+];
 
 /// The check of this name.
 pub fn named(name: &str) -> Option<&'static Check> {
