@@ -219,6 +219,22 @@ impl Context {
             })
     }
 
+    /// How many entries of 8 bytes fit between a table in the image and the next symbol, at most `max`.
+    pub fn entries(&self, table: Gva, max: u64) -> u64 {
+        let linked = self.kernel.image().link_time(table);
+        let symbols = &self.kernel.profile().symbols;
+        let next = symbols.range(linked.saturating_add(1)..u64::MAX).next();
+        next.map_or(max, |s| s.address.wrapping_sub(linked) / 8).min(max)
+    }
+
+    /// Bytes from the symbol of this name to the next.
+    pub(crate) fn room(&self, name: &str) -> u64 {
+        let symbols = &self.kernel.profile().symbols;
+        let Some(at) = symbols.address(name) else { return 0 };
+        let next = symbols.range(at.saturating_add(1)..u64::MAX).next();
+        next.map_or(0, |s| s.address - at)
+    }
+
     /// The pointer at an address.
     ///
     /// # Errors

@@ -77,6 +77,10 @@ impl Cmd {
         let progress = Progress::spinner(global.quiet, "checking");
         let outcomes = run(&context, &wanted, &|_| {});
         drop(progress);
+        for outcome in &outcomes {
+            let (check, looked_at, took) = (outcome.check, outcome.looked_at, outcome.took_ms);
+            tracing::info!("{check}: looked at {looked_at} things in {took:.1} ms");
+        }
         self.show(&session, &wanted, &outcomes)?;
         Ok(verdict(&outcomes))
     }

@@ -5,7 +5,7 @@
 use std::io::Write;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use vmsight_analysis::{Check, Finding, Outcome as Checked, Severity};
 
 use super::techniques;
@@ -40,6 +40,10 @@ fn document(target: &str, checks: &[&Check], outcomes: &[Checked]) -> Value {
         .flat_map(|o| &o.findings)
         .map(|finding| result(finding, checks))
         .collect();
+    let looked_at: Map<String, Value> = outcomes
+        .iter()
+        .map(|o| (o.check.to_owned(), o.looked_at.into()))
+        .collect();
     json!({
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
         "version": "2.1.0",
@@ -55,7 +59,7 @@ fn document(target: &str, checks: &[&Check], outcomes: &[Checked]) -> Value {
                 "toolExecutionNotifications": notifications,
             }],
             "results": results,
-            "properties": { "target": target },
+            "properties": { "target": target, "lookedAt": looked_at },
         }],
     })
 }
