@@ -10,6 +10,7 @@ pub mod orders;
 pub mod poke;
 pub mod process;
 pub mod system;
+pub mod tamper;
 pub mod text;
 
 use serde::{Deserialize, Serialize};

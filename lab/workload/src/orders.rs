@@ -16,6 +16,7 @@
 use serde::{Deserialize, Serialize};
 
 pub use crate::poke::{Poke, Poked, Reach, Register};
+pub use crate::tamper::{Tamper, Tampered};
 use crate::text::Text;
 
 /// An order on its way into the guest.
@@ -121,6 +122,25 @@ pub enum Work {
         /// `NAME=value` each.
         #[serde(default)]
         envp: Vec<Text>,
+    },
+    /// The same with a copy of the program in memory (`memfd_create(2)`), which has no name in any file system.
+    ExecMemory {
+        /// The path of what is copied.
+        path: Text,
+        /// From the zeroth on.
+        #[serde(default)]
+        argv: Vec<Text>,
+    },
+    /// Does nothing as this user: prepared, its process has been this user's from the begin on, and stands.
+    Stand {
+        /// Its user and group.
+        uid: u32,
+    },
+    /// Has another process map a page, writable and executable (at `address`), writes [`INJECTED`] to it, and has the process go on
+    /// there.
+    Inject {
+        /// Who.
+        pid: u32,
     },
     /// Forks `count` children (told in `children`), one after the other; the nth exits with code n modulo 128 (`values`).
     Fork {
@@ -241,6 +261,14 @@ pub enum Work {
         /// What.
         poke: Poke,
     },
+    /// Has our module `vmsight_tamper`, which must be loaded, change something in the kernel. `tampered` says what.
+    Tamper {
+        /// What.
+        tamper: Tamper,
+        /// Change it back.
+        #[serde(default)]
+        undo: bool,
+    },
     /// Starts this order's process and has it stop short of the work. The answer tells its pid, and the `address` and `frame` of the
     /// memory that it will work on.
     Prepare {
@@ -272,6 +300,11 @@ impl Work {
 /// The path of a program for [`Work::Exec`]: it prints its arguments and its environment, a line each (`arg …`, `env …`), and exits
 /// with the code that its argument `--exit=N` asks for.
 pub const WITNESS: &str = "/srv/bin/witness";
+
+/// The code that [`Work::Inject`] writes: `endbr64`, and then for ever pause(2), which a signal ends.
+pub const INJECTED: [u8; 16] = [
+    0xf3, 0x0f, 0x1e, 0xfa, 0xb8, 0x22, 0x00, 0x00, 0x00, 0x0f, 0x05, 0xeb, 0xf7, 0x90, 0x90, 0x90,
+];
 
 /// An exception to raise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -333,6 +366,9 @@ pub struct Account {
     /// What was done in the kernel, and seen there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub poked: Option<Poked>,
+    /// What was changed in the kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tampered: Option<Tampered>,
     /// How its process ended; absent as long as it has not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,

@@ -1,9 +1,11 @@
 //! Serves orders on the third serial port (see `vmsight_workload::orders`).
 
 mod child;
+mod inject;
 mod page;
 mod poke;
 mod raw;
+mod tamper;
 mod work;
 
 use std::collections::BTreeMap;

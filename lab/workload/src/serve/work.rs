@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
+use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -9,16 +10,18 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::AtFlags;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Gid, Pid, Uid};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::time::{ClockId, clock_gettime};
 use vmsight_workload::Text;
 use vmsight_workload::orders::{Account, Work, checksum};
 
 use super::page::{Page, frame, touch, untouched};
-use super::{poke, raw};
+use super::{inject, poke, raw, tamper};
 use crate::sys::{self, Side};
 
 /// Where modules are: ours first.
@@ -92,6 +95,19 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
                 Ok(once(-i64::from(errno as i32)))
             })
         }
+        Work::ExecMemory { path, argv } => {
+            let path = path.lossy();
+            let image = fs::read(&path).with_context(|| path.clone())?;
+            let argv = argv.iter().map(text).collect::<Result<Vec<_>>>()?;
+            Ready::new(move || exec_memory(&image, &argv))
+        }
+        Work::Stand { uid } => {
+            let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+            nix::unistd::setresgid(group, group, group)?;
+            nix::unistd::setresuid(user, user, user)?;
+            Ready::new(|| Ok(Account::default()))
+        }
+        Work::Inject { pid } => Ready::new(move || inject::inject(pid)),
         Work::Fork { count } => Ready::new(move || fork(count)),
         Work::Exit { code } => Ready::new(move || std::process::exit(code)),
         Work::Kill { pid, signal } => Ready::new(move || match pid {
@@ -218,6 +234,10 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
         Work::Poke { poke } => {
             let mut device = poke::Device::open()?;
             Ready::new(move || device.poke(&poke))
+        }
+        Work::Tamper { tamper, undo } => {
+            let mut device = tamper::Device::open()?;
+            Ready::new(move || device.tamper(&tamper, undo))
         }
         Work::Prepare { .. } | Work::Go { .. } | Work::Abandon { .. } => bail!("nothing to prepare"),
     })
@@ -361,6 +381,14 @@ fn write_file(path: &CString, bytes: &Text) -> Account {
     let returned = unsafe { call(libc::SYS_write, arguments) };
     close(fd);
     once(returned)
+}
+
+fn exec_memory(image: &[u8], argv: &[CString]) -> Result<Account> {
+    let memory = memfd_create(c"vmsight", MFdFlags::MFD_CLOEXEC).context("memfd_create")?;
+    File::from(memory.try_clone()?).write_all(image)?;
+    let flags = AtFlags::AT_EMPTY_PATH;
+    let Err(errno) = nix::unistd::execveat(&memory, c"", argv, &[] as &[CString], flags);
+    Ok(once(-i64::from(errno as i32)))
 }
 
 fn connect(address: &str, listen: bool) -> Result<Ready> {

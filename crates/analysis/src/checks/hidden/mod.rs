@@ -1,0 +1,11 @@
+//! What is left out of a list: the same objects by several ways, held against each other.
+
+mod cross_view;
+mod modules;
+mod processes;
+mod sockets;
+mod task_slabs;
+
+pub(super) use modules::MODULES;
+pub(super) use processes::PROCESSES;
+pub(super) use sockets::SOCKETS;

@@ -1,0 +1,153 @@
+//! The places that the kernel itself patches in its code while it runs.
+
+use rustc_hash::{FxHashMap, FxHashSet};
+use vmsight_arch::Gva;
+use vmsight_linux::LinuxError;
+use vmsight_linux::structures::hlist;
+
+use crate::{Context, Findings};
+
+/// More records than any kernel and its modules have: Debian's have some 50,000.
+const MAX_RECORDS: u64 = 1 << 21;
+/// More static calls than any kernel has: some 2,000.
+const MAX_CALLS: u64 = 1 << 18;
+
+/// The places where function tracing may put a call, with their flags (`struct dyn_ftrace`; kernel/trace/ftrace.c).
+pub(super) fn traced(context: &Context, findings: &mut Findings) -> Result<FxHashMap<u64, u64>, LinuxError> {
+    let mut records = FxHashMap::default();
+    let Some(head) = context.kernel().find_symbol(&["ftrace_pages_start"]) else {
+        findings.note("the kernel has no function tracing, or hides its records");
+        return Ok(records);
+    };
+    let record = context.object("dyn_ftrace", Gva(0))?;
+    let (ip, flags) = (record.member("ip")?.0, record.member("flags")?.0);
+    let stride = record.size().max(1);
+    let mut pages = FxHashSet::default();
+    let mut at = context.pointer("ftrace_pages_start", head)?;
+    while !at.is_null() {
+        if !pages.insert(at.0) || records.len() as u64 > MAX_RECORDS {
+            findings.note("the records of function tracing do not end");
+            break;
+        }
+        let page = context.object("ftrace_page", at)?;
+        let (start, count) = (page.pointer("records")?, page.number("index")?);
+        let count = count.min(MAX_RECORDS);
+        // A page's worth at a time: a count that nothing backs costs nothing.
+        let many = (4096 / stride).max(1);
+        let mut done = 0;
+        while done < count {
+            let now = many.min(count - done);
+            let mut bytes = vec![0; (now * stride) as usize];
+            let from = start.wrapping_add(done * stride);
+            if let Err(error) = context.space().read(from, &mut bytes) {
+                findings.note(format!("records of function tracing: {error}"));
+                break;
+            }
+            for record in bytes.chunks_exact(stride as usize) {
+                let word = |at: u64| {
+                    let bytes = record.get(at as usize..at as usize + 8);
+                    u64::from_le_bytes(bytes.and_then(|b| b.try_into().ok()).unwrap_or_default())
+                };
+                records.insert(word(ip), word(flags));
+            }
+            done += now;
+        }
+        at = page.pointer("next")?;
+    }
+    Ok(records)
+}
+
+/// A call that the kernel patches to lead where a pointer says (`struct static_call_site`; include/linux/static_call_types.h).
+pub(super) struct StaticCalls {
+    /// The instructions.
+    pub(super) sites: FxHashSet<u64>,
+    /// Where they lead is in these (`struct static_call_key`).
+    pub(super) keys: FxHashSet<u64>,
+}
+
+/// All static calls of the kernel and of modules. None before 5.10.
+pub(super) fn static_calls(context: &Context, findings: &mut Findings) -> StaticCalls {
+    let mut calls = StaticCalls {
+        sites: FxHashSet::default(),
+        keys: FxHashSet::default(),
+    };
+    let symbol = |name| context.kernel().find_symbol(&[name]);
+    if let (Some(start), Some(stop)) = (
+        symbol("__start_static_call_sites"),
+        symbol("__stop_static_call_sites"),
+    ) {
+        let count = stop.0.saturating_sub(start.0) / 8;
+        static_calls_of(context, findings, "the kernel", start, count, &mut calls);
+    }
+    for module in context.modules() {
+        let Ok(object) = context.object("module", module.address) else {
+            break;
+        };
+        let table = object.pointer("static_call_sites");
+        let count = object.number("num_static_call_sites");
+        if let (Ok(table), Ok(count)) = (table, count) {
+            static_calls_of(context, findings, &module.name, table, count, &mut calls);
+        }
+    }
+    calls
+}
+
+fn static_calls_of(
+    context: &Context,
+    findings: &mut Findings,
+    whose: &str,
+    table: Gva,
+    count: u64,
+    calls: &mut StaticCalls,
+) {
+    let count = count.min(MAX_CALLS);
+    let mut bytes = [0; 4096];
+    let mut done = 0;
+    while done < count {
+        let now = (count - done).min(512);
+        let from = table.wrapping_add(done * 8);
+        let Some(bytes) = bytes.get_mut(..now as usize * 8) else {
+            break;
+        };
+        if let Err(error) = context.space().read(from, bytes) {
+            findings.note(format!("static calls of {whose}: {error}"));
+            return;
+        }
+        for (index, site) in bytes.chunks_exact(8).enumerate() {
+            let at = from.wrapping_add(index as u64 * 8);
+            let relative = |from: usize| {
+                let bytes = site.get(from..from + 4).and_then(|b| b.try_into().ok());
+                i64::from(i32::from_le_bytes(bytes.unwrap_or_default())) as u64
+            };
+            calls.sites.insert(at.0.wrapping_add(relative(0)));
+            // The low two bits are flags: a tail call, a place in init code.
+            calls
+                .keys
+                .insert(at.0.wrapping_add(4).wrapping_add(relative(4)) & !3);
+        }
+        done += now;
+    }
+}
+
+/// The addresses that have a kprobe, with the address of one `struct kprobe` each (kernel/kprobes.c).
+pub(super) fn probed(context: &Context, findings: &mut Findings) -> Result<Vec<(Gva, Gva)>, LinuxError> {
+    let mut probes = Vec::new();
+    let Some(table) = context.kernel().find_symbol(&["kprobe_table"]) else {
+        findings.note("the kernel has no kprobes, or hides their table");
+        return Ok(probes);
+    };
+    let (node, addr) = (
+        context.kernel().offset("kprobe", "hlist")?,
+        context.kernel().offset("kprobe", "addr")?,
+    );
+    // KPROBE_TABLE_SIZE is 64 in all versions.
+    for bucket in 0..context.entries(table, 64) {
+        let walk = hlist::walk(context.space(), table.wrapping_add(bucket * 8));
+        for found in findings.complete("table of kprobes", walk) {
+            let probe = found.wrapping_sub(node);
+            let at = context.pointer("kprobe.addr", probe.wrapping_add(addr))?;
+            probes.push((at, probe));
+        }
+    }
+    Ok(probes)
+}

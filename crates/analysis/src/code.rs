@@ -1,0 +1,130 @@
+//! Instructions: as evidence, and where they lead.
+
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, OpKind, SymbolResolver,
+    SymbolResult,
+};
+use rustc_hash::FxHashMap;
+use vmsight_arch::Gva;
+use vmsight_linux::LinuxError;
+
+use crate::{Context, Evidence, Owner};
+
+/// The longest instruction.
+const MAX_INSTRUCTION: usize = 15;
+
+/// The first `count` instructions at `at`.
+pub(crate) fn evidence(context: &Context, what: &str, at: Gva, count: usize) -> Evidence {
+    let mut bytes = vec![0; count * MAX_INSTRUCTION];
+    // What lies at the end of a page may be followed by nothing.
+    while let Err(error) = context.space().read(at, &mut bytes) {
+        if bytes.len() <= MAX_INSTRUCTION {
+            return Evidence::value(format!("{what} at {at}"), error);
+        }
+        bytes.truncate(bytes.len() - MAX_INSTRUCTION);
+    }
+    let decoded: Vec<_> = Decoder::with_ip(64, &bytes, at.0, DecoderOptions::NONE)
+        .into_iter()
+        .take(count)
+        .collect();
+    let mut names = Names::default();
+    for instruction in &decoded {
+        let operands = (0..instruction.op_count()).filter_map(|i| instruction.try_immediate(i).ok());
+        let places = [
+            instruction.near_branch_target(),
+            instruction.memory_displacement64(),
+        ];
+        for address in operands.chain(places) {
+            let owner = context.owner(Gva(address));
+            let name = match owner {
+                // Small negative numbers are offsets, and large ones are not always addresses.
+                Owner::Null | Owner::User | Owner::Memory => continue,
+                Owner::ModuleArea => Some(owner.to_string()),
+                _ => context.name(Gva(address)).or_else(|| Some(owner.to_string())),
+            };
+            names.0.extend(name.map(|name| (address, name)));
+        }
+    }
+    let mut formatter = IntelFormatter::with_options(Some(Box::new(names)), None);
+    formatter.options_mut().set_space_after_operand_separator(true);
+    formatter.options_mut().set_hex_prefix("0x");
+    formatter.options_mut().set_hex_suffix("");
+    formatter.options_mut().set_uppercase_hex(false);
+    formatter.options_mut().set_branch_leading_zeros(false);
+    formatter.options_mut().set_show_symbol_address(true);
+    let instructions = decoded
+        .iter()
+        .map(|instruction| {
+            let mut text = String::new();
+            formatter.format(instruction, &mut text);
+            text
+        })
+        .collect();
+    Evidence::Code {
+        what: what.to_owned(),
+        at,
+        instructions,
+    }
+}
+
+#[derive(Default)]
+struct Names(FxHashMap<u64, String>);
+
+impl SymbolResolver for Names {
+    fn symbol(
+        &mut self,
+        _instruction: &iced_x86::Instruction,
+        _operand: u32,
+        _instruction_operand: Option<u32>,
+        address: u64,
+        _address_size: u32,
+    ) -> Option<SymbolResult<'_>> {
+        self.0
+            .get(&address)
+            .map(|name| SymbolResult::with_str(address, name))
+    }
+}
+
+/// The longest function that is decoded: system calls' switches have some 12 KiB.
+const MAX_FUNCTION: u64 = 64 << 10;
+
+/// The bytes of the kernel's function that begins at `at`: up to the next symbol that is of code.
+pub(crate) fn function(context: &Context, at: Gva) -> Result<Vec<u8>, LinuxError> {
+    let kernel = context.kernel();
+    let linked = kernel.image().link_time(at);
+    let next = kernel
+        .profile()
+        .symbols
+        .range(linked.saturating_add(1)..linked.saturating_add(MAX_FUNCTION))
+        .next();
+    let length = next
+        .map_or(256, |s| s.address.wrapping_sub(linked))
+        .min(MAX_FUNCTION);
+    read(context, at, length as usize)
+}
+
+/// Bytes of code.
+pub(crate) fn read(context: &Context, at: Gva, length: usize) -> Result<Vec<u8>, LinuxError> {
+    let mut bytes = vec![0; length];
+    let read = context.space().read(at, &mut bytes);
+    read.map_err(|source| LinuxError::Read {
+        what: "code".to_owned(),
+        at,
+        source,
+    })?;
+    Ok(bytes)
+}
+
+/// The instructions of `bytes`, which lie at `at`.
+pub(crate) fn instructions(bytes: &[u8], at: Gva) -> impl Iterator<Item = Instruction> {
+    Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).into_iter()
+}
+
+/// Where a direct call or jump leads.
+pub(crate) fn branch(instruction: &Instruction) -> Option<Gva> {
+    let direct = matches!(
+        instruction.flow_control(),
+        FlowControl::Call | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+    );
+    (direct && instruction.op0_kind() == OpKind::NearBranch64).then(|| Gva(instruction.near_branch_target()))
+}
