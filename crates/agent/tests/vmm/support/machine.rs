@@ -15,7 +15,7 @@ use super::guest::{CODE, DONE, END, GuestKind, RESULTS, START, WATCHED, code, la
 use super::vmm::MEMORY;
 
 /// How long a guest may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Machine {
     vmm: Child,

@@ -2,10 +2,12 @@
 
 mod guest;
 mod machine;
+mod scene;
 mod vmm;
 
 pub(crate) use guest::{GuestKind, PORT, RESULTS, WATCHED};
 pub(crate) use machine::{Machine, monitor_if_asked};
+pub(crate) use scene::Scene;
 pub(crate) use vmm::{SLOT, vmm_if_asked};
 
 /// Whether an INT3 in the guest comes out of it. QEMU's emulation of SVM does not intercept it, so under a KVM on an emulated
