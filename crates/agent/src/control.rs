@@ -152,6 +152,7 @@ fn answer(agent: &'static Agent, request: Request) -> Reply {
             Reply::Done
         }
         Request::Counts { id } => Reply::Counts(agent.state().counts(id)),
+        Request::Tally { id } => Reply::Tally(agent.state().tallied(id)),
         Request::Resume => {
             agent.world.thaw();
             Reply::Done

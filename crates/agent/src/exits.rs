@@ -12,6 +12,7 @@ use crate::agent::Agent;
 use crate::kvm;
 use crate::pending::{Otherwise, Pending, Progress, Stepping, Subject, Told, in_scope};
 use crate::registers::{from_kvm, set};
+use crate::sift::sift;
 use crate::slots::PAGE;
 use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, at_rip, clean};
 use crate::table::{Armed, Table};
@@ -218,7 +219,7 @@ fn debug(
         clean(agent, vcpu, &before, decoded);
     }
     if dr6 & DR6_STEP != 0 && own.past.take().is_some() {
-        count_step(vcpu, own);
+        count_step(agent, vcpu, own);
         return Next::Again;
     }
     if dr6 & DR6_STEP != 0
@@ -279,7 +280,7 @@ fn debug(
 }
 
 /// An instruction was executed here, not by KVM: it counts as a step where steps are counted.
-pub(crate) fn count_step(vcpu: &Vcpu, own: &mut Own) {
+pub(crate) fn count_step(agent: &Agent, vcpu: &Vcpu, own: &mut Own) {
     let Some(stepping) = &mut own.stepping else { return };
     if stepping.left > 1 {
         stepping.left -= 1;
@@ -291,8 +292,8 @@ pub(crate) fn count_step(vcpu: &Vcpu, own: &mut Own) {
         return;
     };
     let registers = from_kvm(vcpu.index, &regs, &sregs);
-    let told = vec![Told { armed, gva: None }];
     let subject = Subject::Step { rip: regs.rip };
+    let told = sift(agent, vcpu, &subject, &registers, vec![Told { armed, gva: None }]);
     own.pending = Some(Box::new(Pending::new(subject, registers, told)));
 }
 
@@ -337,6 +338,7 @@ fn begin(
     registers: Registers,
     told: Vec<Told>,
 ) -> Next {
+    let told = sift(agent, vcpu, &subject, &registers, told);
     own.pending = Some(Box::new(Pending::new(subject, registers, told)));
     proceed(agent, vcpu, own)
 }

@@ -23,6 +23,7 @@ mod pending;
 mod qemu;
 mod registers;
 mod run;
+mod sift;
 mod signal;
 mod slots;
 mod state;

@@ -74,7 +74,7 @@ pub(crate) enum Subject {
 }
 
 impl Subject {
-    fn detail(&self, hook: &Told) -> Detail {
+    pub(crate) fn detail(&self, hook: &Told) -> Detail {
         match *self {
             Self::Execute { rip, .. } => Detail::Execute { rip: Gva(rip) },
             Self::Step { rip } => Detail::Step { rip: Gva(rip) },
@@ -182,10 +182,8 @@ pub(crate) enum Progress {
 }
 
 impl Pending {
+    /// `told` are those whose filters have let it through.
     pub(crate) fn new(subject: Subject, registers: Registers, told: Vec<Told>) -> Self {
-        for told in &told {
-            told.armed.occurred.fetch_add(1, Ordering::Relaxed);
-        }
         Self {
             subject,
             registers,

@@ -39,7 +39,7 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
                 Over::Done { executed } => {
                     own.over = None;
                     if executed {
-                        count_step(vcpu, own);
+                        count_step(agent, vcpu, own);
                     }
                     continue;
                 }

@@ -11,8 +11,8 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, kvm_userspace_memory_region};
 use libc::c_int;
 use vmsight_arch::Registers;
-use vmsight_channel::{Counts, Refusal};
-use vmsight_hooks::{Access, Hook, HookId, HookKind, Range, Scope};
+use vmsight_channel::Refusal;
+use vmsight_hooks::{Access, Counts, Hook, HookId, HookKind, Range, Scope, Tallied};
 
 use crate::agent::{Agent, failed};
 use crate::filter::Filter;
@@ -79,9 +79,17 @@ impl State {
 
     /// What became of a hook's occurrences; nothing for one that is not armed.
     pub(crate) fn counts(&self, id: HookId) -> Counts {
+        self.find(id).map_or_else(Counts::default, |a| a.counts())
+    }
+
+    /// What a hook's filter counted by key; nothing for one that is not armed.
+    pub(crate) fn tallied(&self, id: HookId) -> Tallied {
+        self.find(id).map_or_else(Tallied::default, |a| a.sieve.tallied())
+    }
+
+    fn find(&self, id: HookId) -> Option<&Arc<Armed>> {
         let armed = self.hooks.get(&id).map(|(armed, _)| armed);
-        let armed = armed.or_else(|| self.ended.get(&id));
-        armed.map_or_else(Counts::default, |a| a.counts())
+        armed.or_else(|| self.ended.get(&id))
     }
 
     /// Whether guest debugging is in use by hooks.
@@ -98,7 +106,7 @@ impl State {
             what: hook.kind.to_string(),
             why,
         };
-        hook.kind.validate().map_err(|e| limit(e.to_string()))?;
+        hook.validate().map_err(|e| limit(e.to_string()))?;
         for feature in hook.kind.features() {
             if !agent.kernel.can(feature) {
                 return Err(Refusal::Unsupported { feature });

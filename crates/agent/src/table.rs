@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vmsight_channel::Counts;
-use vmsight_hooks::{Access, Hook, HookId};
+use vmsight_hooks::{Access, Counts, Hook, HookId, Sieve};
 
 use crate::filter::Filter;
 use crate::slots::{Protection, Slot};
@@ -15,6 +14,8 @@ use crate::slots::{Protection, Slot};
 pub(crate) struct Armed {
     pub(crate) id: HookId,
     pub(crate) hook: Hook,
+    /// Its filter.
+    pub(crate) sieve: Sieve,
     /// Set when it is taken out: who waits with an event of it waits no longer.
     pub(crate) removed: AtomicBool,
     pub(crate) occurred: AtomicU64,
@@ -27,6 +28,7 @@ impl Armed {
     pub(crate) fn new(id: HookId, hook: Hook) -> Self {
         Self {
             id,
+            sieve: Sieve::new(hook.filter.clone()),
             hook,
             removed: AtomicBool::new(false),
             occurred: AtomicU64::new(0),
@@ -42,12 +44,15 @@ impl Armed {
 
     pub(crate) fn counts(&self) -> Counts {
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
-        Counts {
+        let mut counts = Counts {
             occurred: get(&self.occurred),
             told: get(&self.told),
             dropped: get(&self.dropped),
             expired: get(&self.expired),
-        }
+            ..Counts::default()
+        };
+        self.sieve.count(&mut counts);
+        counts
     }
 }
 

@@ -9,6 +9,7 @@
 mod access;
 mod ends;
 mod execute;
+mod filters;
 mod life;
 mod support;
 
