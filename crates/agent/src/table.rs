@@ -7,12 +7,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vmsight_hooks::{Access, Counts, Hook, HookId, Sieve};
 
 use crate::filter::Filter;
+use crate::session::Session;
 use crate::slots::{Protection, Slot};
 
 /// A hook that is armed, with what became of it.
 #[derive(Debug)]
 pub(crate) struct Armed {
     pub(crate) id: HookId,
+    /// Whose it is.
+    pub(crate) session: Arc<Session>,
     pub(crate) hook: Hook,
     /// Its filter.
     pub(crate) sieve: Sieve,
@@ -25,9 +28,10 @@ pub(crate) struct Armed {
 }
 
 impl Armed {
-    pub(crate) fn new(id: HookId, hook: Hook) -> Self {
+    pub(crate) fn new(id: HookId, session: Arc<Session>, hook: Hook) -> Self {
         Self {
             id,
+            session,
             sieve: Sieve::new(hook.filter.clone()),
             hook,
             removed: AtomicBool::new(false),
@@ -36,6 +40,11 @@ impl Armed {
             dropped: AtomicU64::new(0),
             expired: AtomicU64::new(0),
         }
+    }
+
+    /// Tells its monitor about it.
+    pub(crate) fn notice(&self, text: impl Into<String>) {
+        self.session.notice(Some(self.id), text);
     }
 
     pub(crate) fn is_removed(&self) -> bool {

@@ -26,4 +26,4 @@ pub use hook::{
     Access, ControlRegister, Delivery, Expiry, Hook, HookError, HookId, HookKind, MAX_RANGE, Overflow, Range,
     Scope, Vectors,
 };
-pub use verdict::{Exception, Register, Verdict, VerdictKind};
+pub use verdict::{Decision, Exception, Register, Verdict, VerdictKind};

@@ -140,7 +140,7 @@ impl State {
                 // Where a table names memory, it must not name what the VMM takes away next.
                 if !agent.table().slots.is_empty() {
                     let slots = self.slots.values().copied().collect();
-                    agent.publish(self.table(agent, slots, BTreeMap::new()));
+                    agent.publish(self.table(slots, BTreeMap::new()));
                 }
             }
             return result;
@@ -162,18 +162,14 @@ impl State {
         let error = io::Error::last_os_error();
         if result >= 0 {
             if slot.is_logged() && !old.is_some_and(|o| o.is_logged()) && self.touches(&slot) {
-                agent.notice(
-                    None,
-                    "the VMM keeps account of writes (a migration, a snapshot): hooks in that memory rest meanwhile",
-                );
+                agent.tell_all("the VMM keeps account of writes (a migration, a snapshot): hooks in that memory rest meanwhile");
             }
             self.note(slot);
         }
         if let Err(error) = self.reconcile(agent) {
-            agent.notice(
-                None,
-                format!("a hook could not be kept as the VMM changed its memory: {error}"),
-            );
+            agent.tell_all(&format!(
+                "a hook could not be kept as the VMM changed its memory: {error}"
+            ));
         }
         drop(stopped);
         if result < 0 {

@@ -14,11 +14,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use vmsight_channel::Refusal;
-use vmsight_hooks::{Counts, Hook, HookId, HookKind, Range, Tallied};
+use vmsight_hooks::{Expiry, Hook, HookId, HookKind, Range};
 
 use crate::agent::{Agent, failed};
 use crate::filter::Filter;
 use crate::guest::Guest;
+use crate::pending::expiry;
+use crate::session::Session;
 use crate::slots::{Piece, Protection, Slot};
 use crate::table::{Armed, Patched, Span, Table};
 use means::Means;
@@ -45,24 +47,17 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Hooks that are armed.
-    pub(crate) fn hooks(&self) -> impl Iterator<Item = &Armed> {
-        self.hooks.values().map(|(armed, _)| &**armed)
+    /// Whether a monitor has a hook that asks for the VM to be paused when it is gone.
+    pub(crate) fn fails_closed(&self, session: u64) -> bool {
+        let mut own = self.hooks.values().filter(|(a, _)| a.session.id == session);
+        own.any(|(armed, _)| expiry(armed) == Expiry::Closed)
     }
 
-    /// What became of a hook's occurrences; nothing for one that is not armed.
-    pub(crate) fn counts(&self, id: HookId) -> Counts {
-        self.find(id).map_or_else(Counts::default, |a| a.counts())
-    }
-
-    /// What a hook's filter counted by key; nothing for one that is not armed.
-    pub(crate) fn tallied(&self, id: HookId) -> Tallied {
-        self.find(id).map_or_else(Tallied::default, |a| a.sieve.tallied())
-    }
-
-    fn find(&self, id: HookId) -> Option<&Arc<Armed>> {
+    /// A monitor's hook, armed or ended by itself; `None` for what is not its own.
+    pub(crate) fn find(&self, session: u64, id: HookId) -> Option<Arc<Armed>> {
         let armed = self.hooks.get(&id).map(|(armed, _)| armed);
-        armed.or_else(|| self.ended.get(&id))
+        let armed = armed.or_else(|| self.ended.get(&id));
+        armed.filter(|a| a.session.id == session).cloned()
     }
 
     /// Whether guest debugging is in use by hooks.
@@ -74,7 +69,12 @@ impl State {
     }
 
     /// Arms a hook. From the return on no vCPU passes it unnoticed.
-    pub(crate) fn arm(&mut self, agent: &Agent, hook: &Hook) -> Result<HookId, Refusal> {
+    pub(crate) fn arm(
+        &mut self,
+        agent: &Agent,
+        session: &Arc<Session>,
+        hook: &Hook,
+    ) -> Result<HookId, Refusal> {
         let limit = |why: String| Refusal::Limit {
             what: hook.kind.to_string(),
             why,
@@ -100,7 +100,7 @@ impl State {
         let means = self.means(agent, hook).map_err(limit)?;
         self.last_id = self.last_id.wrapping_add(1);
         let id = HookId(self.last_id);
-        let armed = Arc::new(Armed::new(id, hook.clone()));
+        let armed = Arc::new(Armed::new(id, Arc::clone(session), hook.clone()));
         self.hooks.insert(id, (armed, means));
         if let Err(error) = self.reconcile(agent) {
             self.hooks.remove(&id);
@@ -122,11 +122,12 @@ impl State {
         self.ended.remove(&id);
     }
 
-    /// Takes all of them out.
-    pub(crate) fn disarm_all(&mut self, agent: &Agent) {
-        self.ended.clear();
-        let all = self.hooks.keys().copied().collect();
-        self.remove(agent, &all);
+    /// Takes all of a monitor's hooks out.
+    pub(crate) fn disarm_all(&mut self, agent: &Agent, session: u64) {
+        let own = self.hooks.iter().filter(|(_, (a, _))| a.session.id == session);
+        let own = own.map(|(id, _)| *id).collect();
+        self.remove(agent, &own);
+        self.ended.retain(|_, armed| armed.session.id != session);
     }
 
     fn remove(&mut self, agent: &Agent, ids: &BTreeSet<HookId>) {
@@ -147,17 +148,17 @@ impl State {
         let stopped = agent.stop();
         self.hooks.retain(|id, _| !ids.contains(id));
         if let Err(error) = self.reconcile(agent) {
-            agent.notice(None, format!("a hook could not be taken out whole: {error}"));
+            agent.tell_all(&format!("a hook could not be taken out whole: {error}"));
         }
         drop(stopped);
     }
 
     /// The hooks that a reset takes out are returned.
-    pub(crate) fn machine_reset(&mut self, agent: &Agent) -> Vec<HookId> {
-        let gone: BTreeSet<HookId> = self
+    pub(crate) fn machine_reset(&mut self, agent: &Agent) -> Vec<Arc<Armed>> {
+        let gone: Vec<Arc<Armed>> = self
             .hooks
-            .iter()
-            .filter(|(_, (armed, means))| {
+            .values()
+            .filter(|(armed, means)| {
                 let virtual_range = matches!(
                     armed.hook.kind,
                     HookKind::Memory {
@@ -167,10 +168,10 @@ impl State {
                 );
                 matches!(means, Means::Int3(_)) || virtual_range
             })
-            .map(|(id, _)| *id)
+            .map(|(armed, _)| Arc::clone(armed))
             .collect();
-        self.remove(agent, &gone);
-        gone.into_iter().collect()
+        self.remove(agent, &gone.iter().map(|a| a.id).collect());
+        gone
     }
 
     /// Makes KVM and the guest's memory what the hooks want, and publishes the table. All vCPUs are out of the guest.
@@ -180,12 +181,12 @@ impl State {
         let pages = self.protections();
         let cut = self.cut(agent, &pages);
         let filtered = self.filter(agent);
-        let table = self.table(agent, slots, pages);
+        let table = self.table(slots, pages);
         agent.publish(table);
         cut.and(filtered)
     }
 
-    fn table(&self, agent: &Agent, slots: Vec<Slot>, pages: BTreeMap<u64, Protection>) -> Table {
+    fn table(&self, slots: Vec<Slot>, pages: BTreeMap<u64, Protection>) -> Table {
         let mut table = Table {
             slots,
             hardware: self.hardware(),
@@ -230,7 +231,7 @@ impl State {
                     table.last_step = armed.id.0;
                     table.steps.push((vcpu, count, own()));
                 }
-                _ => agent.notice(Some(armed.id), "a hook of a kind that is not served"),
+                _ => armed.notice("a hook of a kind that is not served"),
             }
         }
         table

@@ -80,6 +80,7 @@ mod tests {
     use vmsight_hooks::{Hook, HookId};
 
     use super::*;
+    use crate::session::Session;
     use crate::table::Armed;
 
     fn memory() -> (Vec<u64>, [Slot; 1]) {
@@ -97,7 +98,8 @@ mod tests {
 
     fn int3(state: &mut State, id: u32, gpa: u64) {
         let hook = Hook::execute(vmsight_arch::Gva(gpa));
-        let armed = Arc::new(Armed::new(HookId(id), hook));
+        let (session, _file) = Session::new(1).unwrap();
+        let armed = Arc::new(Armed::new(HookId(id), Arc::new(session), hook));
         state.hooks.insert(HookId(id), (armed, Means::Int3(gpa)));
     }
 

@@ -111,19 +111,3 @@ fn what_is_only_told_holds_nobody() {
     drop((dropping, counted));
     scene.finish();
 }
-
-#[test]
-fn a_second_monitor_is_refused_until_the_first_goes() {
-    let Some(machine) = Machine::start(GuestKind::Many, 1) else {
-        return;
-    };
-    let first = machine.monitor();
-    for _ in 0..50 {
-        assert!(matches!(machine.try_backend(), Err(EventError::Busy { .. })));
-    }
-    drop(first);
-    drop(machine.monitor());
-    machine.let_end();
-    machine.go();
-    machine.finish();
-}

@@ -11,13 +11,14 @@ mod ends;
 mod execute;
 mod filters;
 mod life;
+mod monitors;
 mod support;
 
 use std::time::{Duration, Instant};
 
 use support::{GuestKind, Machine, SLOT, Scene};
 use vmsight_arch::{Gpa, Gva};
-use vmsight_events::EventError;
+use vmsight_events::{EventError, Monitor};
 use vmsight_hooks::{
     Access, Delivery, Detail, Exception, Expiry, Hook, HookKind, Overflow, Range, Register, Verdict,
 };

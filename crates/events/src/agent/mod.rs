@@ -40,7 +40,7 @@ impl AgentBackend {
     /// Connects to the agent that listens at `socket`.
     ///
     /// # Errors
-    /// [`EventError::Busy`] where another monitor is connected; others where nobody listens there, or somebody who may not.
+    /// [`EventError::Busy`] where too many monitors are connected; others where nobody listens there, or somebody who may not.
     pub fn open(socket: &Path) -> Result<Self, EventError> {
         let (link, shared, hello) = Link::open(socket)?;
         let capabilities = match link.ask(&Request::Capabilities)? {
