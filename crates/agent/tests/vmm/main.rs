@@ -16,7 +16,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::{GuestKind, Machine, SLOT, Scene};
+use support::{Bare, GuestKind, Machine, SLOT, Scene};
 use vmsight_arch::{Gpa, Gva};
 use vmsight_events::{EventError, Monitor};
 use vmsight_hooks::{

@@ -179,6 +179,16 @@ impl Machine {
         [self.sum(0), self.sum(8), self.sum(16)]
     }
 
+    /// How many calls one vCPU has begun, of a guest that makes them until it is told to end.
+    pub(crate) fn calls_of(&self, vcpu: u32) -> u64 {
+        self.word(RESULTS + 64 * u64::from(vcpu) + 24)
+    }
+
+    /// Where the agent listens.
+    pub(crate) fn socket(&self) -> PathBuf {
+        socket(self.folder.path())
+    }
+
     pub(crate) fn calls(&self) -> u64 {
         self.sum(24)
     }

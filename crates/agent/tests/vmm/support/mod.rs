@@ -1,11 +1,13 @@
 //! The tiny VMM, its guests, and the test's side of both.
 
+mod bare;
 mod guest;
 mod machine;
 mod scene;
 mod vmm;
 
-pub(crate) use guest::{GuestKind, PORT, RESULTS, WATCHED};
+pub(crate) use bare::Bare;
+pub(crate) use guest::{GuestKind, PORT, RESULTS, WATCHED, labels};
 pub(crate) use machine::{Machine, monitor_if_asked};
 pub(crate) use scene::Scene;
 pub(crate) use vmm::{SLOT, vmm_if_asked};
