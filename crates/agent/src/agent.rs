@@ -1,54 +1,27 @@
 //! The agent of one VM: what the VMM does with KVM, what is hooked, and the one lock over both.
 
-use std::collections::VecDeque;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use libc::c_int;
-use vmsight_channel::{Refusal, Reply, Shared};
-use vmsight_hooks::{Expiry, HookId};
+use vmsight_channel::Refusal;
+use vmsight_hooks::Expiry;
 
 use crate::capability::Kernel;
 use crate::filter::Filter;
 use crate::guest::Guest;
 use crate::pending::expiry;
 use crate::qemu::Qemu;
+use crate::session::Session;
 use crate::slots::Slot;
 use crate::state::State;
 use crate::table::{Armed, Table};
 use crate::vcpu::Vcpu;
 use crate::world::{Stopped, World};
 use crate::{control, kvm, signal};
-
-/// Most notices that wait for the monitor.
-const NOTICES: usize = 64;
-
-/// A monitor's connection.
-#[derive(Debug)]
-pub(crate) struct Session {
-    pub(crate) id: u64,
-    pub(crate) shared: Shared,
-    pub(crate) sequence: AtomicU64,
-    over: AtomicBool,
-}
-
-impl Session {
-    pub(crate) fn new(id: u64, shared: Shared) -> Self {
-        Self {
-            id,
-            shared,
-            sequence: AtomicU64::new(0),
-            over: AtomicBool::new(false),
-        }
-    }
-
-    pub(crate) fn is_over(&self) -> bool {
-        self.over.load(Ordering::Acquire)
-    }
-}
 
 /// The agent. It lives as long as the process.
 #[derive(Debug)]
@@ -62,10 +35,8 @@ pub(crate) struct Agent {
     table: RwLock<Arc<Table>>,
     pub(crate) world: World,
     vcpus: RwLock<Vec<&'static Vcpu>>,
-    session: RwLock<Option<Arc<Session>>>,
-    notices: Mutex<VecDeque<Reply>>,
-    /// Wakes the control thread.
-    pub(crate) bell: OwnedFd,
+    /// In the order in which they came.
+    sessions: RwLock<Vec<Arc<Session>>>,
     qemu: Option<Qemu>,
 }
 
@@ -91,11 +62,6 @@ pub(crate) fn begin(system: RawFd, vm: RawFd) {
     let Ok(run_size) = kvm::number(system, kvm::GET_VCPU_MMAP_SIZE, 0) else {
         return;
     };
-    let bell = rustix::event::eventfd(
-        0,
-        rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK,
-    );
-    let Ok(bell) = bell else { return };
     if AGENT.get().is_some() || !signal::set_up() {
         return;
     }
@@ -108,9 +74,7 @@ pub(crate) fn begin(system: RawFd, vm: RawFd) {
         table: RwLock::default(),
         world: World::default(),
         vcpus: RwLock::default(),
-        session: RwLock::default(),
-        notices: Mutex::default(),
-        bell,
+        sessions: RwLock::default(),
         qemu: Qemu::find(runs),
     }));
     if AGENT.set(agent).is_ok() {
@@ -161,7 +125,7 @@ impl Agent {
         if let Some(vcpu) = Vcpu::new(index, fd, self.run_size) {
             vcpus.push(Box::leak(Box::new(vcpu)));
         }
-        if let Some(session) = self.session() {
+        for session in self.sessions() {
             session.shared.set_vcpus(index.saturating_add(1));
         }
     }
@@ -171,47 +135,40 @@ impl Agent {
         self.world.stop(&self.vcpus())
     }
 
-    pub(crate) fn session(&self) -> Option<Arc<Session>> {
-        self.session
+    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
     }
 
     pub(crate) fn begin_session(&self, session: Arc<Session>) {
-        self.notices
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-        session
-            .shared
-            .set_vcpus(u32::try_from(self.vcpus().len()).unwrap_or(u32::MAX));
-        *self.session.write().unwrap_or_else(PoisonError::into_inner) = Some(session);
+        // A vCPU that comes meanwhile waits, and finds the session.
+        let vcpus = self.vcpus.read().unwrap_or_else(PoisonError::into_inner);
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        let count = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
+        session.shared.set_vcpus(count);
+        sessions.push(session);
     }
 
-    /// The monitor is gone: every hook comes out. Without a good-bye the VM stands still where a hook asks for that.
-    pub(crate) fn end_session(&'static self, in_good_order: bool) {
-        let ended = self
-            .session
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let closed = {
-            let state = self.state();
-            !in_good_order && state.hooks().any(|a| expiry(a) == Expiry::Closed)
-        };
-        if closed {
+    /// A monitor is gone: each of its hooks comes out. Without a good-bye the VM stands still where one of them asks for that.
+    pub(crate) fn end_session(&self, session: &Session, in_good_order: bool) {
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|s| s.id != session.id);
+        drop(sessions);
+        let closed = !in_good_order && self.state().fails_closed(session.id);
+        if closed && !session.is_over() {
             self.freeze();
+            self.tell_all("a monitor ended without a word, and asked for the VM to be paused then");
         }
-        if let Some(ended) = ended {
-            ended.over.store(true, Ordering::Release);
-            self.state().disarm_all(self);
-            self.nudge(&ended);
+        if session.end() {
+            self.state().disarm_all(self, session.id);
+            self.nudge(session);
         }
     }
 
-    /// Wakes vCPUs that wait for verdicts, so that they look around.
-    pub(crate) fn nudge(&self, session: &Session) {
+    /// Wakes vCPUs that wait for a monitor's verdicts, so that they look around.
+    fn nudge(&self, session: &Session) {
         for vcpu in self.vcpus() {
             if let Some(area) = session.shared.area(vcpu.index) {
                 area.nudge();
@@ -220,27 +177,22 @@ impl Agent {
     }
 
     /// Takes a hook out.
-    pub(crate) fn disarm(&self, id: HookId) {
-        self.state().disarm(self, id);
-        if let Some(session) = self.session() {
-            self.nudge(&session);
-        }
+    pub(crate) fn disarm(&self, armed: &Armed) {
+        self.state().disarm(self, armed.id);
+        self.nudge(&armed.session);
     }
 
-    /// No verdict came in time.
+    /// No verdict came in time, or no room for the event.
     pub(crate) fn expired(&self, armed: &Armed) {
         armed.expired.fetch_add(1, Ordering::Relaxed);
         match expiry(armed) {
             Expiry::Open => {
-                self.disarm(armed.id);
-                self.notice(
-                    Some(armed.id),
-                    "no verdict came in time: the guest went on, and the hook is out",
-                );
+                self.disarm(armed);
+                armed.notice("no verdict came in time: the guest went on, and the hook is out");
             }
             Expiry::Closed => {
                 self.freeze();
-                self.notice(Some(armed.id), "no verdict came in time: the VM is paused");
+                armed.notice("no verdict came in time: the VM is paused");
             }
         }
     }
@@ -253,27 +205,11 @@ impl Agent {
         }
     }
 
-    /// Tells the monitor what it did not ask for.
-    pub(crate) fn notice(&self, hook: Option<HookId>, text: impl Into<String>) {
-        let text = text.into();
-        let mut notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner);
-        if notices.len() < NOTICES {
-            notices.push_back(Reply::Notice { hook, text });
+    /// Tells all monitors what none asked for.
+    pub(crate) fn tell_all(&self, text: &str) {
+        for session in self.sessions() {
+            session.notice(None, text);
         }
-        drop(notices);
-        self.ring();
-    }
-
-    pub(crate) fn take_notice(&self) -> Option<Reply> {
-        self.notices
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front()
-    }
-
-    fn ring(&self) {
-        // Full means that it is rung already.
-        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
 
     /// The VMM sets a slot: made as it asks, and cut again where pages of it are watched. What the kernel answered, as of
@@ -323,8 +259,8 @@ impl Agent {
     /// The machine is being reset: what was hooked by virtual address means nothing any more.
     pub(crate) fn machine_reset(&self) {
         let gone = self.state().machine_reset(self);
-        for id in gone {
-            self.notice(Some(id), "the machine was reset, and the hook is out");
+        for armed in gone {
+            armed.notice("the machine was reset, and the hook is out");
         }
     }
 }

@@ -1,20 +1,27 @@
-//! The thread that listens to the monitor.
+//! The threads that listen to monitors: one for those who come, and one for each who is there.
 
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::time::Duration;
 use std::{fs, process};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vmsight_channel::{
-    ChannelError, MAX_REPLY, MAX_REQUEST, Refusal, Reply, Request, Shared, VERSION, accept, listen, read,
+    ChannelError, MAX_REPLY, MAX_REQUEST, Refusal, Reply, Request, VERSION, accept, listen, read,
     send_descriptor, write,
 };
-use vmsight_hooks::BackendKind;
+use vmsight_hooks::{BackendKind, Counts, HookId, Tallied};
 
-use crate::agent::{Agent, Session};
+use crate::agent::Agent;
+use crate::session::Session;
 use crate::{agent, signal};
+
+/// Most monitors at a time.
+const MOST_MONITORS: usize = 16;
+/// How long it takes until a connection that could not be taken is tried again.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// Starts the thread.
 pub(crate) fn start(agent: &'static Agent) {
@@ -59,34 +66,80 @@ fn run(agent: &'static Agent) {
     // SAFETY: a plain function that lives as long as the process.
     unsafe { libc::atexit(at_exit) };
     for id in 1.. {
-        // Somebody else's connection, or one that ended at once, is no reason to stop listening.
-        if let Ok(monitor) = accept(&listener)
-            && let Ok(in_good_order) = serve(agent, &listener, &monitor, id)
-        {
-            agent.end_session(in_good_order);
-        } else {
-            agent.end_session(false);
+        match accept(&listener) {
+            Ok(monitor) => begin(agent, monitor, id),
+            // Somebody else's connection, or one that ended at once, is no reason to stop listening; a system that has no
+            // descriptor left is one to wait.
+            Err(_) => std::thread::sleep(AGAIN),
         }
     }
 }
 
-/// Serves one monitor until it goes; whether it said good-bye.
-fn serve(
+/// Monitors that are connected, or about to be.
+static MONITORS: AtomicUsize = AtomicUsize::new(0);
+
+/// One of them, until this is dropped.
+struct Place;
+
+impl Place {
+    fn take() -> Option<Self> {
+        let place = Self;
+        // Given back by the drop where it is one too many.
+        (MONITORS.fetch_add(1, Ordering::SeqCst) < MOST_MONITORS).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        MONITORS.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Starts a thread for a monitor: each has its own, so that none waits for another. No signal reaches it, as none reaches this one.
+fn begin(agent: &'static Agent, monitor: UnixStream, id: u64) {
+    let Some(place) = Place::take() else {
+        let why = format!("{MOST_MONITORS} monitors are connected");
+        let _ = write(&monitor, &Reply::Refused(Refusal::Busy { why }), MAX_REPLY);
+        return;
+    };
+    let _ = std::thread::Builder::new()
+        .name("vmsight-agent".to_owned())
+        .spawn(move || {
+            // Whatever ends it is the end of this monitor only.
+            let _ = serve(agent, &monitor, id);
+            drop(place);
+        });
+}
+
+/// The end of a session, also where its thread fails.
+struct Ending {
     agent: &'static Agent,
-    listener: &UnixListener,
-    monitor: &UnixStream,
-    id: u64,
-) -> Result<bool, ChannelError> {
+    session: Arc<Session>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.agent.end_session(&self.session, false);
+    }
+}
+
+/// Serves one monitor until it goes.
+fn serve(agent: &'static Agent, monitor: &UnixStream, id: u64) -> Result<(), ChannelError> {
     let Request::Hello { version } = read(monitor, MAX_REQUEST)? else {
         return Err(ChannelError::Closed);
     };
     let reply = |reply: &Reply| write(monitor, reply, MAX_REPLY);
     if version != VERSION {
         let why = format!("the agent speaks version {VERSION}, the monitor version {version}");
-        return reply(&Reply::Refused(Refusal::Failed { why })).map(|()| true);
+        return reply(&Reply::Refused(Refusal::Failed { why }));
     }
-    let (shared, file) = Shared::create()?;
-    agent.begin_session(Arc::new(Session::new(id, shared)));
+    let (session, file) = Session::new(id)?;
+    let session = Arc::new(session);
+    agent.begin_session(Arc::clone(&session));
+    let ending = Ending {
+        agent,
+        session: Arc::clone(&session),
+    };
     reply(&Reply::Hello {
         version: VERSION,
         backend: BackendKind::AgentKvm,
@@ -99,59 +152,56 @@ fn serve(
     loop {
         let mut waiting = [
             PollFd::new(monitor, PollFlags::IN),
-            PollFd::from_borrowed_fd(agent.bell.as_fd(), PollFlags::IN),
-            PollFd::new(listener, PollFlags::IN),
+            PollFd::from_borrowed_fd(session.bell.as_fd(), PollFlags::IN),
         ];
         if poll(&mut waiting, None).is_err() {
             continue;
         }
-        let [said, rung, other] = waiting.each_ref().map(|fd| !fd.revents().is_empty());
+        let [said, rung] = waiting.each_ref().map(|fd| !fd.revents().is_empty());
         if rung {
             let mut count = [0; 8];
-            let _ = rustix::io::read(&agent.bell, &mut count);
-            while let Some(notice) = agent.take_notice() {
+            let _ = rustix::io::read(&session.bell, &mut count);
+            while let Some(notice) = session.take_notice() {
                 reply(&notice)?;
             }
         }
-        if said {
-            let request = read(monitor, MAX_REQUEST)?;
-            let bye = request == Request::Bye;
-            let answer = match bye {
-                true => {
-                    agent.end_session(true);
-                    Reply::Done
-                }
-                false => answer(agent, request),
-            };
-            // Who said good-bye need not wait for the answer.
-            match (reply(&answer), bye) {
-                (_, true) => return Ok(true),
-                (sent, false) => sent?,
-            }
+        if !said {
+            continue;
         }
-        if other && let Ok(second) = accept(listener) {
-            let why = "another monitor is connected".to_owned();
-            let _ = write(&second, &Reply::Refused(Refusal::Busy { why }), MAX_REPLY);
+        match read(monitor, MAX_REQUEST)? {
+            Request::Bye => {
+                agent.end_session(&session, true);
+                drop(ending);
+                // Who said good-bye need not wait for the answer.
+                let _ = reply(&Reply::Done);
+                return Ok(());
+            }
+            request => reply(&answer(agent, &session, request))?,
         }
     }
 }
 
-fn answer(agent: &'static Agent, request: Request) -> Reply {
+fn answer(agent: &'static Agent, session: &Arc<Session>, request: Request) -> Reply {
+    let own = |id: HookId| agent.state().find(session.id, id);
     match request {
         Request::Hello { .. } | Request::Bye => Reply::Done,
         Request::Capabilities => Reply::Capabilities {
             capabilities: agent.kernel.list(),
         },
-        Request::Arm { hook } => match agent.state().arm(agent, &hook) {
+        Request::Arm { hook } => match agent.state().arm(agent, session, &hook) {
             Ok(id) => Reply::Armed { id },
             Err(refusal) => Reply::Refused(refusal),
         },
         Request::Disarm { id } => {
-            agent.disarm(id);
-            agent.state().forget(id);
+            let armed = own(id);
+            if let Some(armed) = armed {
+                agent.disarm(&armed);
+                agent.state().forget(id);
+            }
             Reply::Done
         }
-        Request::Counts { id } => Reply::Counts(agent.state().counts(id)),
+        Request::Counts { id } => Reply::Counts(own(id).map_or_else(Counts::default, |a| a.counts())),
+        Request::Tally { id } => Reply::Tally(own(id).map_or_else(Tallied::default, |a| a.sieve.tallied())),
         Request::Resume => {
             agent.world.thaw();
             Reply::Done

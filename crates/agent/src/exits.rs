@@ -10,8 +10,9 @@ use vmsight_hooks::{Access, Exception, HookKind, Verdict, VerdictKind};
 
 use crate::agent::Agent;
 use crate::kvm;
-use crate::pending::{Otherwise, Pending, Progress, Stepping, Subject, Told, in_scope};
+use crate::pending::{Conclusion, Otherwise, Pending, Progress, Stepping, Subject, Told, in_scope};
 use crate::registers::{from_kvm, set};
+use crate::sift::sift;
 use crate::slots::PAGE;
 use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, at_rip, clean};
 use crate::table::{Armed, Table};
@@ -218,7 +219,7 @@ fn debug(
         clean(agent, vcpu, &before, decoded);
     }
     if dr6 & DR6_STEP != 0 && own.past.take().is_some() {
-        count_step(vcpu, own);
+        count_step(agent, vcpu, own);
         return Next::Again;
     }
     if dr6 & DR6_STEP != 0
@@ -279,7 +280,7 @@ fn debug(
 }
 
 /// An instruction was executed here, not by KVM: it counts as a step where steps are counted.
-pub(crate) fn count_step(vcpu: &Vcpu, own: &mut Own) {
+pub(crate) fn count_step(agent: &Agent, vcpu: &Vcpu, own: &mut Own) {
     let Some(stepping) = &mut own.stepping else { return };
     if stepping.left > 1 {
         stepping.left -= 1;
@@ -291,8 +292,8 @@ pub(crate) fn count_step(vcpu: &Vcpu, own: &mut Own) {
         return;
     };
     let registers = from_kvm(vcpu.index, &regs, &sregs);
-    let told = vec![Told { armed, gva: None }];
     let subject = Subject::Step { rip: regs.rip };
+    let told = sift(agent, vcpu, &subject, &registers, vec![Told { armed, gva: None }]);
     own.pending = Some(Box::new(Pending::new(subject, registers, told)));
 }
 
@@ -337,6 +338,7 @@ fn begin(
     registers: Registers,
     told: Vec<Told>,
 ) -> Next {
+    let told = sift(agent, vcpu, &subject, &registers, told);
     own.pending = Some(Box::new(Pending::new(subject, registers, told)));
     proceed(agent, vcpu, own)
 }
@@ -351,7 +353,7 @@ pub(crate) fn proceed(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own) -> Next
             own.pending = Some(pending);
             Next::Interrupted
         }
-        Progress::Concluded(verdict, by) => conclude(agent, vcpu, own, *pending, verdict, by),
+        Progress::Concluded(conclusion) => conclude(agent, vcpu, own, *pending, conclusion),
     }
 }
 
@@ -360,29 +362,31 @@ fn conclude(
     vcpu: &Vcpu,
     own: &mut Own,
     pending: Pending,
-    verdict: Verdict,
-    by: Option<Arc<Armed>>,
+    mut conclusion: Conclusion,
 ) -> Next {
-    let id = by.as_ref().map(|a| a.id);
-    match (&verdict, id) {
-        (Verdict::Remove, Some(id)) => agent.disarm(id),
-        (Verdict::Pause, _) => {
-            agent.freeze();
-            // It happens when the VM goes on.
-            own.pending = Some(Box::new(Pending::new(
-                pending.subject,
-                pending.registers,
-                Vec::new(),
-            )));
-            return Next::Again;
-        }
-        _ => {}
+    for armed in conclusion.removed.drain(..) {
+        agent.disarm(&armed);
     }
+    for (kind, armed) in conclusion.overruled.drain(..) {
+        armed.notice(format!(
+            "the verdict {kind} was not applied: another one on the same event was stricter"
+        ));
+    }
+    if std::mem::take(&mut conclusion.pause) {
+        agent.freeze();
+        // It happens, or not, when the VM goes on.
+        let decided = Pending::decided(pending.subject, pending.registers, conclusion);
+        own.pending = Some(Box::new(decided));
+        return Next::Again;
+    }
+    let (verdict, by) = (conclusion.verdict, conclusion.by);
+    let whose = by.clone();
     let unfit = |kind: VerdictKind| {
-        agent.notice(
-            id,
-            format!("the verdict {kind} cannot be given here; the guest went on"),
-        );
+        if let Some(armed) = &whose {
+            armed.notice(format!(
+                "the verdict {kind} cannot be given here; the guest went on"
+            ));
+        }
     };
     match pending.subject {
         Subject::Execute { rip, patch } => executed(agent, vcpu, own, rip, patch, &verdict, by, &unfit),

@@ -23,6 +23,8 @@ mod pending;
 mod qemu;
 mod registers;
 mod run;
+mod session;
+mod sift;
 mod signal;
 mod slots;
 mod state;

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use vmsight_arch::{Gpa, Gva, Registers};
 use vmsight_channel::{Answer, Producer, Record};
-use vmsight_hooks::{Access, Delivery, Detail, Event, Expiry, Overflow, Verdict};
+use vmsight_hooks::{Access, Decision, Delivery, Detail, Event, Expiry, Overflow, Verdict};
 
-use crate::agent::{Agent, Session};
+use crate::agent::Agent;
+use crate::session::Session;
 use crate::table::{Armed, Hooks};
 use crate::vcpu::{Own, Vcpu};
 
@@ -74,7 +75,7 @@ pub(crate) enum Subject {
 }
 
 impl Subject {
-    fn detail(&self, hook: &Told) -> Detail {
+    pub(crate) fn detail(&self, hook: &Told) -> Detail {
         match *self {
             Self::Execute { rip, .. } => Detail::Execute { rip: Gva(rip) },
             Self::Step { rip } => Detail::Step { rip: Gva(rip) },
@@ -143,16 +144,15 @@ pub(crate) fn in_scope(hooks: &Hooks, cr3: u64) -> Vec<Told> {
         .collect()
 }
 
+/// How far one of those who are told is.
 #[derive(Debug)]
 enum Stage {
-    /// The hook at `next` is to be told.
-    Tell { since: Option<Instant> },
+    /// It is to be told, and has waited for room since then.
+    Untold { since: Option<Instant> },
     /// It was, and its verdict is awaited.
-    Await {
-        session: Arc<Session>,
-        sequence: u64,
-        deadline: Instant,
-    },
+    Waits { sequence: u64, deadline: Instant },
+    /// It has had its say.
+    Done,
 }
 
 /// The event.
@@ -160,10 +160,16 @@ enum Stage {
 pub(crate) struct Pending {
     pub(crate) subject: Subject,
     pub(crate) registers: Registers,
-    told: Vec<Told>,
-    next: usize,
-    stage: Stage,
+    /// In the order in which their hooks were armed.
+    told: Vec<(Told, Stage)>,
+    /// The verdicts, of which each is in its hook's place: they are put together when all are there.
+    given: Vec<Option<Verdict>>,
+    /// What was decided, where that is known already.
+    decided: Option<Conclusion>,
 }
+
+/// What is done, and by whose wish.
+pub(crate) type Conclusion = Decision<Arc<Armed>>;
 
 /// Steps that are being made.
 #[derive(Clone, Debug)]
@@ -175,172 +181,211 @@ pub(crate) struct Stepping {
 /// How far it came.
 #[derive(Debug)]
 pub(crate) enum Progress {
-    /// All were told, and this is what is done; by whose wish, where it is somebody's.
-    Concluded(Verdict, Option<Arc<Armed>>),
+    /// All were told, and this is what is done.
+    Concluded(Conclusion),
     /// The VMM wants its thread.
     Interrupted,
 }
 
+/// What a vCPU has to wait for.
+enum Wait {
+    Nothing,
+    Room(Arc<Session>),
+    Verdict(Arc<Session>, u64),
+}
+
 impl Pending {
+    /// `told` are those whose filters have let it through.
     pub(crate) fn new(subject: Subject, registers: Registers, told: Vec<Told>) -> Self {
-        for told in &told {
-            told.armed.occurred.fetch_add(1, Ordering::Relaxed);
-        }
+        let untold = |told| (told, Stage::Untold { since: None });
         Self {
             subject,
             registers,
-            told,
-            next: 0,
-            stage: Stage::Tell { since: None },
+            given: vec![None; told.len()],
+            told: told.into_iter().map(untold).collect(),
+            decided: None,
         }
     }
 
-    /// Tells those who are still to be told. The first verdict that is not "continue" decides.
+    /// An event of which all is decided and nothing done yet.
+    pub(crate) fn decided(subject: Subject, registers: Registers, conclusion: Conclusion) -> Self {
+        Self {
+            decided: Some(conclusion),
+            ..Self::new(subject, registers, Vec::new())
+        }
+    }
+
+    /// Tells those who are still to be told, and waits until each verdict is there. Hooks of one monitor are told one after the
+    /// other, several monitors at the same time: the guest waits for the slowest, not for all in turn.
     pub(crate) fn advance(&mut self, agent: &'static Agent, vcpu: &Vcpu, own: &mut Own) -> Progress {
-        while let Some(told) = self.told.get(self.next).cloned() {
-            let step = match &mut self.stage {
-                Stage::Tell { since } => {
-                    let since = *since.get_or_insert_with(Instant::now);
-                    self.tell(agent, vcpu, own, &told, since)
+        loop {
+            match self.turn(agent, vcpu, own) {
+                Wait::Nothing => return Progress::Concluded(self.conclude()),
+                Wait::Room(session) => {
+                    if let Some(ring) = ring(agent, vcpu, own, &session) {
+                        ring.sleep_for_room(&session.shared, LOOK);
+                    }
                 }
-                Stage::Await {
-                    session,
-                    sequence,
-                    deadline,
-                } => {
-                    let (session, sequence, deadline) = (Arc::clone(session), *sequence, *deadline);
-                    wait(agent, vcpu, own, &told, &session, sequence, deadline)
+                Wait::Verdict(session, sequence) => {
+                    if let Some(area) = session.shared.area(vcpu.index) {
+                        area.wait_for_answer(sequence, &mut own.spin, LOOK);
+                    }
                 }
-            };
-            match step {
-                Step::Stay if vcpu.is_interrupted() => return Progress::Interrupted,
-                Step::Stay => {}
-                Step::Await(stage) => self.stage = stage,
-                Step::Given(Verdict::Continue) => {
-                    self.next += 1;
-                    self.stage = Stage::Tell { since: None };
-                }
-                Step::Given(verdict) => return Progress::Concluded(verdict, Some(told.armed)),
+            }
+            if vcpu.is_interrupted() {
+                return Progress::Interrupted;
             }
         }
-        Progress::Concluded(Verdict::Continue, None)
     }
 
-    fn tell(&self, agent: &Agent, vcpu: &Vcpu, own: &mut Own, told: &Told, since: Instant) -> Step {
-        let armed = &told.armed;
-        let go_on = Step::Given(Verdict::Continue);
-        if armed.is_removed() {
-            return go_on;
-        }
-        let (held, patience) = match armed.hook.delivery {
-            Delivery::Counted => return go_on,
-            Delivery::Told { .. } => (false, ROOM),
-            Delivery::Held { deadline, .. } => (true, deadline),
-        };
-        let Some(session) = agent.session() else {
-            return go_on;
-        };
-        let ring = match &mut own.ring {
-            Some((id, ring)) if *id == session.id => ring,
-            other => &mut other.insert((session.id, Producer::new(vcpu.index))).1,
-        };
-        if !ring.has_room(&session.shared) {
-            let waits = !matches!(
-                armed.hook.delivery,
-                Delivery::Told {
-                    overflow: Overflow::Drop
+    /// Goes through all once, as far as that goes without waiting.
+    fn turn(&mut self, agent: &'static Agent, vcpu: &Vcpu, own: &mut Own) -> Wait {
+        let mut wait = Wait::Nothing;
+        // Monitors that are busy with an earlier hook.
+        let mut busy: Vec<u64> = Vec::new();
+        let (subject, registers) = (self.subject, self.registers);
+        for ((told, stage), given) in self.told.iter_mut().zip(&mut self.given) {
+            let session = &told.armed.session;
+            if busy.contains(&session.id) {
+                continue;
+            }
+            if let Stage::Untold { since } = stage {
+                let since = *since.get_or_insert_with(Instant::now);
+                match tell(agent, vcpu, own, told, &subject, &registers, since) {
+                    Some(next) => *stage = next,
+                    None => {
+                        busy.push(session.id);
+                        if matches!(wait, Wait::Nothing) {
+                            wait = Wait::Room(Arc::clone(session));
+                        }
+                    }
                 }
-            );
-            if waits && since.elapsed() < patience {
-                ring.sleep_for_room(&session.shared, LOOK);
-                return Step::Stay;
             }
-            armed.dropped.fetch_add(1, Ordering::Relaxed);
-            if let Some(area) = session.shared.area(vcpu.index) {
-                area.dropped().fetch_add(1, Ordering::Relaxed);
+            if let Stage::Waits { sequence, deadline } = *stage {
+                match look(agent, vcpu, told, sequence, deadline) {
+                    Some(verdict) => {
+                        *given = Some(verdict);
+                        *stage = Stage::Done;
+                    }
+                    None => {
+                        busy.push(session.id);
+                        if !matches!(wait, Wait::Verdict(..)) {
+                            wait = Wait::Verdict(Arc::clone(session), sequence);
+                        }
+                    }
+                }
             }
-            if held {
-                agent.expired(armed);
+        }
+        wait
+    }
+
+    fn conclude(&mut self) -> Conclusion {
+        let mut conclusion = self.decided.take().unwrap_or_default();
+        for ((told, _), given) in self.told.iter().zip(&mut self.given) {
+            if let Some(verdict) = given.take() {
+                conclusion.add(verdict, Arc::clone(&told.armed));
             }
-            return go_on;
         }
-        let sequence = session.sequence.fetch_add(1, Ordering::Relaxed);
-        let event = Event {
-            sequence,
-            time: SystemTime::now(),
-            vcpu: vcpu.index,
-            hook: armed.id,
-            cr3: self.registers.cr3,
-            detail: self.subject.detail(told),
-            held,
-        };
-        let (Some(record), Some(area)) = (
-            Record::new(&event, &self.registers),
-            session.shared.area(vcpu.index),
-        ) else {
-            return go_on;
-        };
-        if held {
-            area.open_event(sequence);
-        }
-        ring.push(&session.shared, &record);
-        armed.told.fetch_add(1, Ordering::Relaxed);
-        if !held {
-            return go_on;
-        }
-        let deadline = Instant::now() + patience;
-        Step::Await(Stage::Await {
-            session,
-            sequence,
-            deadline,
-        })
+        conclusion
     }
 }
 
-enum Step {
-    Stay,
-    Await(Stage),
-    Given(Verdict),
+/// The vCPU's end of its ring to a monitor.
+fn ring<'o>(agent: &Agent, vcpu: &Vcpu, own: &'o mut Own, session: &Session) -> Option<&'o mut Producer> {
+    if !own.rings.iter().any(|(id, _)| *id == session.id) {
+        // Those of monitors that are gone go, too.
+        let alive = agent.sessions();
+        own.rings.retain(|(id, _)| alive.iter().any(|s| s.id == *id));
+        own.rings.push((session.id, Producer::new(vcpu.index)));
+    }
+    let mut rings = own.rings.iter_mut();
+    rings.find(|(id, _)| *id == session.id).map(|(_, ring)| ring)
 }
 
-fn wait(
-    agent: &'static Agent,
+/// Tells one; `None` where there is no room yet.
+fn tell(
+    agent: &Agent,
     vcpu: &Vcpu,
     own: &mut Own,
     told: &Told,
-    session: &Arc<Session>,
-    sequence: u64,
-    deadline: Instant,
-) -> Step {
+    subject: &Subject,
+    registers: &Registers,
+    since: Instant,
+) -> Option<Stage> {
     let armed = &told.armed;
-    let Some(area) = session.shared.area(vcpu.index) else {
-        return Step::Given(Verdict::Continue);
+    let session = &armed.session;
+    if armed.is_removed() || session.is_over() {
+        return Some(Stage::Done);
+    }
+    let (held, waits, patience) = match armed.hook.delivery {
+        Delivery::Counted => return Some(Stage::Done),
+        Delivery::Told { overflow } => (false, overflow == Overflow::Block, ROOM),
+        Delivery::Held { deadline, .. } => (true, true, deadline),
+    };
+    let area = session.shared.area(vcpu.index);
+    let Some((area, ring)) = area.zip(ring(agent, vcpu, own, session)) else {
+        return Some(Stage::Done);
+    };
+    if !ring.has_room(&session.shared) {
+        if waits && since.elapsed() < patience {
+            return None;
+        }
+        armed.dropped.fetch_add(1, Ordering::Relaxed);
+        area.dropped().fetch_add(1, Ordering::Relaxed);
+        if waits {
+            agent.expired(armed);
+        }
+        return Some(Stage::Done);
+    }
+    let sequence = session.sequence.fetch_add(1, Ordering::Relaxed);
+    let event = Event {
+        sequence,
+        time: SystemTime::now(),
+        vcpu: vcpu.index,
+        hook: armed.id,
+        cr3: registers.cr3,
+        detail: subject.detail(told),
+        held,
+    };
+    let Some(record) = Record::new(&event, registers) else {
+        return Some(Stage::Done);
+    };
+    if held {
+        area.open_event(sequence);
+    }
+    ring.push(&session.shared, &record);
+    armed.told.fetch_add(1, Ordering::Relaxed);
+    let deadline = Instant::now() + patience;
+    Some(match held {
+        true => Stage::Waits { sequence, deadline },
+        false => Stage::Done,
+    })
+}
+
+/// The verdict on an event that was told, if it is there or does not come any more.
+fn look(agent: &Agent, vcpu: &Vcpu, told: &Told, sequence: u64, deadline: Instant) -> Option<Verdict> {
+    let armed = &told.armed;
+    let Some(area) = armed.session.shared.area(vcpu.index) else {
+        return Some(Verdict::Continue);
     };
     let given = match area.answer_to(sequence) {
         Answer::Verdict(verdict) => {
             if verdict.is_none() {
-                agent.notice(
-                    Some(armed.id),
-                    "a verdict that makes no sense came; the guest went on",
-                );
+                armed.notice("a verdict that makes no sense came; the guest went on");
             }
             verdict.unwrap_or_default()
         }
         // Looked at after the answer: who answers and then takes the hook out has answered.
-        Answer::NotYet if armed.is_removed() || session.is_over() => Verdict::Continue,
+        Answer::NotYet if armed.is_removed() || armed.session.is_over() => Verdict::Continue,
+        Answer::NotYet if Instant::now() < deadline => return None,
         Answer::NotYet => {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                area.close_event();
-                agent.expired(armed);
-                return Step::Given(Verdict::Continue);
-            }
-            area.wait_for_answer(sequence, &mut own.spin, left.min(LOOK));
-            return Step::Stay;
+            area.close_event();
+            agent.expired(armed);
+            return Some(Verdict::Continue);
         }
     };
     area.close_event();
-    Step::Given(given)
+    Some(given)
 }
 
 /// What the end of a deadline means for a hook.

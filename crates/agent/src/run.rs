@@ -39,7 +39,7 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
                 Over::Done { executed } => {
                     own.over = None;
                     if executed {
-                        count_step(vcpu, own);
+                        count_step(agent, vcpu, own);
                     }
                     continue;
                 }
@@ -116,7 +116,7 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
     if own.debug != wanted {
         match wanted.apply(vcpu, agent.kernel.block_interrupts) {
             Ok(()) => own.debug = wanted,
-            Err(error) => agent.notice(None, format!("vCPU {} cannot be debugged: {error}", vcpu.index)),
+            Err(error) => agent.tell_all(&format!("vCPU {} cannot be debugged: {error}", vcpu.index)),
         }
     }
     own.stepped = if own.debug.step { before(agent, vcpu) } else { None };

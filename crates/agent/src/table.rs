@@ -4,17 +4,21 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vmsight_channel::Counts;
-use vmsight_hooks::{Access, Hook, HookId};
+use vmsight_hooks::{Access, Counts, Hook, HookId, Sieve};
 
 use crate::filter::Filter;
+use crate::session::Session;
 use crate::slots::{Protection, Slot};
 
 /// A hook that is armed, with what became of it.
 #[derive(Debug)]
 pub(crate) struct Armed {
     pub(crate) id: HookId,
+    /// Whose it is.
+    pub(crate) session: Arc<Session>,
     pub(crate) hook: Hook,
+    /// Its filter.
+    pub(crate) sieve: Sieve,
     /// Set when it is taken out: who waits with an event of it waits no longer.
     pub(crate) removed: AtomicBool,
     pub(crate) occurred: AtomicU64,
@@ -24,9 +28,11 @@ pub(crate) struct Armed {
 }
 
 impl Armed {
-    pub(crate) fn new(id: HookId, hook: Hook) -> Self {
+    pub(crate) fn new(id: HookId, session: Arc<Session>, hook: Hook) -> Self {
         Self {
             id,
+            session,
+            sieve: Sieve::new(hook.filter.clone()),
             hook,
             removed: AtomicBool::new(false),
             occurred: AtomicU64::new(0),
@@ -36,18 +42,26 @@ impl Armed {
         }
     }
 
+    /// Tells its monitor about it.
+    pub(crate) fn notice(&self, text: impl Into<String>) {
+        self.session.notice(Some(self.id), text);
+    }
+
     pub(crate) fn is_removed(&self) -> bool {
         self.removed.load(Ordering::Acquire)
     }
 
     pub(crate) fn counts(&self) -> Counts {
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
-        Counts {
+        let mut counts = Counts {
             occurred: get(&self.occurred),
             told: get(&self.told),
             dropped: get(&self.dropped),
             expired: get(&self.expired),
-        }
+            ..Counts::default()
+        };
+        self.sieve.count(&mut counts);
+        counts
     }
 }
 

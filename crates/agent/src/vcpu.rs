@@ -67,8 +67,8 @@ pub(crate) struct Own {
     pub(crate) stepped: Option<(Registers, Option<Decoded>)>,
     /// What KVM was told last.
     pub(crate) debug: Applied,
-    /// Its end of the ring of the monitor with this number.
-    pub(crate) ring: Option<(u64, Producer)>,
+    /// Its ends of the rings, by the number of the monitor.
+    pub(crate) rings: Vec<(u64, Producer)>,
     pub(crate) spin: Spin,
     /// The last step hook that was begun.
     pub(crate) last_step: u32,

@@ -22,7 +22,7 @@ mod wait;
 
 pub use error::ChannelError;
 pub use frame::{MAX_REPLY, MAX_REQUEST, read, write};
-pub use message::{Counts, Refusal, Reply, Request, VERSION};
+pub use message::{Refusal, Reply, Request, VERSION};
 pub use record::{RECORD_WORDS, Record};
 pub use ring::{Consumer, Producer};
 pub use shared::{Area, MAX_VCPUS, RING_ENTRIES, Shared};

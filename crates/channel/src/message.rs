@@ -1,10 +1,10 @@
 //! What is said over the socket.
 
 use serde::{Deserialize, Serialize};
-use vmsight_hooks::{BackendKind, Capability, Feature, Hook, HookId};
+use vmsight_hooks::{BackendKind, Capability, Counts, Feature, Hook, HookId, Tallied};
 
 /// The version of the whole: messages, records, the layout of the shared memory. Both sides must have the same one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What a monitor asks.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -30,6 +30,11 @@ pub enum Request {
     /// What became of a hook's occurrences.
     Counts {
         /// Which.
+        id: HookId,
+    },
+    /// What a hook's filter counted by key.
+    Tally {
+        /// Which hook.
         id: HookId,
     },
     /// Lets a VM go on that a verdict or the end of a monitor has paused.
@@ -67,6 +72,8 @@ pub enum Reply {
     },
     /// To [`Request::Counts`].
     Counts(Counts),
+    /// To [`Request::Tally`].
+    Tally(Tallied),
     /// To [`Request::Disarm`], [`Request::Resume`] and [`Request::Bye`].
     Done,
     /// It was not done.
@@ -106,17 +113,4 @@ pub enum Refusal {
         /// What, and why.
         why: String,
     },
-}
-
-/// What became of a hook's occurrences.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct Counts {
-    /// How often it happened, in its scope.
-    pub occurred: u64,
-    /// Events that were told, held or not.
-    pub told: u64,
-    /// Events for which there was no room.
-    pub dropped: u64,
-    /// Events for which no verdict came in time.
-    pub expired: u64,
 }

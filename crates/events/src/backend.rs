@@ -4,7 +4,9 @@ use std::fmt;
 use std::time::Instant;
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Feature, Hook, HookId, Verdict};
+use vmsight_hooks::{
+    BackendKind, Capability, Counts, Delivery, Event, Feature, Hook, HookId, Tallied, Verdict,
+};
 
 use crate::EventError;
 
@@ -83,22 +85,15 @@ pub trait Backend: Send + Sync + fmt::Debug {
         })
     }
 
-    /// Events of a hook that were lost because nobody fetched them in time, and occurrences it counted.
+    /// What became of a hook's occurrences.
     ///
     /// # Errors
     /// Where the VM could not be reached.
     fn counts(&self, id: HookId) -> Result<Counts, EventError>;
-}
 
-/// What became of a hook's occurrences.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Counts {
-    /// How often it happened, in its scope.
-    pub occurred: u64,
-    /// Events that were told, held or not.
-    pub told: u64,
-    /// Events for which there was no room.
-    pub dropped: u64,
-    /// Events for which no verdict came in time.
-    pub expired: u64,
+    /// What a hook's filter counted by key; nothing where it was to count nothing, or is not armed.
+    ///
+    /// # Errors
+    /// Where the VM could not be reached.
+    fn tally(&self, id: HookId) -> Result<Tallied, EventError>;
 }

@@ -17,8 +17,9 @@ mod open;
 mod survey;
 
 pub use armed::Armed;
-pub use backend::{Backend, Counts};
+pub use backend::Backend;
 pub use error::EventError;
 pub use monitor::{HookGuard, Monitor, Occurrence};
 pub use open::{OpenOptions, open};
 pub use survey::{Survey, survey};
+pub use vmsight_hooks::Counts;

@@ -6,9 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Hook, HookId, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Counts, Delivery, Event, Hook, HookId, Tallied, Verdict};
 
-use crate::backend::Counts;
 use crate::{Backend, EventError};
 
 type Callback = Arc<Mutex<dyn FnMut(&Occurrence) -> Verdict + Send>>;
@@ -50,7 +49,7 @@ impl Monitor {
     /// # Errors
     /// Where it makes no sense, or cannot be armed here.
     pub fn hook(&self, hook: &Hook) -> Result<HookGuard, EventError> {
-        hook.kind.validate()?;
+        hook.validate()?;
         let id = self.inner.backend.arm(hook)?;
         Ok(HookGuard {
             monitor: self.clone(),
@@ -68,7 +67,7 @@ impl Monitor {
         hook: &Hook,
         callback: impl FnMut(&Occurrence) -> Verdict + Send + 'static,
     ) -> Result<HookGuard, EventError> {
-        hook.kind.validate()?;
+        hook.validate()?;
         // Held over the arming: the first event may come before its id is known here, to another thread.
         let mut callbacks = self.callbacks();
         let id = self.inner.backend.arm(hook)?;
@@ -199,6 +198,14 @@ impl HookGuard {
     /// Where the VM could not be reached.
     pub fn counts(&self) -> Result<Counts, EventError> {
         self.monitor.inner.backend.counts(self.id)
+    }
+
+    /// What its filter counted by key: nothing where it was to count nothing.
+    ///
+    /// # Errors
+    /// Where the VM could not be reached.
+    pub fn tally(&self) -> Result<Tallied, EventError> {
+        self.monitor.inner.backend.tally(self.id)
     }
 }
 

@@ -25,6 +25,33 @@ impl BackendKind {
             Self::AgentKvm => "agent-kvm",
         }
     }
+
+    /// Where the filters of its hooks are evaluated.
+    pub const fn filters(self) -> FilterPlace {
+        match self {
+            Self::GdbStub => FilterPlace::Monitor,
+            _ => FilterPlace::Vmm,
+        }
+    }
+}
+
+/// Where filters are evaluated. The results are the same; the cost is not.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FilterPlace {
+    /// Where the event happens: what nobody wants costs the guest an exit, and no more.
+    Vmm,
+    /// After the event has been brought to the monitor, as if there were none.
+    Monitor,
+}
+
+impl fmt::Display for FilterPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Vmm => "vmm",
+            Self::Monitor => "monitor",
+        })
+    }
 }
 
 impl fmt::Display for BackendKind {

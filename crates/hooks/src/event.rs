@@ -123,3 +123,32 @@ pub struct Event {
     /// Whether the vCPU waits for a verdict.
     pub held: bool,
 }
+
+/// What became of a hook's occurrences.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Counts {
+    /// How often it happened, in its scope.
+    pub occurred: u64,
+    /// Of those: put away by the filter.
+    #[serde(default)]
+    pub filtered: u64,
+    /// Of those: let through because the filter's condition was unknown.
+    #[serde(default)]
+    pub undecided: u64,
+    /// Of those: above the rate.
+    #[serde(default)]
+    pub limited: u64,
+    /// Events that were told, held or not.
+    pub told: u64,
+    /// Events for which there was no room.
+    pub dropped: u64,
+    /// Events for which no verdict came in time.
+    pub expired: u64,
+}
+
+impl Counts {
+    /// How often it happened and was wanted, or may have been: what is left after the filter's condition.
+    pub const fn matched(&self) -> u64 {
+        self.occurred.saturating_sub(self.filtered)
+    }
+}

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use vmsight_arch::{Dtb, Gpa, Gva};
 
 use crate::capability::Feature;
+use crate::filter::{Filter, FilterError};
 
 /// Most bytes that one memory hook covers: 1 GiB.
 pub const MAX_RANGE: u64 = 1 << 30;
@@ -423,6 +424,9 @@ pub struct Hook {
     /// How it is told.
     #[serde(default)]
     pub delivery: Delivery,
+    /// Which of its occurrences are.
+    #[serde(default, skip_serializing_if = "Filter::is_none")]
+    pub filter: Filter,
 }
 
 impl Hook {
@@ -435,6 +439,7 @@ impl Hook {
                 deadline: Duration::from_secs(1),
                 expiry: Expiry::Open,
             },
+            filter: Filter::none(),
         }
     }
 
@@ -463,6 +468,27 @@ impl Hook {
     pub const fn delivered(mut self, delivery: Delivery) -> Self {
         self.delivery = delivery;
         self
+    }
+
+    /// The same, with only some of its events.
+    #[must_use]
+    pub fn filtered(mut self, filter: Filter) -> Self {
+        self.filter = filter;
+        self
+    }
+
+    /// Whether it makes sense at all, whoever is to arm it.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn validate(&self) -> Result<(), HookError> {
+        self.kind.validate()?;
+        self.filter.validate()?;
+        // An event above the rate happens. Who holds events wants to decide on each.
+        if self.filter.rate().is_some() && !matches!(self.delivery, Delivery::Told { .. }) {
+            return Err(HookError::RateOfNothingTold);
+        }
+        Ok(())
     }
 }
 
@@ -512,6 +538,12 @@ pub enum HookError {
         /// Its name.
         register: String,
     },
+    /// A limit of events where events are held, or not told at all.
+    #[error("a rate is only for events that are told, not held or counted")]
+    RateOfNothingTold,
+    /// The filter cannot be.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
 }
 
 #[cfg(test)]

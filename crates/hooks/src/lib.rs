@@ -3,7 +3,7 @@
 //!
 //! A [`Hook`] is what a monitor asks to be told of. A backend (QEMU's gdb stub, the agent in the VMM) arms it and, when it
 //! happens, holds the vCPU and hands out an [`Event`]. Exactly one [`Verdict`] is given to each event that is held, and
-//! applied once. What a backend can do is asked of it: see [`Capability`].
+//! applied once. What a backend can do is asked of it: see [`Capability`]. A [`Filter`] says which events are wanted at all.
 //!
 //! This crate holds no machinery. It is linked into the VMM's process with the agent, so it depends on little.
 
@@ -11,13 +11,19 @@
 
 mod capability;
 mod event;
+mod filter;
 mod hook;
 mod verdict;
 
-pub use capability::{BackendKind, Capability, Feature};
-pub use event::{Detail, Event, Sequence};
+pub use capability::{BackendKind, Capability, Feature, FilterPlace};
+pub use event::{Counts, Detail, Event, Sequence};
+pub use filter::{
+    Arithmetic, Bucket, Buckets, Comparison, Condition, Field, Filter, FilterError, FilterMemory,
+    MOST_BUCKETS, MOST_BYTES, MOST_INSTRUCTIONS, MOST_READS, MOST_VALUES, Moment, Passage, Program, Rate,
+    Sieve, Tallied, Tally, TextMatch, Truth, Value,
+};
 pub use hook::{
     Access, ControlRegister, Delivery, Expiry, Hook, HookError, HookId, HookKind, MAX_RANGE, Overflow, Range,
     Scope, Vectors,
 };
-pub use verdict::{Exception, Register, Verdict, VerdictKind};
+pub use verdict::{Decision, Exception, Register, Verdict, VerdictKind};

@@ -184,9 +184,134 @@ impl Verdict {
     }
 }
 
+impl VerdictKind {
+    /// How strict it is, against others on the same event. What keeps the event from happening comes before what changes it, and
+    /// that before what only looks at it.
+    const fn strictness(self) -> u8 {
+        match self {
+            Self::Continue | Self::Remove | Self::Pause => 0,
+            Self::Step => 1,
+            Self::SetRegisters => 2,
+            Self::SetData => 3,
+            Self::Skip => 4,
+            Self::Return => 5,
+            Self::Inject => 6,
+            Self::Deny => 7,
+        }
+    }
+}
+
+/// What is done about an event on which several hooks, of one monitor or of several, gave a verdict.
+///
+/// The strictest is applied, whole, and no other one: deny, inject, return, skip, data, registers, step, continue, in this order.
+/// Of two of a kind the one of the hook that was armed first is applied. "Pause" and "remove" do not compete: the VM is
+/// paused if one verdict says so, and the strictest of the others is applied when it is resumed; hooks whose verdict is "remove"
+/// are out, and the event goes on as the others say.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Decision<T> {
+    /// What is applied: never "pause" or "remove".
+    pub verdict: Verdict,
+    /// Whose it is, where it is somebody's.
+    pub by: Option<T>,
+    /// Whether the VM is paused first.
+    pub pause: bool,
+    /// Whose hooks are taken out.
+    pub removed: Vec<T>,
+    /// Whose verdicts are not applied, for a stricter one's sake.
+    pub overruled: Vec<(VerdictKind, T)>,
+}
+
+impl<T> Default for Decision<T> {
+    fn default() -> Self {
+        Self {
+            verdict: Verdict::Continue,
+            by: None,
+            pause: false,
+            removed: Vec::new(),
+            overruled: Vec::new(),
+        }
+    }
+}
+
+impl<T> Decision<T> {
+    /// Takes one more verdict in: in the order in which the hooks were armed.
+    pub fn add(&mut self, verdict: Verdict, by: T) {
+        match verdict {
+            Verdict::Continue => {}
+            Verdict::Pause => self.pause = true,
+            Verdict::Remove => self.removed.push(by),
+            stricter if stricter.kind().strictness() > self.verdict.kind().strictness() => {
+                let old = std::mem::replace(&mut self.verdict, stricter);
+                if let Some(whose) = self.by.replace(by) {
+                    self.overruled.push((old.kind(), whose));
+                }
+            }
+            other => self.overruled.push((other.kind(), by)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn decided(verdicts: &[Verdict]) -> Decision<usize> {
+        let mut decision = Decision::default();
+        for (i, verdict) in verdicts.iter().enumerate() {
+            decision.add(verdict.clone(), i);
+        }
+        decision
+    }
+
+    #[test]
+    fn the_strictest_verdict_is_applied_whoever_gives_it() {
+        let from_mild = [
+            Verdict::Continue,
+            Verdict::Step(1),
+            Verdict::SetRegisters(vec![]),
+            Verdict::SetData(1),
+            Verdict::Skip,
+            Verdict::Return(1),
+            Verdict::Inject(Exception::GENERAL_PROTECTION),
+            Verdict::Deny,
+        ];
+        for (i, mild) in from_mild.iter().enumerate() {
+            for strict in from_mild.iter().skip(i + 1) {
+                for pair in [[mild.clone(), strict.clone()], [strict.clone(), mild.clone()]] {
+                    let decision = decided(&pair);
+                    assert_eq!(&decision.verdict, strict, "{pair:?}");
+                    let overruled: Vec<_> = decision.overruled.iter().map(|(kind, _)| *kind).collect();
+                    let expected: Vec<_> = (i > 0).then(|| mild.kind()).into_iter().collect();
+                    assert_eq!(overruled, expected, "{pair:?}");
+                }
+            }
+        }
+        let nothing = decided(&[Verdict::Continue, Verdict::Continue]);
+        assert_eq!(nothing, Decision::default());
+    }
+
+    #[test]
+    fn of_two_of_a_kind_the_first_counts_and_pauses_and_removals_do_not_compete() {
+        let decision = decided(&[
+            Verdict::SetData(1),
+            Verdict::Pause,
+            Verdict::Remove,
+            Verdict::SetData(2),
+        ]);
+        let expected = Decision {
+            verdict: Verdict::SetData(1),
+            by: Some(0),
+            pause: true,
+            removed: vec![2],
+            overruled: vec![(VerdictKind::SetData, 3)],
+        };
+        assert_eq!(decision, expected);
+        let denied = decided(&[Verdict::Pause, Verdict::Deny]);
+        assert!(
+            denied.pause && denied.verdict == Verdict::Deny,
+            "denied when it is resumed"
+        );
+    }
 
     #[test]
     fn registers_have_the_names_of_their_encoding() {

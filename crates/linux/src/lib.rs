@@ -33,4 +33,6 @@ pub use kernel::Kernel;
 pub use listing::{Listing, Problem};
 pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
-pub use task::{Cgroup, Current, CurrentReader, Process, ProcessFields, Thread, TreeNode, process_tree};
+pub use task::{
+    Cgroup, Current, CurrentReader, PidChain, Process, ProcessFields, Thread, TreeNode, process_tree,
+};

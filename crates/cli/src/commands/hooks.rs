@@ -17,7 +17,8 @@ Backends:
 
 The guest is not stopped for this. A stub that a debugger holds is found out when it is opened. Verdicts are what can be done at an
 event: continue; skip the instruction; deny it (a write is undone or dropped); return from the function at once; change registers or
-data; pause the VM; step; remove the hook.")]
+data; pause the VM; step; remove the hook. FILTERS says where it is decided which events are wanted (--pid, --syscalls NAME): in the
+VMM, where they happen, or in this process, to which each is brought first.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,
@@ -26,7 +27,15 @@ pub(crate) struct Cmd {
     all: bool,
 }
 
-const COLUMNS: &[&str] = &["hook", "backend", "available", "mechanism", "verdicts", "limits"];
+const COLUMNS: &[&str] = &[
+    "hook",
+    "backend",
+    "available",
+    "mechanism",
+    "verdicts",
+    "filters",
+    "limits",
+];
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
@@ -53,6 +62,7 @@ impl Cmd {
                 row.insert("available".into(), survey.obstacle.is_none().into());
                 row.insert("mechanism".into(), capability.mechanism.clone().into());
                 row.insert("verdicts".into(), verdicts.join(" ").into());
+                row.insert("filters".into(), survey.backend.filters().to_string().into());
                 let limits = &capability.limits;
                 let limits = (!limits.is_empty()).then(|| limits.clone());
                 row.insert("limits".into(), limits.map_or(Value::Null, Value::from));

@@ -16,11 +16,11 @@ use std::time::Instant;
 use vmsight_arch::Registers;
 use vmsight_channel::{Reply, Request, VerdictWords};
 use vmsight_hooks::{
-    BackendKind, Capability, Detail, Event, Feature, Hook, HookId, HookKind, Verdict, VerdictKind,
+    BackendKind, Capability, Counts, Detail, Event, Feature, Hook, HookId, HookKind, Tallied, Verdict,
+    VerdictKind,
 };
 use vmsight_target::Target;
 
-use crate::backend::Counts;
 use crate::{Backend, EventError};
 use events::Events;
 use link::Link;
@@ -40,7 +40,7 @@ impl AgentBackend {
     /// Connects to the agent that listens at `socket`.
     ///
     /// # Errors
-    /// [`EventError::Busy`] where another monitor is connected; others where nobody listens there, or somebody who may not.
+    /// [`EventError::Busy`] where too many monitors are connected; others where nobody listens there, or somebody who may not.
     pub fn open(socket: &Path) -> Result<Self, EventError> {
         let (link, shared, hello) = Link::open(socket)?;
         let capabilities = match link.ask(&Request::Capabilities)? {
@@ -219,12 +219,14 @@ impl Backend for AgentBackend {
 
     fn counts(&self, id: HookId) -> Result<Counts, EventError> {
         match self.link.ask(&Request::Counts { id })? {
-            Reply::Counts(counts) => Ok(Counts {
-                occurred: counts.occurred,
-                told: counts.told,
-                dropped: counts.dropped,
-                expired: counts.expired,
-            }),
+            Reply::Counts(counts) => Ok(counts),
+            other => Err(self.link.surprised(&other)),
+        }
+    }
+
+    fn tally(&self, id: HookId) -> Result<Tallied, EventError> {
+        match self.link.ask(&Request::Tally { id })? {
+            Reply::Tally(tallied) => Ok(tallied),
             other => Err(self.link.surprised(&other)),
         }
     }

@@ -8,13 +8,13 @@ use gdbstub::common::Tid;
 use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Gva, Registers};
 use vmsight_hooks::{
-    Access, BackendKind, Capability, Detail, Event, Hook, HookId, HookKind, Range, Register, Verdict,
+    Access, BackendKind, Capability, Counts, Detail, Event, Hook, HookId, HookKind, Range, Register, Tallied,
+    Verdict,
 };
 use vmsight_memory::{AddressSpace, GuestMemory};
 
 use super::debuggee::{Action, Debuggee, Why};
 use super::points::{Point, Watch};
-use crate::backend::Counts;
 use crate::{Backend, EventError, Monitor};
 
 /// The vCPU that sleeps: it is not stepped.
@@ -131,6 +131,10 @@ impl Backend for Fake {
 
     fn counts(&self, _id: HookId) -> Result<Counts, EventError> {
         Ok(Counts::default())
+    }
+
+    fn tally(&self, _id: HookId) -> Result<Tallied, EventError> {
+        Ok(Tallied::default())
     }
 }
 

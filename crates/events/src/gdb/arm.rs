@@ -1,5 +1,7 @@
 //! Hooks come and go.
 
+use std::sync::Arc;
+
 use vmsight_arch::Gva;
 use vmsight_arch::paging::PagingMode;
 use vmsight_hooks::{BackendKind, Delivery, Detail, Hook, HookId, HookKind, Scope};
@@ -66,6 +68,7 @@ impl Worker {
             HookKind::Step { vcpu, count } => Some((vcpu, count)),
             _ => None,
         };
+        self.queue.know(id, Arc::clone(&armed.sieve));
         self.table.hooks.insert(id, armed);
         if let Some((vcpu, count)) = step {
             let mut occasion = Occasion::new(self.debug.registers(vcpu).map_err(of_stub)?);
@@ -117,6 +120,7 @@ impl Worker {
                 rip: Gva(occasion.registers.rip),
             },
             undo: None,
+            passed: false,
         });
         self.occasions.push_back(occasion);
         Ok(id)

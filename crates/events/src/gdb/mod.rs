@@ -25,6 +25,7 @@
 
 mod arm;
 mod capability;
+mod filter;
 mod instruction;
 mod occasion;
 mod queue;
@@ -41,12 +42,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Delivery, Event, Hook, HookId, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Counts, Delivery, Event, Hook, HookId, Tallied, Verdict};
 use vmsight_memory::GuestMemory;
 use vmsight_target::gdb::{Accelerator, Debugger, GdbError, Waker};
 use vmsight_target::{Target, TargetError};
 
-use crate::backend::{Backend, Counts};
+use crate::backend::Backend;
 use crate::{EventError, Monitor};
 use queue::{End, Queue};
 use worker::{Command, Worker};
@@ -159,7 +160,7 @@ impl Backend for GdbBackend {
     }
 
     fn arm(&self, hook: &Hook) -> Result<HookId, EventError> {
-        hook.kind.validate()?;
+        hook.validate()?;
         let table = self.capabilities();
         for feature in hook.kind.features() {
             if !table.iter().any(|capability| capability.feature == feature) {
@@ -210,6 +211,10 @@ impl Backend for GdbBackend {
 
     fn counts(&self, id: HookId) -> Result<Counts, EventError> {
         Ok(self.queue.counts(id))
+    }
+
+    fn tally(&self, id: HookId) -> Result<Tallied, EventError> {
+        Ok(self.queue.tallied(id))
     }
 }
 

@@ -1,12 +1,14 @@
 //! Something happened at a vCPU: it is told, and verdicts are waited for.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmsight_arch::{Gva, Registers};
-use vmsight_hooks::{Delivery, Detail, Event, Expiry, HookId, Overflow, Sequence, Verdict};
+use vmsight_hooks::{Delivery, Detail, Event, Expiry, HookId, Moment, Overflow, Passage, Sequence, Verdict};
 use vmsight_target::gdb::{Accelerator, Cause, Stop, Waited};
 
+use super::filter::Standing;
 use super::of_stub;
 use super::watch::Hit;
 use super::worker::{LOOK, Worker};
@@ -35,6 +37,8 @@ pub(super) struct Tell {
     pub(super) hook: HookId,
     pub(super) detail: Detail,
     pub(super) undo: Option<Undo>,
+    /// Whether the hook's filter has let it through.
+    pub(super) passed: bool,
 }
 
 /// What a write that is done can be undone with.
@@ -101,6 +105,7 @@ impl Worker {
             hook,
             detail: Detail::Execute { rip: Gva(rip) },
             undo: None,
+            passed: false,
         }));
     }
 
@@ -165,6 +170,21 @@ impl Worker {
         if !scope.covers(registers.cr3) {
             return Ok(None);
         }
+        if !tell.passed && !armed.sieve.is_open() {
+            let moment = Moment {
+                registers,
+                detail: &tell.detail,
+            };
+            let memory = Standing {
+                memory: &self.memory,
+                stub: RefCell::new(&mut self.debug),
+            };
+            let passage = armed.sieve.pass(moment, &memory, Instant::now());
+            if passage != Passage::Wanted {
+                self.queue.count(id, |c| c.occurred += 1);
+                return Ok(None);
+            }
+        }
         let mut event = Event {
             sequence: 0,
             time: SystemTime::now(),
@@ -181,7 +201,7 @@ impl Worker {
                     self.queue.count(id, |c| c.occurred += 1);
                     self.queue.push(event);
                 } else if overflow == Overflow::Block {
-                    return Ok(Some(tell));
+                    return Ok(Some(Tell { passed: true, ..tell }));
                 } else {
                     self.queue.count(id, |c| {
                         c.occurred += 1;
@@ -247,6 +267,7 @@ impl Worker {
             hook,
             detail: Detail::Step { rip },
             undo: None,
+            passed: false,
         }));
         // A step does not look at breakpoints.
         if !occasion.steps.is_empty() {

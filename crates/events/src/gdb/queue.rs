@@ -1,14 +1,13 @@
 //! Between the thread that has the connection and those that fetch events.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use vmsight_hooks::{Event, HookId, Sequence};
+use vmsight_hooks::{Counts, Event, HookId, Sequence, Sieve, Tallied};
 use vmsight_target::gdb::Waker;
 
 use crate::EventError;
-use crate::backend::Counts;
 
 /// Most events that wait to be fetched.
 const CAPACITY: usize = 4096;
@@ -49,6 +48,8 @@ struct State {
     wakes: u64,
     end: Option<End>,
     counts: HashMap<HookId, Counts>,
+    /// The filters of the hooks, with what they counted.
+    sieves: HashMap<HookId, Arc<Sieve>>,
     last: Sequence,
     /// The other thread waits for room.
     waits: bool,
@@ -115,7 +116,11 @@ impl Queue {
 
     /// Takes out those of a hook that is not armed any more.
     pub(super) fn forget(&self, hook: HookId) {
-        self.state().events.retain(|event| event.hook != hook);
+        let mut state = self.state();
+        state.events.retain(|event| event.hook != hook);
+        if let Some(sieve) = state.sieves.remove(&hook) {
+            sieve.count(state.counts.entry(hook).or_default());
+        }
     }
 
     /// Takes out one event, where nobody has fetched it.
@@ -128,7 +133,23 @@ impl Queue {
     }
 
     pub(super) fn counts(&self, hook: HookId) -> Counts {
-        self.state().counts.get(&hook).copied().unwrap_or_default()
+        let state = self.state();
+        let mut counts = state.counts.get(&hook).copied().unwrap_or_default();
+        if let Some(sieve) = state.sieves.get(&hook) {
+            sieve.count(&mut counts);
+        }
+        counts
+    }
+
+    /// A hook is armed, with this filter.
+    pub(super) fn know(&self, hook: HookId, sieve: Arc<Sieve>) {
+        self.state().sieves.insert(hook, sieve);
+    }
+
+    /// What a hook's filter counted by key.
+    pub(super) fn tallied(&self, hook: HookId) -> Tallied {
+        let sieve = self.state().sieves.get(&hook).cloned();
+        sieve.map(|s| s.tallied()).unwrap_or_default()
     }
 
     /// The connection ended: nobody waits any more.

@@ -1,9 +1,10 @@
 //! The hooks that are armed, and the breakpoints they share.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use vmsight_arch::Dtb;
-use vmsight_hooks::{Access, Hook, HookId, HookKind, Range};
+use vmsight_hooks::{Access, Hook, HookId, HookKind, Range, Sieve};
 use vmsight_target::gdb::{Accelerator, Point};
 
 /// Most bytes of a memory hook whose old values are kept.
@@ -13,6 +14,8 @@ const MAX_KEPT: u64 = 64 * 1024;
 #[derive(Debug)]
 pub(super) struct Armed {
     pub(super) hook: Hook,
+    /// Its filter.
+    pub(super) sieve: Arc<Sieve>,
     /// What the memory of a memory hook held when it was last looked at.
     pub(super) before: Option<Kept>,
 }
@@ -124,7 +127,11 @@ impl Table {
 
 impl Armed {
     pub(super) fn new(hook: Hook) -> Self {
-        Self { hook, before: None }
+        Self {
+            sieve: Arc::new(Sieve::new(hook.filter.clone())),
+            hook,
+            before: None,
+        }
     }
 
     fn holds(&self) -> bool {

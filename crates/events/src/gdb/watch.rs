@@ -351,5 +351,6 @@ fn tell(
             done: true,
         },
         undo,
+        passed: false,
     }
 }

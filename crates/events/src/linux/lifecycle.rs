@@ -9,6 +9,7 @@ use vmsight_linux::text::{guest_array_text, guest_text};
 use vmsight_linux::{Current, CurrentReader, Kernel};
 
 use super::TraceError;
+use super::filter;
 use super::site::function;
 use super::whose::Whose;
 use crate::{Armed, Monitor, Occurrence};
@@ -154,9 +155,9 @@ impl LifecycleTrace {
     /// If the kernel has no such function, or the backend cannot hook execution.
     pub fn arm(&mut self, monitor: &Monitor, what: Lifecycle, delivery: Delivery) -> Result<(), TraceError> {
         let at = function(&self.kernel, what.functions())?;
-        Ok(self
-            .hooks
-            .arm(monitor, &Hook::execute(at).delivered(delivery), what)?)
+        let filter = filter::all(self.whose.condition(&self.current));
+        let hook = Hook::execute(at).delivered(delivery).filtered(filter);
+        Ok(self.hooks.arm(monitor, &hook, what)?)
     }
 
     /// Whether an event is of one of these hooks.

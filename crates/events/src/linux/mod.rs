@@ -5,6 +5,7 @@
 
 mod control;
 mod error;
+mod filter;
 mod guard;
 mod lifecycle;
 mod site;
@@ -13,6 +14,7 @@ mod whose;
 
 pub use control::{ControlRecord, ControlSite, ControlTrace, control_sites};
 pub use error::TraceError;
+pub use filter::current_pid;
 pub use guard::{Guard, Incident, Judgement, Rule, RuleError};
 pub use lifecycle::{Lifecycle, LifecycleRecord, LifecycleTrace};
 pub use site::{SyscallSite, syscall_sites};

@@ -1,7 +1,10 @@
 //! Whose doings are told.
 
 use rustc_hash::FxHashSet;
+use vmsight_hooks::Condition;
 use vmsight_linux::{Current, CurrentReader};
+
+use super::filter::current_pid;
 
 /// Most processes that are followed.
 const MAX_FOLLOWED: usize = 1 << 16;
@@ -21,6 +24,14 @@ impl Whose {
             pids: Some(pids.into_iter().collect()),
             follow,
         }
+    }
+
+    /// The same for a filter, where it does not change while it is looked at.
+    pub(super) fn condition(&self, reader: &CurrentReader) -> Option<Condition> {
+        let pids = self.pids.as_ref().filter(|_| !self.follow)?;
+        // As the four bytes that they are in the kernel.
+        let numbers = pids.iter().map(|pid| u64::from(pid.cast_unsigned()));
+        Some(current_pid(reader).is_one_of(numbers))
     }
 
     /// Whether somebody is one of them; where children are followed he becomes one if his parent is.

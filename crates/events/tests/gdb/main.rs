@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)] // what the tests share is test code too
 
 mod execute;
+mod filter;
 mod guest;
 mod life;
 mod machine;

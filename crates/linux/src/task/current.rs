@@ -70,7 +70,28 @@ impl Kernel {
     }
 }
 
+/// Where the pid of the process that runs on a CPU lies, as a chain of pointers: for a filter that is to find it without this kernel's
+/// types.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PidChain {
+    /// What is added to the GS base: the pointer to the `task_struct` is there.
+    pub variable: u64,
+    /// Where in it the process's id is (`tgid`, 4 bytes, in the root namespace).
+    pub tgid: u64,
+    /// Where in it the thread's id is (`pid`, 4 bytes, in the root namespace).
+    pub pid: u64,
+}
+
 impl CurrentReader {
+    /// Where the pid lies.
+    pub fn pid_chain(&self) -> PidChain {
+        PidChain {
+            variable: self.variable,
+            tgid: self.task.tgid.at(Gva(0)).0,
+            pid: self.task.pid.at(Gva(0)).0,
+        }
+    }
+
     /// The `task_struct` of the vCPU whose GS base in kernel mode is `gs_base` (after SWAPGS).
     ///
     /// # Errors

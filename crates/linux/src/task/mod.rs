@@ -23,7 +23,7 @@ pub(crate) mod user;
 pub(crate) mod walk;
 
 pub use cgroup::Cgroup;
-pub use current::{Current, CurrentReader};
+pub use current::{Current, CurrentReader, PidChain};
 pub use process::{Process, ProcessFields};
 pub use threads::Thread;
 pub use tree::{TreeNode, process_tree};

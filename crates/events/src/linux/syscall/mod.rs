@@ -15,11 +15,12 @@ pub use value::Value;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 use vmsight_arch::{Dtb, Gva, Registers};
-use vmsight_hooks::{Delivery, Hook, HookId};
+use vmsight_hooks::{Condition, Delivery, Hook, HookId, Register};
 use vmsight_linux::syscall::{Abi, Syscall, SyscallTable};
 use vmsight_linux::{CurrentReader, Kernel};
 
 use super::TraceError;
+use super::filter;
 use super::site::{SyscallSite, syscall_sites};
 use super::whose::Whose;
 use crate::{Armed, Monitor, Occurrence};
@@ -114,11 +115,30 @@ impl SyscallTrace {
                     Phase::Entry => site.entry,
                     Phase::Exit => site.exit,
                 };
-                let hook = Hook::execute(at).delivered(delivery);
+                let filter = filter::all(self.condition(*site, phase));
+                let hook = Hook::execute(at).delivered(delivery).filtered(filter);
                 self.hooks.arm(monitor, &hook, (*site, phase))?;
             }
         }
         Ok(())
+    }
+
+    /// What can be judged before an event is told. Of a return the number is not: what restarts a call changes it
+    /// (arch/x86/kernel/signal.c).
+    fn condition(&self, site: SyscallSite, phase: Phase) -> impl Iterator<Item = Condition> {
+        let table = match site.abi {
+            Abi::X64 => Some(&self.x64),
+            Abi::Ia32 => self.ia32.as_ref(),
+        };
+        let wanted = self.wanted.as_ref().filter(|_| phase == Phase::Entry).zip(table);
+        let numbers = wanted.map(|(names, table)| {
+            let numbers = table.iter().filter(|call| names.contains(&call.name));
+            let number = vmsight_hooks::Value::from(Register::RSP)
+                .plus(pt_regs::ORIG_AX as u64)
+                .load(4);
+            number.is_one_of(numbers.map(|call| u64::from(call.number)))
+        });
+        numbers.into_iter().chain(self.whose.condition(&self.current))
     }
 
     /// Whether an event is of one of these hooks.

@@ -1,11 +1,15 @@
 //! The tiny VMM, its guests, and the test's side of both.
 
+mod bare;
 mod guest;
 mod machine;
+mod scene;
 mod vmm;
 
-pub(crate) use guest::{GuestKind, PORT, RESULTS, WATCHED};
+pub(crate) use bare::Bare;
+pub(crate) use guest::{GuestKind, PORT, RESULTS, WATCHED, labels};
 pub(crate) use machine::{Machine, monitor_if_asked};
+pub(crate) use scene::Scene;
 pub(crate) use vmm::{SLOT, vmm_if_asked};
 
 /// Whether an INT3 in the guest comes out of it. QEMU's emulation of SVM does not intercept it, so under a KVM on an emulated

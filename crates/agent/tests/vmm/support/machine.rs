@@ -15,7 +15,7 @@ use super::guest::{CODE, DONE, END, GuestKind, RESULTS, START, WATCHED, code, la
 use super::vmm::MEMORY;
 
 /// How long a guest may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Machine {
     vmm: Child,
@@ -177,6 +177,16 @@ impl Machine {
     /// What all vCPUs counted.
     pub(crate) fn results(&self) -> [u64; 3] {
         [self.sum(0), self.sum(8), self.sum(16)]
+    }
+
+    /// How many calls one vCPU has begun, of a guest that makes them until it is told to end.
+    pub(crate) fn calls_of(&self, vcpu: u32) -> u64 {
+        self.word(RESULTS + 64 * u64::from(vcpu) + 24)
+    }
+
+    /// Where the agent listens.
+    pub(crate) fn socket(&self) -> PathBuf {
+        socket(self.folder.path())
     }
 
     pub(crate) fn calls(&self) -> u64 {

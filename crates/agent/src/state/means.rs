@@ -1,0 +1,177 @@
+//! By which means a hook can be armed.
+
+use vmsight_arch::Registers;
+use vmsight_hooks::{Access, Hook, HookKind, Range, Scope};
+
+use super::State;
+use crate::agent::Agent;
+use crate::guest::Guest;
+use crate::kvm;
+use crate::registers::from_kvm;
+use crate::slots::{PAGE, Slot};
+
+/// Most pages that are watched at a time.
+const MOST_PAGES: usize = 1 << 16;
+/// MSRs that cannot be written for the guest by the means that there are: KVM treats the host's writes of the time-stamp
+/// counter as a wish to synchronise it (Linux, arch/x86/kvm/x86.c, kvm_synchronize_tsc).
+const UNWRITABLE: [u32; 3] = [0x10, 0x3b, 0x6e0];
+
+/// By which means a hook is armed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Means {
+    /// Hardware breakpoint with this number.
+    Hardware(usize),
+    /// INT3 at this physical address.
+    Int3(u64),
+    /// Pages: physical address, length, virtual address.
+    Pages(Vec<(u64, u64, Option<u64>)>),
+    /// What needs no place.
+    Plain,
+}
+
+impl State {
+    /// Finds the means for a hook; why there are none otherwise.
+    pub(super) fn means(&self, agent: &Agent, hook: &Hook) -> Result<Means, String> {
+        match hook.kind {
+            HookKind::Execute { at } => self.breakpoint(agent, at.0, hook.scope),
+            HookKind::Memory { range, access } => {
+                let pages = self.pages(agent, range, hook.scope)?;
+                let slots: Vec<Slot> = self.slots.values().copied().collect();
+                let guest = Guest::new(&slots);
+                for (gpa, len, _) in &pages {
+                    let slot = guest
+                        .slot(*gpa, *len)
+                        .ok_or_else(|| format!("there is no memory at {gpa:#x}"))?;
+                    if slot.is_logged() {
+                        return Err(
+                            "the VMM keeps account of writes to this memory (a migration, a snapshot)"
+                                .to_owned(),
+                        );
+                    }
+                }
+                let watched: u64 = pages.iter().map(|(_, len, _)| len / PAGE + 1).sum();
+                if watched > MOST_PAGES as u64 {
+                    return Err(format!("more than {MOST_PAGES} pages would be watched"));
+                }
+                debug_assert!(!access.contains(Access::EXECUTE));
+                Ok(Means::Pages(pages))
+            }
+            HookKind::Msr { index, access } => {
+                if (0x800..0x900).contains(&index) {
+                    return Err("KVM does not filter the MSRs of the x2APIC".to_owned());
+                }
+                if access.contains(Access::WRITE) && UNWRITABLE.contains(&index) {
+                    return Err(
+                        "KVM takes writes of the time-stamp counter from outside for another thing"
+                            .to_owned(),
+                    );
+                }
+                let mut watched = self.watched_msrs();
+                *watched.entry(index).or_insert(Access::empty()) |= access;
+                match self.vmm_filter.with(&watched) {
+                    Some(_) => Ok(Means::Plain),
+                    None => Err("KVM's filter has no room for so many MSRs so far apart".to_owned()),
+                }
+            }
+            HookKind::Step { vcpu, .. } => {
+                let known = agent.vcpus().iter().any(|v| v.index == vcpu);
+                known
+                    .then_some(Means::Plain)
+                    .ok_or_else(|| format!("there is no vCPU {vcpu}"))
+            }
+            _ => Ok(Means::Plain),
+        }
+    }
+
+    fn breakpoint(&self, agent: &Agent, at: u64, scope: Scope) -> Result<Means, String> {
+        let hardware = self.hardware();
+        let same = hardware.iter().position(|a| *a == Some(at));
+        let free = hardware.iter().position(Option::is_none);
+        if let Some(number) = same.or(free)
+            && agent.kernel.hardware_breakpoints
+        {
+            return Ok(Means::Hardware(number));
+        }
+        let gpa = self
+            .translate(agent, at, scope)
+            .ok_or("all hardware breakpoints are in use, and for an INT3 no page is mapped there")?;
+        let slots: Vec<Slot> = self.slots.values().copied().collect();
+        let slot = Guest::new(&slots)
+            .slot(gpa, 1)
+            .copied()
+            .ok_or("all hardware breakpoints are in use, and an INT3 needs memory, which is not there")?;
+        if slot.is_logged() {
+            return Err(
+                "all hardware breakpoints are in use, and an INT3 would get into the migration or snapshot that is being made"
+                    .to_owned(),
+            );
+        }
+        Ok(Means::Int3(gpa))
+    }
+
+    pub(super) fn hardware(&self) -> [Option<u64>; 4] {
+        let mut hardware = [None; 4];
+        for (armed, means) in self.hooks.values() {
+            if let (Means::Hardware(n), HookKind::Execute { at }) = (means, armed.hook.kind)
+                && let Some(slot) = hardware.get_mut(*n)
+            {
+                *slot = Some(at.0);
+            }
+        }
+        hardware
+    }
+
+    /// Registers of all vCPUs, which are out of the guest.
+    fn registers(agent: &Agent) -> Vec<Registers> {
+        let read = |v: &&'static crate::vcpu::Vcpu| {
+            let sregs = kvm::get_sregs(v.fd).ok()?;
+            Some(from_kvm(v.index, &kvm_bindings::kvm_regs::default(), &sregs))
+        };
+        agent.vcpus().iter().filter_map(read).collect()
+    }
+
+    /// Where a virtual address lies: by the scope's page tables, or by those of the first vCPU that has it mapped. With
+    /// page-table isolation a vCPU in user mode has little of the kernel: then the kernel's own root is tried.
+    fn translate(&self, agent: &Agent, gva: u64, scope: Scope) -> Option<u64> {
+        const USER_ROOT: u64 = 1 << 12;
+        let slots: Vec<Slot> = self.slots.values().copied().collect();
+        let guest = Guest::new(&slots);
+        Self::registers(agent).iter().find_map(|r| {
+            let roots = match scope {
+                Scope::Dtb(dtb) => [dtb.0, dtb.0 ^ USER_ROOT],
+                Scope::All => [r.cr3, r.cr3 & !USER_ROOT],
+            };
+            roots.iter().find_map(|cr3| guest.translate_by(r, *cr3, gva))
+        })
+    }
+
+    /// The physical memory of a range, page by page.
+    fn pages(
+        &self,
+        agent: &Agent,
+        range: Range,
+        scope: Scope,
+    ) -> Result<Vec<(u64, u64, Option<u64>)>, String> {
+        let (first, len) = (range.first(), range.len());
+        if len / PAGE > MOST_PAGES as u64 {
+            return Err(format!("more than {MOST_PAGES} pages would be watched"));
+        }
+        let mut pages = Vec::new();
+        let mut at = 0;
+        while at < len {
+            let address = first.wrapping_add(at);
+            let part = (PAGE - (address & (PAGE - 1))).min(len - at);
+            match range {
+                Range::Physical { .. } => pages.push((address, part, None)),
+                Range::Virtual { .. } => {
+                    let gpa = self
+                        .translate(agent, address, scope)
+                        .ok_or_else(|| format!("nothing is mapped at {address:#x}"))?;
+                    pages.push((gpa, part, Some(address)));
+                }
+            }
+            at += part;
+        }
+        Ok(pages)
+    }
+}
