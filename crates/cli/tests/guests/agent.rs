@@ -10,8 +10,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Gva;
-use vmsight_events::agent::AgentBackend;
 use vmsight_events::Monitor;
+use vmsight_events::agent::AgentBackend;
 use vmsight_hooks::{Access, Delivery, Detail, Hook, HookKind, Overflow, Verdict};
 use vmsight_lab::{Kernel, nested};
 
