@@ -7,7 +7,7 @@ use kvm_bindings::{
     KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SYNC_REGS, KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR,
     KVM_GUESTDBG_BLOCKIRQ, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
 };
-use vmsight_hooks::{Capability, Feature, VerdictKind};
+use vmsight_hooks::{Capability, Feature, Lack, VerdictKind};
 
 use crate::kvm::extension;
 
@@ -77,6 +77,12 @@ impl Kernel {
                 },
                 &[Continue, SetRegisters, Inject, Pause, Step, Remove],
             );
+            add(
+                Feature::Interrupt,
+                "breakpoints on the handlers that the IDT names",
+                "in 64-bit mode; handlers are found when it is armed, at most 32 at a time; two vectors with one handler cannot be told apart",
+                &[Continue, SetRegisters, Pause, Step, Remove],
+            );
         }
         let write = &[Continue, Skip, Deny, SetData, Pause, Remove];
         let pages = "pages are found when the hook is armed; a locked read-modify-write is not atomic there against other vCPUs; \
@@ -109,5 +115,39 @@ impl Kernel {
             &[Continue, Skip, Deny, SetData, Pause, Remove],
         );
         list
+    }
+
+    /// What cannot be hooked here, and why.
+    pub(crate) fn lacks(&self) -> Vec<Lack> {
+        let kvms = "KVM does it itself and brings no such exit to the VMM";
+        let all = Feature::ALL.iter().copied().filter(|feature| !self.can(*feature));
+        all.map(|feature| {
+            let why = match feature {
+                _ if !self.usable => "this kernel's KVM cannot give a vCPU back at once, with its registers",
+                Feature::ControlWrite => {
+                    "with nested paging the processor does it alone, and KVM brings no such exit to the VMM; the kernel's own \
+                     instructions that write them can be hooked (trace --cr, guard)"
+                }
+                Feature::Cr8Write => "only a VMM with an interrupt controller of its own sees it, and no stock one has that on",
+                Feature::Xcr0Write | Feature::Cpuid => kvms,
+                Feature::DebugWrite | Feature::ControlRead => {
+                    "KVM does it itself, but for the exit with DR7.GD, which it has on Intel's processors only"
+                }
+                Feature::Hypercall => "KVM answers hypercalls itself; the only ones it can bring out are those of confidential guests",
+                Feature::DescriptorTable => "KVM intercepts them only where it emulates UMIP, and does them itself then",
+                Feature::VirtualExecute | Feature::PhysicalExecute => {
+                    "KVM has no page that may be read and not executed; single instructions can be hooked"
+                }
+                Feature::Execute | Feature::Step | Feature::Interrupt => "this kernel's KVM has no guest debugging",
+                Feature::PhysicalWrite | Feature::VirtualWrite => "this kernel's KVM has no read-only memory",
+                Feature::MsrRead | Feature::MsrWrite => "this kernel's KVM does not filter MSRs (Linux 5.10 does)",
+                _ => "there is no means",
+            };
+            Lack {
+                feature,
+                why: why.to_owned(),
+            }
+        })
+        .collect()
     }
 }

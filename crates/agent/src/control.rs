@@ -187,6 +187,7 @@ fn answer(agent: &'static Agent, session: &Arc<Session>, request: Request) -> Re
         Request::Hello { .. } | Request::Bye => Reply::Done,
         Request::Capabilities => Reply::Capabilities {
             capabilities: agent.kernel.list(),
+            lacks: agent.kernel.lacks(),
         },
         Request::Arm { hook } => match agent.state().arm(agent, session, &hook) {
             Ok(id) => Reply::Armed { id },

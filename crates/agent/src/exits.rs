@@ -10,7 +10,7 @@ use vmsight_hooks::{Access, Exception, HookKind, Verdict, VerdictKind};
 
 use crate::agent::Agent;
 use crate::kvm;
-use crate::pending::{Conclusion, Otherwise, Pending, Progress, Stepping, Subject, Told, in_scope};
+use crate::pending::{Conclusion, Frame, Otherwise, Pending, Progress, Stepping, Subject, Told, in_scope};
 use crate::registers::{from_kvm, set};
 use crate::sift::sift;
 use crate::slots::PAGE;
@@ -193,11 +193,12 @@ fn debug(
         if let Some(gpa) = place
             && let Some(patched) = table.patches.get(&gpa)
         {
-            let at = |a: &&Arc<Armed>| matches!(a.hook.kind, HookKind::Execute { at } if at.0 == rip);
+            let at = |a: &&Arc<Armed>| a.breaks_at(rip);
             let hooks = patched.hooks.iter().filter(at).cloned().collect();
             let told = in_scope(&hooks, registers.cr3);
             let patch = Some(gpa);
-            return begin(agent, vcpu, own, Subject::Execute { rip, patch }, registers, told);
+            let subject = execution(agent, &registers, patch, &told);
+            return begin(agent, vcpu, own, subject, registers, told);
         }
         let byte = place.and_then(|gpa| agent.with_guest(|guest, _| guest.read(gpa, 1)));
         if byte == Some(BREAKPOINT) {
@@ -254,14 +255,8 @@ fn debug(
             .get(&rip)
             .map(|hooks| in_scope(hooks, registers.cr3))
             .unwrap_or_default();
-        return begin(
-            agent,
-            vcpu,
-            own,
-            Subject::Execute { rip, patch: None },
-            registers,
-            told,
-        );
+        let subject = execution(agent, &registers, None, &told);
+        return begin(agent, vcpu, own, subject, registers, told);
     }
     // The guest's own: a step, or a breakpoint of its debugger.
     if let Ok(mut registers) = kvm::get_debugregs(vcpu.fd) {
@@ -277,6 +272,23 @@ fn debug(
         },
     );
     Next::Again
+}
+
+/// The execution of the instruction at RIP, with what is on the stack where somebody wants to know of it as the begin of a handler.
+fn execution(agent: &Agent, registers: &Registers, patch: Option<u64>, told: &[Told]) -> Subject {
+    let rip = registers.rip;
+    let handler = told.iter().any(|t| t.armed.vector_at(rip).is_some());
+    let frame = handler.then(|| {
+        let word = |offset| {
+            let at = registers.rsp().wrapping_add(offset);
+            agent.with_guest(|guest, _| guest.read_virtual_u64(registers, at))
+        };
+        Frame {
+            words: [0, 8].map(|offset| word(offset).unwrap_or(0)),
+            cr2: registers.cr2,
+        }
+    });
+    Subject::Execute { rip, patch, frame }
 }
 
 /// An instruction was executed here, not by KVM: it counts as a step where steps are counted.
@@ -339,8 +351,21 @@ fn begin(
     told: Vec<Told>,
 ) -> Next {
     let told = sift(agent, vcpu, &subject, &registers, told);
+    // What nobody wants to know of is to cost as little as it can.
+    if told.is_empty() && matches!(subject, Subject::Execute { patch: None, .. }) {
+        return pass(vcpu);
+    }
     own.pending = Some(Box::new(Pending::new(subject, registers, told)));
     proceed(agent, vcpu, own)
+}
+
+/// Lets the instruction under a hardware breakpoint be executed, right behind the exit that it caused.
+fn pass(vcpu: &Vcpu) -> Next {
+    let (mut regs, _) = vcpu.synced();
+    regs.rflags |= RFLAGS_RF;
+    // Where KVM refuses its own registers the vCPU comes back here.
+    let _ = kvm::set_regs(vcpu.fd, &regs);
+    Next::Again
 }
 
 /// Goes on with the event that is pending.
@@ -389,7 +414,7 @@ fn conclude(
         }
     };
     match pending.subject {
-        Subject::Execute { rip, patch } => executed(agent, vcpu, own, rip, patch, &verdict, by, &unfit),
+        Subject::Execute { rip, patch, .. } => executed(agent, vcpu, own, rip, patch, &verdict, by, &unfit),
         Subject::Step { .. } => {
             match verdict {
                 Verdict::SetRegisters(registers) => {

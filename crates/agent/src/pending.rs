@@ -32,12 +32,41 @@ pub(crate) enum Otherwise {
     Fault,
 }
 
+/// What a vCPU has when it begins a handler in 64-bit mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Frame {
+    /// The last two words of the stack: the error code, where the vector has one, and where the guest was.
+    pub(crate) words: [u64; 2],
+    pub(crate) cr2: u64,
+}
+
+impl Frame {
+    fn detail(self, vector: u8) -> Detail {
+        const PAGE_FAULT: u8 = 14;
+        // #DF, #TS, #NP, #SS, #GP, #PF, #AC, #CP (SDM vol. 3A table 6-1), and AMD's #VC and #SX (APM vol. 2 table 8-1).
+        let has_code = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
+        let [first, second] = self.words;
+        let (error_code, rip) = match has_code {
+            true => (Some(first as u32), second),
+            false => (None, first),
+        };
+        Detail::Interrupt {
+            vector,
+            error_code,
+            cr2: (vector == PAGE_FAULT).then_some(self.cr2),
+            rip: Gva(rip),
+        }
+    }
+}
+
 /// What happened, and what it takes to let it happen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Subject {
     Execute {
         rip: u64,
         patch: Option<u64>,
+        /// At the begin of a handler: what the processor has pushed, and CR2.
+        frame: Option<Frame>,
     },
     Step {
         rip: u64,
@@ -77,7 +106,10 @@ pub(crate) enum Subject {
 impl Subject {
     pub(crate) fn detail(&self, hook: &Told) -> Detail {
         match *self {
-            Self::Execute { rip, .. } => Detail::Execute { rip: Gva(rip) },
+            Self::Execute { rip, frame, .. } => match hook.armed.vector_at(rip) {
+                Some(vector) => frame.unwrap_or_default().detail(vector),
+                None => Detail::Execute { rip: Gva(rip) },
+            },
             Self::Step { rip } => Detail::Step { rip: Gva(rip) },
             Self::WriteMsr { index, data, old, .. } => Detail::Msr {
                 index,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vmsight_hooks::{Access, Counts, Hook, HookId, Sieve};
+use vmsight_hooks::{Access, Counts, Hook, HookId, HookKind, Sieve};
 
 use crate::filter::Filter;
 use crate::session::Session;
@@ -17,6 +17,8 @@ pub(crate) struct Armed {
     /// Whose it is.
     pub(crate) session: Arc<Session>,
     pub(crate) hook: Hook,
+    /// Of a hook on vectors: where their handlers begin.
+    pub(crate) handlers: Vec<(u64, u8)>,
     /// Its filter.
     pub(crate) sieve: Sieve,
     /// Set when it is taken out: who waits with an event of it waits no longer.
@@ -32,6 +34,7 @@ impl Armed {
         Self {
             id,
             session,
+            handlers: Vec::new(),
             sieve: Sieve::new(hook.filter.clone()),
             hook,
             removed: AtomicBool::new(false),
@@ -40,6 +43,17 @@ impl Armed {
             dropped: AtomicU64::new(0),
             expired: AtomicU64::new(0),
         }
+    }
+
+    /// Whether it has a breakpoint on the instruction at `rip`.
+    pub(crate) fn breaks_at(&self, rip: u64) -> bool {
+        matches!(self.hook.kind, HookKind::Execute { at } if at.0 == rip) || self.vector_at(rip).is_some()
+    }
+
+    /// The vector whose handler begins at `rip`.
+    pub(crate) fn vector_at(&self, rip: u64) -> Option<u8> {
+        let found = self.handlers.iter().find(|(at, _)| *at == rip);
+        found.map(|(_, vector)| *vector)
     }
 
     /// Tells its monitor about it.

@@ -1,7 +1,7 @@
 //! What is said over the socket.
 
 use serde::{Deserialize, Serialize};
-use vmsight_hooks::{BackendKind, Capability, Counts, Feature, Hook, HookId, Tallied};
+use vmsight_hooks::{BackendKind, Capability, Counts, Feature, Hook, HookId, Lack, Tallied};
 
 /// The version of the whole: messages, records, the layout of the shared memory. Both sides must have the same one.
 pub const VERSION: u32 = 2;
@@ -64,6 +64,8 @@ pub enum Reply {
     Capabilities {
         /// What can be hooked.
         capabilities: Vec<Capability>,
+        /// What cannot, and why.
+        lacks: Vec<Lack>,
     },
     /// To [`Request::Arm`].
     Armed {

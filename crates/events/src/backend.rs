@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use vmsight_arch::Registers;
 use vmsight_hooks::{
-    BackendKind, Capability, Counts, Delivery, Event, Feature, Hook, HookId, Tallied, Verdict,
+    BackendKind, Capability, Counts, Delivery, Event, Feature, Hook, HookId, Lack, Tallied, Verdict,
 };
 
 use crate::EventError;
@@ -20,6 +20,11 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
     /// What it can do with this VM.
     fn capabilities(&self) -> Vec<Capability>;
+
+    /// What it cannot do with this VM, and why, as far as it can say.
+    fn lacks(&self) -> Vec<Lack> {
+        Vec::new()
+    }
 
     /// Arms a hook. From the return on no vCPU passes it unnoticed.
     ///

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{BackendKind, Capability, Counts, Delivery, Event, Hook, HookId, Tallied, Verdict};
+use vmsight_hooks::{BackendKind, Capability, Counts, Delivery, Event, Hook, HookId, Lack, Tallied, Verdict};
 
 use crate::{Backend, EventError};
 
@@ -42,6 +42,11 @@ impl Monitor {
     /// What can be hooked here, and how.
     pub fn capabilities(&self) -> Vec<Capability> {
         self.inner.backend.capabilities()
+    }
+
+    /// What cannot be hooked here, and why, as far as it is known.
+    pub fn lacks(&self) -> Vec<Lack> {
+        self.inner.backend.lacks()
     }
 
     /// Arms a hook until the guard is dropped. Its events come from [`Self::next`].

@@ -1,6 +1,6 @@
 //! Which backends reach a VM, and what each can do with it.
 
-use vmsight_hooks::{BackendKind, Capability};
+use vmsight_hooks::{BackendKind, Capability, Lack};
 use vmsight_target::discover::ControlKind;
 use vmsight_target::gdb::Accelerator;
 use vmsight_target::{Target, TargetKind};
@@ -17,6 +17,8 @@ pub struct Survey {
     pub obstacle: Option<String>,
     /// What it can do there, or could if it reached it.
     pub capabilities: Vec<Capability>,
+    /// What it cannot do there, and why, as far as it can say.
+    pub lacks: Vec<Lack>,
 }
 
 /// All backends. The guest is not stopped for it: an agent is asked, of a stub only its accelerator is known, and whether somebody
@@ -26,15 +28,16 @@ pub fn survey(target: &Target) -> Vec<Survey> {
 }
 
 fn agent(target: &Target) -> Survey {
-    let (obstacle, capabilities) = match AgentBackend::of(target) {
-        Ok(agent) => (None, agent.capabilities()),
-        Err(EventError::NoBackend { why, .. }) => (Some(why), Vec::new()),
-        Err(error) => (Some(error.to_string()), Vec::new()),
+    let (obstacle, capabilities, lacks) = match AgentBackend::of(target) {
+        Ok(agent) => (None, agent.capabilities(), agent.lacks()),
+        Err(EventError::NoBackend { why, .. }) => (Some(why), Vec::new(), Vec::new()),
+        Err(error) => (Some(error.to_string()), Vec::new(), Vec::new()),
     };
     Survey {
         backend: BackendKind::AgentKvm,
         obstacle,
         capabilities,
+        lacks,
     }
 }
 
@@ -53,5 +56,6 @@ fn gdb_stub(target: &Target) -> Survey {
         backend: BackendKind::GdbStub,
         obstacle,
         capabilities: gdb::capabilities(if kvm { Accelerator::Kvm } else { Accelerator::Tcg }),
+        lacks: Vec::new(),
     }
 }

@@ -145,3 +145,12 @@ pub struct Capability {
     /// Which verdicts it takes.
     pub verdicts: Vec<VerdictKind>,
 }
+
+/// One thing that a backend cannot do.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Lack {
+    /// What.
+    pub feature: Feature,
+    /// What stands against it.
+    pub why: String,
+}

@@ -15,7 +15,7 @@ mod filter;
 mod hook;
 mod verdict;
 
-pub use capability::{BackendKind, Capability, Feature, FilterPlace};
+pub use capability::{BackendKind, Capability, Feature, FilterPlace, Lack};
 pub use event::{Counts, Detail, Event, Sequence};
 pub use filter::{
     Arithmetic, Bucket, Buckets, Comparison, Condition, Field, Filter, FilterError, FilterMemory,

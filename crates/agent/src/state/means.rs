@@ -1,7 +1,8 @@
 //! By which means a hook can be armed.
 
 use vmsight_arch::Registers;
-use vmsight_hooks::{Access, Hook, HookKind, Range, Scope};
+use vmsight_arch::registers::control::EFER_LMA;
+use vmsight_hooks::{Access, Hook, HookKind, Range, Scope, Vectors};
 
 use super::State;
 use crate::agent::Agent;
@@ -12,6 +13,8 @@ use crate::slots::{PAGE, Slot};
 
 /// Most pages that are watched at a time.
 const MOST_PAGES: usize = 1 << 16;
+/// Most vectors of one hook.
+const MOST_VECTORS: usize = 32;
 /// MSRs that cannot be written for the guest by the means that there are: KVM treats the host's writes of the time-stamp
 /// counter as a wish to synchronise it (Linux, arch/x86/kvm/x86.c, kvm_synchronize_tsc).
 const UNWRITABLE: [u32; 3] = [0x10, 0x3b, 0x6e0];
@@ -19,21 +22,59 @@ const UNWRITABLE: [u32; 3] = [0x10, 0x3b, 0x6e0];
 /// By which means a hook is armed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Means {
-    /// Hardware breakpoint with this number.
-    Hardware(usize),
-    /// INT3 at this physical address.
-    Int3(u64),
+    /// Breakpoints: one for the execution of an instruction, one for each vector of an interrupt.
+    Breakpoints(Vec<Breakpoint>),
     /// Pages: physical address, length, virtual address.
     Pages(Vec<(u64, u64, Option<u64>)>),
     /// What needs no place.
     Plain,
 }
 
+/// A breakpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Breakpoint {
+    /// The virtual address of the instruction.
+    pub(super) at: u64,
+    pub(super) place: Place,
+    /// The vector whose handler begins there.
+    pub(super) vector: Option<u8>,
+}
+
+/// What makes a vCPU stop there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Place {
+    /// Hardware breakpoint with this number.
+    Hardware(usize),
+    /// INT3 at this physical address.
+    Int3(u64),
+}
+
+impl Means {
+    pub(super) fn breakpoints(&self) -> &[Breakpoint] {
+        match self {
+            Self::Breakpoints(list) => list,
+            _ => &[],
+        }
+    }
+
+    /// Where there are INT3s: physical addresses.
+    pub(super) fn int3s(&self) -> impl Iterator<Item = u64> {
+        self.breakpoints().iter().filter_map(|b| match b.place {
+            Place::Int3(gpa) => Some(gpa),
+            Place::Hardware(_) => None,
+        })
+    }
+}
+
 impl State {
     /// Finds the means for a hook; why there are none otherwise.
     pub(super) fn means(&self, agent: &Agent, hook: &Hook) -> Result<Means, String> {
         match hook.kind {
-            HookKind::Execute { at } => self.breakpoint(agent, at.0, hook.scope),
+            HookKind::Execute { at } => self.breakpoints(agent, &[(at.0, None)], hook.scope),
+            HookKind::Interrupt { vectors } => {
+                let handlers = self.handlers(agent, vectors)?;
+                self.breakpoints(agent, &handlers, hook.scope)
+            }
             HookKind::Memory { range, access } => {
                 let pages = self.pages(agent, range, hook.scope)?;
                 let slots: Vec<Slot> = self.slots.values().copied().collect();
@@ -83,14 +124,38 @@ impl State {
         }
     }
 
-    fn breakpoint(&self, agent: &Agent, at: u64, scope: Scope) -> Result<Means, String> {
-        let hardware = self.hardware();
+    /// Breakpoints on these instructions, or on none of them.
+    fn breakpoints(
+        &self,
+        agent: &Agent,
+        instructions: &[(u64, Option<u8>)],
+        scope: Scope,
+    ) -> Result<Means, String> {
+        let mut hardware = self.hardware();
+        let mut breakpoints = Vec::new();
+        for (at, vector) in instructions.iter().copied() {
+            let place = self.breakpoint(agent, &mut hardware, at, scope)?;
+            breakpoints.push(Breakpoint { at, place, vector });
+        }
+        Ok(Means::Breakpoints(breakpoints))
+    }
+
+    fn breakpoint(
+        &self,
+        agent: &Agent,
+        hardware: &mut [Option<u64>; 4],
+        at: u64,
+        scope: Scope,
+    ) -> Result<Place, String> {
         let same = hardware.iter().position(|a| *a == Some(at));
         let free = hardware.iter().position(Option::is_none);
         if let Some(number) = same.or(free)
             && agent.kernel.hardware_breakpoints
         {
-            return Ok(Means::Hardware(number));
+            if let Some(register) = hardware.get_mut(number) {
+                *register = Some(at);
+            }
+            return Ok(Place::Hardware(number));
         }
         let gpa = self
             .translate(agent, at, scope)
@@ -106,16 +171,49 @@ impl State {
                     .to_owned(),
             );
         }
-        Ok(Means::Int3(gpa))
+        Ok(Place::Int3(gpa))
     }
 
+    /// Where the handlers of these vectors begin, by the IDTs that the vCPUs have now (SDM vol. 3A 6.14.1).
+    fn handlers(&self, agent: &Agent, vectors: Vectors) -> Result<Vec<(u64, Option<u8>)>, String> {
+        let count = usize::from(vectors.last - vectors.first) + 1;
+        if count > MOST_VECTORS {
+            return Err(format!("at most {MOST_VECTORS} vectors at a time"));
+        }
+        let slots: Vec<Slot> = self.slots.values().copied().collect();
+        let guest = Guest::new(&slots);
+        let mut handlers: Vec<(u64, Option<u8>)> = Vec::new();
+        // Those that have not begun yet have none.
+        let ready = |r: &Registers| r.efer & EFER_LMA != 0 && r.idt.limit > 0;
+        for registers in Self::registers(agent).iter().filter(|r| ready(r)) {
+            for vector in vectors.first..=vectors.last {
+                let handler = handler(&guest, registers, vector)
+                    .ok_or_else(|| format!("vCPU {} has no handler for vector {vector}", registers.vcpu))?;
+                match handlers.iter().find(|(at, _)| *at == handler) {
+                    None => handlers.push((handler, Some(vector))),
+                    Some((_, of)) if *of == Some(vector) => {}
+                    Some(_) => {
+                        return Err(format!(
+                            "the handler of vector {vector} is another vector's, too: they cannot be told apart"
+                        ));
+                    }
+                }
+            }
+        }
+        if handlers.is_empty() {
+            return Err("no vCPU is in 64-bit mode with an IDT".to_owned());
+        }
+        Ok(handlers)
+    }
+
+    /// Hardware breakpoints that are in use.
     pub(super) fn hardware(&self) -> [Option<u64>; 4] {
         let mut hardware = [None; 4];
-        for (armed, means) in self.hooks.values() {
-            if let (Means::Hardware(n), HookKind::Execute { at }) = (means, armed.hook.kind)
-                && let Some(slot) = hardware.get_mut(*n)
+        for breakpoint in self.hooks.values().flat_map(|(_, means)| means.breakpoints()) {
+            if let Place::Hardware(n) = breakpoint.place
+                && let Some(slot) = hardware.get_mut(n)
             {
-                *slot = Some(at.0);
+                *slot = Some(breakpoint.at);
             }
         }
         hardware
@@ -174,4 +272,19 @@ impl State {
         }
         Ok(pages)
     }
+}
+
+/// Where the handler of a vector begins; `None` where there is none.
+fn handler(guest: &Guest<'_>, registers: &Registers, vector: u8) -> Option<u64> {
+    const GATE: u64 = 16;
+    const PRESENT: u64 = 1 << 47;
+    let offset = GATE * u64::from(vector);
+    if offset + GATE - 1 > u64::from(registers.idt.limit) {
+        return None;
+    }
+    let at = registers.idt.base.0.wrapping_add(offset);
+    // With page-table isolation the IDT is mapped for both roots.
+    let low = guest.read_virtual_u64(registers, at)?;
+    let high = guest.read_virtual_u64(registers, at.wrapping_add(8))?;
+    (low & PRESENT != 0).then_some(low & 0xffff | low >> 32 & 0xffff_0000 | high << 32)
 }

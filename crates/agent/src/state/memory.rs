@@ -182,9 +182,9 @@ impl State {
     fn touches(&self, slot: &Slot) -> bool {
         let inside = |gpa: u64| slot.hva(gpa, 1).is_some();
         self.hooks.values().any(|(_, means)| match means {
-            Means::Int3(gpa) => inside(*gpa),
+            Means::Breakpoints(_) => means.int3s().any(inside),
             Means::Pages(parts) => parts.iter().any(|(gpa, ..)| inside(*gpa)),
-            Means::Hardware(_) | Means::Plain => false,
+            Means::Plain => false,
         })
     }
 

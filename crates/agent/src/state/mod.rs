@@ -23,7 +23,7 @@ use crate::pending::expiry;
 use crate::session::Session;
 use crate::slots::{Piece, Protection, Slot};
 use crate::table::{Armed, Patched, Span, Table};
-use means::Means;
+use means::{Means, Place};
 use patches::Patch;
 
 /// Most hooks at a time.
@@ -63,8 +63,7 @@ impl State {
     /// Whether guest debugging is in use by hooks.
     pub(crate) fn debugs(&self) -> bool {
         self.hooks.values().any(|(armed, means)| {
-            matches!(means, Means::Hardware(_) | Means::Int3(_))
-                || matches!(armed.hook.kind, HookKind::Step { .. })
+            !means.breakpoints().is_empty() || matches!(armed.hook.kind, HookKind::Step { .. })
         })
     }
 
@@ -88,7 +87,10 @@ impl State {
         if self.hooks.len() >= MOST_HOOKS {
             return Err(limit(format!("{MOST_HOOKS} hooks are armed already")));
         }
-        let debugs = matches!(hook.kind, HookKind::Execute { .. } | HookKind::Step { .. });
+        let debugs = matches!(
+            hook.kind,
+            HookKind::Execute { .. } | HookKind::Step { .. } | HookKind::Interrupt { .. }
+        );
         if debugs && agent.is_vmm_debugging() {
             return Err(Refusal::Busy {
                 why: "a debugger is attached to the VMM's gdb stub".to_owned(),
@@ -100,7 +102,14 @@ impl State {
         let means = self.means(agent, hook).map_err(limit)?;
         self.last_id = self.last_id.wrapping_add(1);
         let id = HookId(self.last_id);
-        let armed = Arc::new(Armed::new(id, Arc::clone(session), hook.clone()));
+        let armed = Arc::new(Armed {
+            handlers: means
+                .breakpoints()
+                .iter()
+                .filter_map(|b| Some((b.at, b.vector?)))
+                .collect(),
+            ..Armed::new(id, Arc::clone(session), hook.clone())
+        });
         self.hooks.insert(id, (armed, means));
         if let Err(error) = self.reconcile(agent) {
             self.hooks.remove(&id);
@@ -159,14 +168,14 @@ impl State {
             .hooks
             .values()
             .filter(|(armed, means)| {
-                let virtual_range = matches!(
+                let by_address = matches!(
                     armed.hook.kind,
                     HookKind::Memory {
                         range: Range::Virtual { .. },
                         ..
-                    }
+                    } | HookKind::Interrupt { .. }
                 );
-                matches!(means, Means::Int3(_)) || virtual_range
+                means.int3s().next().is_some() || by_address
             })
             .map(|(armed, _)| Arc::clone(armed))
             .collect();
@@ -208,12 +217,16 @@ impl State {
         for (armed, means) in self.hooks.values() {
             let own = || Arc::clone(armed);
             match (armed.hook.kind, means) {
-                (HookKind::Execute { at }, Means::Hardware(_)) => {
-                    table.execute.entry(at.0).or_default().push(own());
-                }
-                (HookKind::Execute { .. }, Means::Int3(gpa)) => {
-                    if let Some(patched) = table.patches.get_mut(gpa) {
-                        patched.hooks.push(own());
+                (_, Means::Breakpoints(list)) => {
+                    for breakpoint in list {
+                        match breakpoint.place {
+                            Place::Hardware(_) => table.execute.entry(breakpoint.at).or_default().push(own()),
+                            Place::Int3(gpa) => {
+                                if let Some(patched) = table.patches.get_mut(&gpa) {
+                                    patched.hooks.push(own());
+                                }
+                            }
+                        }
                     }
                 }
                 (HookKind::Memory { access, .. }, Means::Pages(parts)) => {

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::State;
-use super::means::Means;
 use crate::guest::Guest;
 use crate::slots::Slot;
 
@@ -26,10 +25,8 @@ impl State {
         let wanted: BTreeSet<u64> = self
             .hooks
             .values()
-            .filter_map(|(_, means)| match means {
-                Means::Int3(gpa) if !loggable(*gpa) => Some(*gpa),
-                _ => None,
-            })
+            .flat_map(|(_, means)| means.int3s())
+            .filter(|gpa| !loggable(*gpa))
             .collect();
         let there: Vec<(u64, Patch)> = self.patches.iter().map(|(gpa, p)| (*gpa, *p)).collect();
         for (gpa, patch) in there {
@@ -79,6 +76,7 @@ mod tests {
 
     use vmsight_hooks::{Hook, HookId};
 
+    use super::super::means::{Breakpoint, Means, Place};
     use super::*;
     use crate::session::Session;
     use crate::table::Armed;
@@ -100,7 +98,14 @@ mod tests {
         let hook = Hook::execute(vmsight_arch::Gva(gpa));
         let (session, _file) = Session::new(1).unwrap();
         let armed = Arc::new(Armed::new(HookId(id), Arc::new(session), hook));
-        state.hooks.insert(HookId(id), (armed, Means::Int3(gpa)));
+        let breakpoint = Breakpoint {
+            at: gpa,
+            place: Place::Int3(gpa),
+            vector: None,
+        };
+        state
+            .hooks
+            .insert(HookId(id), (armed, Means::Breakpoints(vec![breakpoint])));
     }
 
     #[test]

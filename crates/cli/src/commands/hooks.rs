@@ -51,6 +51,11 @@ impl Cmd {
                         row.insert("hook".into(), feature.name().into());
                         row.insert("backend".into(), survey.backend.name().into());
                         row.insert("available".into(), false.into());
+                        let lack = survey.lacks.iter().find(|l| l.feature == *feature);
+                        row.insert(
+                            "limits".into(),
+                            lack.map_or(Value::Null, |l| l.why.clone().into()),
+                        );
                         sheet.rows.push(row);
                     }
                     continue;

@@ -16,8 +16,8 @@ use std::time::Instant;
 use vmsight_arch::Registers;
 use vmsight_channel::{Reply, Request, VerdictWords};
 use vmsight_hooks::{
-    BackendKind, Capability, Counts, Detail, Event, Feature, Hook, HookId, HookKind, Tallied, Verdict,
-    VerdictKind,
+    BackendKind, Capability, Counts, Detail, Event, Feature, Hook, HookId, HookKind, Lack, Tallied, Vectors,
+    Verdict, VerdictKind,
 };
 use vmsight_target::Target;
 
@@ -34,6 +34,7 @@ pub struct AgentBackend {
     events: Events,
     kind: BackendKind,
     capabilities: Vec<Capability>,
+    lacks: Vec<Lack>,
 }
 
 impl AgentBackend {
@@ -43,8 +44,8 @@ impl AgentBackend {
     /// [`EventError::Busy`] where too many monitors are connected; others where nobody listens there, or somebody who may not.
     pub fn open(socket: &Path) -> Result<Self, EventError> {
         let (link, shared, hello) = Link::open(socket)?;
-        let capabilities = match link.ask(&Request::Capabilities)? {
-            Reply::Capabilities { capabilities } => capabilities,
+        let (capabilities, lacks) = match link.ask(&Request::Capabilities)? {
+            Reply::Capabilities { capabilities, lacks } => (capabilities, lacks),
             other => return Err(link.surprised(&other)),
         };
         if hello.paused {
@@ -55,6 +56,7 @@ impl AgentBackend {
             link,
             kind: hello.backend,
             capabilities,
+            lacks,
         })
     }
 
@@ -126,6 +128,12 @@ fn feature(detail: &Detail) -> Option<Feature> {
         },
         Detail::ControlRegister { register, access, .. } => HookKind::ControlRegister { register, access },
         Detail::Msr { index, access, .. } => HookKind::Msr { index, access },
+        Detail::Interrupt { vector, .. } => HookKind::Interrupt {
+            vectors: Vectors {
+                first: vector,
+                last: vector,
+            },
+        },
         Detail::Step { .. } => HookKind::Step { vcpu: 0, count: 1 },
         Detail::Port { port, access, .. } => HookKind::Port {
             first: port,
@@ -153,6 +161,10 @@ impl Backend for AgentBackend {
 
     fn capabilities(&self) -> Vec<Capability> {
         self.capabilities.clone()
+    }
+
+    fn lacks(&self) -> Vec<Lack> {
+        self.lacks.clone()
     }
 
     fn arm(&self, hook: &Hook) -> Result<HookId, EventError> {

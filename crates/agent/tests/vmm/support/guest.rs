@@ -22,6 +22,8 @@ pub(crate) const END: u64 = 0x1_2010;
 global_asm!(
     ".global vmsight_guest_start, vmsight_guest_end",
     ".global vmsight_calls, vmsight_many, vmsight_msr, vmsight_writes, vmsight_reads, vmsight_ports, vmsight_gp",
+    ".global vmsight_faults, vmsight_ud, vmsight_wrmsr, vmsight_load, vmsight_div",
+    ".global vmsight_on_ud, vmsight_on_pf, vmsight_on_de",
     ".global vmsight_function, vmsight_nop, vmsight_push, vmsight_inc, vmsight_pushf, vmsight_inc_again",
     "vmsight_guest_start:",
     "vmsight_calls:",
@@ -79,6 +81,34 @@ global_asm!(
     "add qword ptr [rsp + 8], 2",
     "add rsp, 8",
     "iretq",
+    "vmsight_on_pf:",
+    "inc qword ptr [rsi + 56]",
+    "add qword ptr [rsp + 8], 2",
+    "add rsp, 8",
+    "iretq",
+    "vmsight_on_ud:",
+    "inc qword ptr [rsi + 40]",
+    "add qword ptr [rsp], 2",
+    "iretq",
+    "vmsight_on_de:",
+    "inc qword ptr [rsi + 48]",
+    "add qword ptr [rsp], 2",
+    "iretq",
+    "vmsight_faults:",
+    "2: pause",
+    "cmp qword ptr [0x12000], 0",
+    "je 2b",
+    "mov ebx, 100",
+    "3: mov ecx, 0xffffffff",
+    "mov edx, 0x40000000",
+    "vmsight_ud: ud2",
+    "vmsight_wrmsr: wrmsr",
+    "vmsight_load: mov al, [rdx]",
+    "xor ecx, ecx",
+    "vmsight_div: div ecx",
+    "dec ebx",
+    "jnz 3b",
+    "jmp 9f",
     "vmsight_writes:",
     "2: pause",
     "cmp qword ptr [0x12000], 0",
@@ -134,6 +164,14 @@ unsafe extern "C" {
     static vmsight_reads: u8;
     static vmsight_ports: u8;
     static vmsight_gp: u8;
+    static vmsight_faults: u8;
+    static vmsight_ud: u8;
+    static vmsight_wrmsr: u8;
+    static vmsight_load: u8;
+    static vmsight_div: u8;
+    static vmsight_on_ud: u8;
+    static vmsight_on_pf: u8;
+    static vmsight_on_de: u8;
     static vmsight_function: u8;
     static vmsight_nop: u8;
     static vmsight_push: u8;
@@ -165,14 +203,25 @@ pub(crate) fn labels() -> HashMap<&'static str, u64> {
             ("inc", place(&vmsight_inc)),
             ("pushf", place(&vmsight_pushf)),
             ("inc_again", place(&vmsight_inc_again)),
+            ("ud", place(&vmsight_ud)),
+            ("wrmsr", place(&vmsight_wrmsr)),
+            ("load", place(&vmsight_load)),
+            ("div", place(&vmsight_div)),
         ])
     }
 }
 
-/// The handler of #GP.
-pub(crate) fn fault_handler() -> u64 {
+/// Vectors and their handlers. Each counts, and passes over the two bytes that faulted.
+pub(crate) fn handlers() -> [(u64, u64); 4] {
     // SAFETY: as above.
-    place(unsafe { &vmsight_gp })
+    unsafe {
+        [
+            (6, place(&vmsight_on_ud)),
+            (13, place(&vmsight_gp)),
+            (14, place(&vmsight_on_pf)),
+            (0, place(&vmsight_on_de)),
+        ]
+    }
 }
 
 /// What the guest does.
@@ -188,12 +237,15 @@ pub(crate) enum GuestKind {
     Writes,
     /// Writes and reads a word 100 times.
     Reads,
+    /// Meets four kinds of exceptions 100 times: #UD, #GP, #PF, #DE.
+    Faults,
     /// Writes 1 to 10 to a port, and reads it after each.
     Ports,
 }
 
 impl GuestKind {
-    const ALL: [(Self, &'static str); 6] = [
+    const ALL: [(Self, &'static str); 7] = [
+        (Self::Faults, "faults"),
         (Self::Calls, "calls"),
         (Self::Many, "many"),
         (Self::Msr, "msr"),
@@ -216,6 +268,7 @@ impl GuestKind {
         place(unsafe {
             match self {
                 Self::Calls => &vmsight_calls,
+                Self::Faults => &vmsight_faults,
                 Self::Many => &vmsight_many,
                 Self::Msr => &vmsight_msr,
                 Self::Writes => &vmsight_writes,

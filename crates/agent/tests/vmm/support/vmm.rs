@@ -10,7 +10,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 
-use super::guest::{CODE, GuestKind, PORT, RESULTS, code, fault_handler};
+use super::guest::{CODE, GuestKind, PORT, RESULTS, code, handlers};
 
 /// The slot of all memory.
 pub(crate) const SLOT: u32 = 0;
@@ -83,12 +83,11 @@ fn run(kind: GuestKind, vcpus: u64, file: &str) {
     for i in 0..MEMORY >> 21 {
         word(0x3000 + 8 * i, i << 21 | 0xe3);
     }
-    // A gate for #GP.
-    let handler = fault_handler();
-    word(
-        0x4000 + 13 * 16,
-        handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48,
-    );
+    // Gates.
+    for (vector, handler) in handlers() {
+        let low = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
+        word(0x4000 + vector * 16, low);
+    }
     word(0x5008, 0x00af_9b00_0000_ffff);
     word(0x5010, 0x00cf_9300_0000_ffff);
     put(CODE, code());
