@@ -1,20 +1,20 @@
-//! Exits that hooks caused: what happened, who is told, and how it ends.
+//! Exits that hooks caused: what happened, and who is told.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE};
 use vmsight_arch::Registers;
-use vmsight_arch::registers::{control, msr};
-use vmsight_hooks::{Access, Exception, HookKind, Verdict, VerdictKind};
+use vmsight_hooks::{Access, Exception, HookKind};
 
 use crate::agent::Agent;
+use crate::conclude::conclude;
 use crate::kvm;
-use crate::pending::{Conclusion, Frame, Otherwise, Pending, Progress, Stepping, Subject, Told, in_scope};
-use crate::registers::{from_kvm, set};
+use crate::pending::{Frame, Otherwise, Pending, Progress, Subject, Told, in_scope};
+use crate::registers::from_kvm;
 use crate::sift::sift;
 use crate::slots::PAGE;
-use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, at_rip, clean};
+use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, clean};
 use crate::table::{Armed, Table};
 use crate::vcpu::{Exit, Own, Vcpu};
 
@@ -310,7 +310,7 @@ pub(crate) fn count_step(agent: &Agent, vcpu: &Vcpu, own: &mut Own) {
 }
 
 /// Raises an exception before the next instruction.
-fn raise(vcpu: &Vcpu, exception: Exception) -> bool {
+pub(crate) fn raise(vcpu: &Vcpu, exception: Exception) -> bool {
     if let Some(cr2) = exception.cr2 {
         let Ok(mut sregs) = kvm::get_sregs(vcpu.fd) else {
             return false;
@@ -380,238 +380,4 @@ pub(crate) fn proceed(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own) -> Next
         }
         Progress::Concluded(conclusion) => conclude(agent, vcpu, own, *pending, conclusion),
     }
-}
-
-fn conclude(
-    agent: &'static Agent,
-    vcpu: &Vcpu,
-    own: &mut Own,
-    pending: Pending,
-    mut conclusion: Conclusion,
-) -> Next {
-    for armed in conclusion.removed.drain(..) {
-        agent.disarm(&armed);
-    }
-    for (kind, armed) in conclusion.overruled.drain(..) {
-        armed.notice(format!(
-            "the verdict {kind} was not applied: another one on the same event was stricter"
-        ));
-    }
-    if std::mem::take(&mut conclusion.pause) {
-        agent.freeze();
-        // It happens, or not, when the VM goes on.
-        let decided = Pending::decided(pending.subject, pending.registers, conclusion);
-        own.pending = Some(Box::new(decided));
-        return Next::Again;
-    }
-    let (verdict, by) = (conclusion.verdict, conclusion.by);
-    let whose = by.clone();
-    let unfit = |kind: VerdictKind| {
-        if let Some(armed) = &whose {
-            armed.notice(format!(
-                "the verdict {kind} cannot be given here; the guest went on"
-            ));
-        }
-    };
-    match pending.subject {
-        Subject::Execute { rip, patch, .. } => executed(agent, vcpu, own, rip, patch, &verdict, by, &unfit),
-        Subject::Step { .. } => {
-            match verdict {
-                Verdict::SetRegisters(registers) => {
-                    if let Ok(mut regs) = kvm::get_regs(vcpu.fd) {
-                        for (register, value) in registers {
-                            set(&mut regs, register, value);
-                        }
-                        let _ = kvm::set_regs(vcpu.fd, &regs);
-                    }
-                }
-                Verdict::Inject(exception) => {
-                    raise(vcpu, exception);
-                }
-                Verdict::Step(left) => own.stepping = by.map(|armed| Stepping { armed, left }),
-                Verdict::Continue | Verdict::Remove => {}
-                other => unfit(other.kind()),
-            }
-            Next::Again
-        }
-        Subject::WriteMsr {
-            index,
-            data,
-            otherwise,
-            ..
-        } => {
-            let value = match verdict {
-                Verdict::Deny => {
-                    vcpu.give_msr(true, None);
-                    return Next::Again;
-                }
-                Verdict::Skip => {
-                    vcpu.give_msr(false, None);
-                    return Next::Again;
-                }
-                Verdict::SetData(value) => value,
-                Verdict::Continue | Verdict::Remove => data,
-                other => {
-                    unfit(other.kind());
-                    data
-                }
-            };
-            if otherwise == Otherwise::Vmm {
-                vcpu.give_msr(false, Some(value));
-                return Next::ToVmm;
-            }
-            let done = otherwise == Otherwise::Done
-                && allowed(&pending.registers, index, value)
-                && kvm::set_msr(vcpu.fd, index, value);
-            vcpu.give_msr(!done, None);
-            Next::Again
-        }
-        Subject::ReadMsr { index, otherwise, .. } => {
-            match verdict {
-                Verdict::Deny => vcpu.give_msr(true, None),
-                Verdict::SetData(value) => vcpu.give_msr(false, Some(value)),
-                other => {
-                    if !matches!(other, Verdict::Continue | Verdict::Remove) {
-                        unfit(other.kind());
-                    }
-                    let value = match otherwise {
-                        Otherwise::Vmm => return Next::ToVmm,
-                        Otherwise::Fault => None,
-                        Otherwise::Done => kvm::get_msr(vcpu.fd, index),
-                    };
-                    vcpu.give_msr(value.is_none(), value);
-                }
-            }
-            Next::Again
-        }
-        Subject::Write { gpa, len, new, .. } => {
-            let value = match verdict {
-                Verdict::Deny | Verdict::Skip => return Next::Again,
-                Verdict::SetData(value) => value,
-                Verdict::Continue | Verdict::Remove => new,
-                other => {
-                    unfit(other.kind());
-                    new
-                }
-            };
-            agent.with_guest(|guest, _| guest.write(gpa, len, value));
-            Next::Again
-        }
-        Subject::Read { gpa, len, value } => {
-            let value = match verdict {
-                Verdict::SetData(value) => value,
-                other => {
-                    if !matches!(other, Verdict::Continue | Verdict::Remove) {
-                        unfit(other.kind());
-                    }
-                    // Read now: it may have changed while the verdict was awaited.
-                    agent.with_guest(|guest, _| guest.read(gpa, len)).unwrap_or(value)
-                }
-            };
-            vcpu.give_mmio(value);
-            Next::Again
-        }
-        Subject::Port {
-            out,
-            size,
-            count,
-            offset,
-            ..
-        } => {
-            match verdict {
-                Verdict::Deny | Verdict::Skip if out => return Next::Again,
-                // What nobody answers reads as all ones.
-                Verdict::Deny | Verdict::Skip => vcpu.give_io(offset, size, count, u32::MAX),
-                Verdict::SetData(value) => {
-                    vcpu.give_io(offset, size, count, value as u32);
-                    if out {
-                        return Next::ToVmm;
-                    }
-                }
-                Verdict::Continue | Verdict::Remove => return Next::ToVmm,
-                other => {
-                    unfit(other.kind());
-                    return Next::ToVmm;
-                }
-            }
-            Next::Again
-        }
-    }
-}
-
-/// What a processor checks of a guest's WRMSR, and KVM not of a write from outside: LME does not change while paging is on
-/// (SDM vol. 3A 4.1.1).
-fn allowed(registers: &Registers, index: u32, value: u64) -> bool {
-    let paging = registers.cr0 & control::CR0_PG != 0;
-    index != msr::EFER || !paging || (registers.efer ^ value) & control::EFER_LME == 0
-}
-
-#[allow(clippy::too_many_arguments)]
-fn executed(
-    agent: &'static Agent,
-    vcpu: &Vcpu,
-    own: &mut Own,
-    rip: u64,
-    patch: Option<u64>,
-    verdict: &Verdict,
-    by: Option<Arc<Armed>>,
-    unfit: &dyn Fn(VerdictKind),
-) -> Next {
-    let (Ok(mut regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
-        return Next::Again;
-    };
-    // The VMM has loaded another state meanwhile (a reset, a snapshot): nothing of this is true any more.
-    if regs.rip != rip {
-        return Next::Again;
-    }
-    let registers = from_kvm(vcpu.index, &regs, &sregs);
-    let mut elsewhere = false;
-    match verdict {
-        Verdict::Skip => match agent.with_guest(|guest, table| at_rip(guest, table, &registers)) {
-            Some(decoded) => {
-                regs.rip = rip.wrapping_add(decoded.len);
-                elsewhere = true;
-            }
-            None => unfit(VerdictKind::Skip),
-        },
-        Verdict::Return(value) => {
-            let to = agent.with_guest(|guest, _| guest.read_virtual_u64(&registers, regs.rsp));
-            match to {
-                Some(to) if registers.cs.attributes & 1 << 13 != 0 => {
-                    regs.rip = to;
-                    regs.rsp = regs.rsp.wrapping_add(8);
-                    regs.rax = *value;
-                    elsewhere = true;
-                }
-                _ => unfit(VerdictKind::Return),
-            }
-        }
-        Verdict::SetRegisters(list) => {
-            for (register, value) in list {
-                set(&mut regs, *register, *value);
-            }
-            elsewhere = regs.rip != rip;
-        }
-        Verdict::Inject(exception) => {
-            if raise(vcpu, *exception) {
-                return Next::Again;
-            }
-            unfit(VerdictKind::Inject);
-        }
-        Verdict::Step(left) => own.stepping = by.map(|armed| Stepping { armed, left: *left }),
-        Verdict::Continue | Verdict::Remove | Verdict::Pause => {}
-        other => unfit(other.kind()),
-    }
-    if elsewhere {
-        regs.rflags &= !RFLAGS_RF;
-    } else if patch.is_none() {
-        regs.rflags |= RFLAGS_RF;
-    } else {
-        own.over = Some(rip);
-    }
-    let changed = elsewhere || patch.is_none() || matches!(verdict, Verdict::SetRegisters(_));
-    if changed && kvm::set_regs(vcpu.fd, &regs).is_err() {
-        unfit(verdict.kind());
-    }
-    Next::Again
 }

@@ -11,6 +11,7 @@
 
 mod agent;
 mod capability;
+mod conclude;
 mod control;
 mod debug;
 mod errno;

@@ -21,6 +21,8 @@ pub(crate) struct Armed {
     pub(crate) handlers: Vec<(u64, u8)>,
     /// Its filter.
     pub(crate) sieve: Sieve,
+    /// Set when its monitor was told that a verdict of it was not applied: once is enough.
+    pub(crate) overruled: AtomicBool,
     /// Set when it is taken out: who waits with an event of it waits no longer.
     pub(crate) removed: AtomicBool,
     pub(crate) occurred: AtomicU64,
@@ -37,6 +39,7 @@ impl Armed {
             handlers: Vec::new(),
             sieve: Sieve::new(hook.filter.clone()),
             hook,
+            overruled: AtomicBool::new(false),
             removed: AtomicBool::new(false),
             occurred: AtomicU64::new(0),
             told: AtomicU64::new(0),

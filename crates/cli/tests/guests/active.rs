@@ -93,8 +93,8 @@ fn what_happens_is_shown_and_counted_and_leaves_no_trace() {
     let hooks = rows(&["hooks", t]);
     let execute = hooks.iter().find(|r| r["hook"] == "execute").unwrap();
     assert_eq!(
-        (&execute["backend"], &execute["available"]),
-        (&"gdb-stub".into(), &true.into())
+        (&execute["backend"], &execute["available"], &execute["filters"]),
+        (&"gdb-stub".into(), &true.into(), &"monitor".into())
     );
     let all = vmsight(&["hooks", t, "--all", "-o", "json"]);
     assert!(objects(&all.stdout).unwrap().len() > hooks.len());
