@@ -13,4 +13,5 @@ mod lies;
 mod listings;
 mod memory;
 mod support;
+mod tcg;
 mod trouble;
