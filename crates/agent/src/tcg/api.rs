@@ -166,3 +166,10 @@ functions! {
         runs: unsafe extern "C" fn() -> bool = c"runstate_is_running",
     }
 }
+
+functions! {
+    /// What QEMU's monitor prints of a vCPU.
+    Dump {
+        print: unsafe extern "C" fn(*mut c_void, *mut c_void, c_int) = c"cpu_dump_state",
+    }
+}

@@ -12,9 +12,9 @@ const LOW_MEMORY: u64 = 2 << 30;
 const TRANSLATED: &str = "calls in translated code";
 const DECODED: &str = "the instruction, decoded when it is translated";
 
-/// All of it. `registers`: whether QEMU gives registers and the values of memory accesses; `pauses`: whether it can be asked to pause
-/// the VM.
-pub(super) fn list(registers: bool, pauses: bool) -> Vec<Capability> {
+/// All of it. `registers`: whether QEMU gives registers and the values of memory accesses; `gates`: whether it can be asked where the
+/// gates of interrupts are; `pauses`: whether it can be asked to pause the VM.
+pub(super) fn list(registers: bool, gates: bool, pauses: bool) -> Vec<Capability> {
     use VerdictKind::{Continue, Pause, Remove};
     let verdicts = match pauses {
         true => vec![Continue, Pause, Remove],
@@ -83,6 +83,14 @@ pub(super) fn list(registers: bool, pauses: bool) -> Vec<Capability> {
         let msr = "also where the access faults; the old value, and what a read gives, of EFER and the bases of FS and GS only";
         add(Feature::MsrWrite, DECODED, msr);
         add(Feature::MsrRead, DECODED, msr);
+        if gates {
+            add(
+                Feature::Interrupt,
+                "the first instruction of each handler that a gate names; where the gates are is read off what QEMU's monitor prints",
+                "long mode only; INT n and a jump to the handler too; new gates count when LIDT is executed, and a moment later; handlers that \
+                 several vectors share are refused",
+            );
+        }
         let step = "interrupts are stepped through too; all vCPUs are slow meanwhile";
         add(Feature::Step, TRANSLATED, step);
         let port = "also where the access faults; of strings without the value";
@@ -122,8 +130,11 @@ mod tests {
 
     #[test]
     fn what_takes_registers_is_not_claimed_without() {
-        let has = |registers, feature| list(registers, true).iter().any(|c| c.feature == feature);
+        let has = |registers, feature| list(registers, true, true).iter().any(|c| c.feature == feature);
+        let no_gates = list(true, false, true);
+        assert!(no_gates.iter().all(|c| c.feature != Feature::Interrupt));
         for feature in [
+            Feature::Interrupt,
             Feature::MsrWrite,
             Feature::MsrRead,
             Feature::Port,
@@ -137,7 +148,7 @@ mod tests {
             assert!(has(true, feature) && has(false, feature), "{feature}");
         }
         assert!(
-            list(true, false)
+            list(true, true, false)
                 .iter()
                 .all(|c| !c.verdicts.contains(&VerdictKind::Pause))
         );

@@ -14,7 +14,8 @@ use vmsight_arch::{Gpa, Gva};
 use vmsight_channel::{Counts, MAX_VCPUS, Producer, Refusal, Reply, Shared};
 use vmsight_hooks::{Access, Capability, Expiry, Hook, HookId, HookKind, Range, Scope};
 
-use super::api::{self, Info, Inside, Plugin};
+use super::api::{self, Dump, Info, Inside, Plugin};
+use super::interrupt::{self, Handlers};
 use super::registers::Reader;
 use super::shadow::{self, Shadow};
 use super::table::{Hooked, Table};
@@ -76,6 +77,8 @@ struct State {
     /// Hooks whose counts may still be asked for.
     known: HashMap<HookId, Arc<Armed>>,
     last: u32,
+    /// Where the guest's handlers were when hooks were changed last.
+    handlers: Handlers,
     /// How often hooks were changed.
     wanted: u64,
 }
@@ -87,6 +90,7 @@ pub(super) struct Front {
     pub(super) registers: Option<Reader>,
     pub(super) values: Option<api::Values>,
     inside: Inside,
+    dump: Option<Dump>,
     /// The version of QEMU's plugin interface.
     pub(super) version: i32,
     qemu: Option<Qemu>,
@@ -155,6 +159,7 @@ impl Front {
             values: values.filter(|_| registers.is_some()),
             registers,
             inside,
+            dump: Dump::find(),
             version: info.current,
             qemu: Qemu::find(runs),
             socket,
@@ -203,7 +208,7 @@ impl Front {
     }
 
     pub(super) fn capabilities(&self) -> Vec<Capability> {
-        capability::list(self.registers.is_some(), self.qemu.is_some())
+        capability::list(self.registers.is_some(), self.dump.is_some(), self.qemu.is_some())
     }
 
     /// Arms a hook. From the return on nothing passes it.
@@ -214,7 +219,7 @@ impl Front {
                 return Err(Refusal::Unsupported { feature });
             }
         }
-        let limit = |why: String| {
+        let limit = |why: String| -> Result<HookId, Refusal> {
             Err(Refusal::Limit {
                 what: hook.kind.to_string(),
                 why,
@@ -258,7 +263,13 @@ impl Front {
             state.wanted += 1;
             (id, state.wanted)
         };
-        self.wait_for(change).map(|()| id).inspect_err(|_| {
+        let armed = self.wait_for(change).and_then(|()| match hook.kind {
+            HookKind::Interrupt { vectors } if self.state().handlers.of(vectors).is_none() => {
+                limit("the gates of several vectors name one handler: which it was cannot be told".to_owned())
+            }
+            _ => Ok(id),
+        });
+        armed.inspect_err(|_| {
             self.disarm(id);
             self.forget(id);
         })
@@ -329,8 +340,7 @@ impl Front {
 
     /// Has hooks changed as soon as all vCPUs are out of the guest.
     fn schedule(&self) {
-        // SAFETY: QEMU looks its list of vCPUs through; from any thread.
-        let cpu = unsafe { (self.inside.cpu)(0) };
+        let cpu = self.cpu(0);
         if cpu.is_null() {
             return;
         }
@@ -386,7 +396,11 @@ impl Front {
             for hooked in state.hooks.iter_mut().filter(|h| h.shadow.is_none()) {
                 hooked.shadow = self.shadow(cpu, &hooked.armed.hook).map(Arc::new);
             }
-            (Table::new(state.hooks.iter()), change)
+            let of_interrupts = |h: &Hooked| matches!(h.armed.hook.kind, HookKind::Interrupt { .. });
+            if state.hooks.iter().any(of_interrupts) {
+                state.handlers = self.handlers();
+            }
+            (Table::new(state.hooks.iter(), &state.handlers), change)
         };
         let old = self.table.swap(Box::into_raw(Box::new(table)), Ordering::AcqRel);
         // SAFETY: made by `Box::into_raw`, and swapped out once.
@@ -450,6 +464,51 @@ impl Front {
             }
         }
         Some(Shadow::new(range.first(), bytes))
+    }
+
+    /// Where the handlers of all vCPUs are.
+    fn handlers(&self) -> Handlers {
+        let mut handlers = Handlers::default();
+        let Some(dump) = &self.dump else { return handlers };
+        for vcpu in 0..self.vcpus() {
+            let cpu = self.cpu(vcpu);
+            if cpu.is_null() {
+                continue;
+            }
+            let Some((base, len)) = interrupt::table(dump, cpu) else {
+                continue;
+            };
+            let mut table = vec![0; len];
+            // SAFETY: the buffer is as long as it says, and nothing is written to the guest.
+            let read = unsafe {
+                (self.inside.read_virtual)(cpu, base, table.as_mut_ptr().cast(), table.len(), false)
+            };
+            if read >= 0 {
+                handlers.add(&table);
+            }
+        }
+        handlers
+    }
+
+    /// QEMU's own of a vCPU; null where it has none.
+    fn cpu(&self, vcpu: u32) -> *mut c_void {
+        let Ok(index) = i32::try_from(vcpu) else {
+            return ptr::null_mut();
+        };
+        // SAFETY: QEMU looks its list of vCPUs through; from any thread.
+        unsafe { (self.inside.cpu)(index) }
+    }
+
+    /// 8 bytes of what a vCPU has mapped, on its thread.
+    pub(super) fn read_virtual_u64(&self, vcpu: u32, at: u64) -> Option<u64> {
+        let cpu = self.cpu(vcpu);
+        if cpu.is_null() {
+            return None;
+        }
+        let mut bytes = [0; 8];
+        // SAFETY: the buffer is as long as it says, and nothing is written to the guest.
+        let read = unsafe { (self.inside.read_virtual)(cpu, at, bytes.as_mut_ptr().cast(), 8, false) };
+        (read >= 0).then(|| u64::from_le_bytes(bytes))
     }
 
     fn read_physical(&self, gpa: u64, bytes: &mut [u8]) {

@@ -12,6 +12,7 @@ mod capability;
 mod control;
 mod front;
 mod instruction;
+mod interrupt;
 mod registers;
 mod run;
 mod shadow;

@@ -9,7 +9,8 @@ use vmsight_hooks::{Access, Detail};
 use super::api::{Block, Instruction, NO_REGISTERS, READS, READS_REGISTERS, WRITES};
 use super::front::{self, Front};
 use super::guarded;
-use super::instruction::{LONGEST, act, is_hooked};
+use super::instruction::{Act, LONGEST, act, is_hooked};
+use super::interrupt;
 use super::table::{Site, Table, Watch};
 use super::tell::Moment;
 
@@ -55,7 +56,7 @@ fn translate(front: &Front, table: &Table, block: Block) {
         if table.may_be_hooked(address) {
             executed(on_execution);
         }
-        if !table.instructions.is_empty()
+        if table.decodes()
             && let Some(act) = bytes(front, instruction).and_then(|(bytes, len)| act(bytes.get(..len)?))
         {
             let site = table.site(Site {
@@ -128,7 +129,8 @@ extern "C" fn on_execution(vcpu: c_uint, translated: *mut c_void) {
         let rip = rip(front, translated);
         let hooks = table.execute.get(&rip).map(Vec::as_slice).unwrap_or_default();
         let ranges = || table.ranges.iter().filter(|r| r.covers(rip, rip));
-        if hooks.is_empty() && ranges().next().is_none() {
+        let handled = table.interrupts.get(&rip).map(Vec::as_slice).unwrap_or_default();
+        if hooks.is_empty() && handled.is_empty() && ranges().next().is_none() {
             return;
         }
         let registers = registers(front, vcpu, translated);
@@ -137,6 +139,12 @@ extern "C" fn on_execution(vcpu: c_uint, translated: *mut c_void) {
             vcpu,
             registers: registers.as_ref(),
         };
+        if let Some(registers) = &registers {
+            for (vector, armed) in handled.iter().filter(|(_, a)| moment.is_in_scope(a)) {
+                let detail = interrupt::detail(*vector, registers, |at| front.read_virtual_u64(vcpu, at));
+                moment.occur(armed, detail);
+            }
+        }
         for armed in hooks.iter().filter(|a| moment.is_in_scope(a)) {
             moment.occur(armed, Detail::Execute { rip: Gva(rip) });
         }
@@ -184,6 +192,10 @@ extern "C" fn on_instruction(vcpu: c_uint, site: *mut c_void) {
         let site = unsafe { *site.cast::<Site>() };
         let registers = registers(front, vcpu, site.translated);
         let rip = registers.as_ref().map_or(site.translated, |r| r.rip);
+        if table.has_interrupts && site.act == Act::DescriptorTable {
+            // There may be other gates in a moment: by the time all vCPUs are out of the guest it is done.
+            front.change();
+        }
         let Some(detail) = site.act.detail(rip, registers.as_ref()) else {
             return;
         };

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmsight_hooks::{Access, HookKind, Range};
 
 use super::instruction::Act;
+use super::interrupt::Handlers;
 use super::shadow::Shadow;
 use crate::table::{Armed, Hooks};
 
@@ -60,6 +61,10 @@ pub(super) struct Table {
     pub(super) accesses: Kinds,
     pub(super) instructions: Hooks,
     pub(super) steps: Vec<(u32, Hooked)>,
+    /// By the address of the handler.
+    pub(super) interrupts: HashMap<u64, Vec<(u8, Arc<Armed>)>>,
+    /// Whether it matters which gates the guest has.
+    pub(super) has_interrupts: bool,
     /// Instructions that translated code has pointers to. They go with the code.
     sites: Mutex<HashMap<Site, Box<Site>>>,
 }
@@ -72,8 +77,8 @@ pub(super) struct Kinds {
 }
 
 impl Table {
-    /// What these hooks come to.
-    pub(super) fn new<'h>(hooks: impl Iterator<Item = &'h Hooked>) -> Self {
+    /// What these hooks come to, in a guest with these handlers.
+    pub(super) fn new<'h>(hooks: impl Iterator<Item = &'h Hooked>, handlers: &Handlers) -> Self {
         let mut table = Self::default();
         for hooked in hooks {
             let armed = &hooked.armed;
@@ -106,6 +111,13 @@ impl Table {
                     table.steps.push((vcpu, hooked.clone()));
                 }
                 HookKind::Step { .. } => {}
+                HookKind::Interrupt { vectors } => {
+                    table.has_interrupts = true;
+                    for (handler, vector) in handlers.of(vectors).unwrap_or_default() {
+                        let hooks = table.interrupts.entry(handler).or_default();
+                        hooks.push((vector, Arc::clone(armed)));
+                    }
+                }
                 _ => table.instructions.push(Arc::clone(armed)),
             }
         }
@@ -119,11 +131,12 @@ impl Table {
             && self.memory.is_empty()
             && self.instructions.is_empty()
             && self.steps.is_empty()
+            && !self.has_interrupts
     }
 
     /// Whether the instruction that is being translated at `address` may be one whose execution is hooked.
     pub(super) fn may_be_hooked(&self, address: u64) -> bool {
-        if self.execute.contains_key(&address) {
+        if self.execute.contains_key(&address) || self.interrupts.contains_key(&address) {
             return true;
         }
         let user = address < UPPER_HALF;
@@ -134,6 +147,11 @@ impl Table {
             // A program's page may be executed at any address: then it is looked at when it is.
             r.covers(address, address) || user && r.first < UPPER_HALF
         })
+    }
+
+    /// Whether instructions are looked at while they are translated.
+    pub(super) fn decodes(&self) -> bool {
+        !self.instructions.is_empty() || self.has_interrupts
     }
 
     /// A place for an instruction that lives as long as the code that is translated now.
@@ -164,7 +182,7 @@ mod tests {
                 left: Arc::default(),
             })
             .collect();
-        Table::new(hooks.iter())
+        Table::new(hooks.iter(), &Handlers::default())
     }
 
     #[test]

@@ -44,6 +44,7 @@ fn with_qemu_10() {
     processor::system_calls_are_traced(&watched);
     processor::programs_are_hooked_where_they_are(&watched);
     processor::instructions_are_told_with_their_values(&watched);
+    processor::exceptions_are_told(&watched);
     processor::steps_are_counted(&watched);
     memory::each_write_is_told_with_its_values(&watched);
     memory::reads_and_physical_addresses(&watched);

@@ -2,8 +2,9 @@
 
 use vmsight_events::EventError;
 use vmsight_events::linux::{SyscallRecord, SyscallTrace};
-use vmsight_hooks::{Access, ControlRegister, Delivery, Detail, Hook, HookKind, Scope};
+use vmsight_hooks::{Access, ControlRegister, Delivery, Detail, Hook, HookKind, Scope, Vectors};
 use vmsight_lab::Work;
+use vmsight_lab::orders::Exception;
 
 use crate::guest::{HELD, TOLD, Watched};
 
@@ -223,6 +224,73 @@ pub(crate) fn instructions_are_told_with_their_values(watched: &Watched) {
             roots.iter().any(|r| Scope::Dtb(dtb).covers(*r)),
             "{dtb} was switched to"
         );
+    }
+}
+
+/// Page faults and other exceptions of one process, each once, with what the processor says of it.
+pub(crate) fn exceptions_are_told(watched: &Watched) {
+    const PAGES: u64 = 200;
+    let orders = watched.guest.orders().unwrap();
+    let monitor = watched.monitor();
+    let run = |work: Work, vector: u8| {
+        let prepared = orders.prepare(work.on(1)).unwrap();
+        let address = prepared.address();
+        let pid = i32::try_from(prepared.pid()).unwrap();
+        let space = watched.kernel.process_space(pid).unwrap().unwrap();
+        let kind = HookKind::Interrupt {
+            vectors: Vectors {
+                first: vector,
+                last: vector,
+            },
+        };
+        let hook = Hook::new(kind).within(Scope::Dtb(space.dtb())).delivered(TOLD);
+        let guard = monitor.hook(&hook).unwrap();
+        let mut seen = Vec::new();
+        watched.during(
+            &monitor,
+            |occurrence| {
+                let registers = occurrence.registers().unwrap();
+                assert_eq!(registers.cpl(), 0, "at the handler");
+                let Detail::Interrupt {
+                    vector: v,
+                    error_code,
+                    cr2,
+                    rip,
+                } = occurrence.event().detail
+                else {
+                    panic!("{:?}", occurrence.event());
+                };
+                assert_eq!(v, vector);
+                if rip.0 >> 63 == 0 {
+                    seen.push((error_code, cr2));
+                }
+            },
+            |_| prepared.go().unwrap(),
+        );
+        drop(guard);
+        (address, seen)
+    };
+    let (address, faults) = run(Work::Touch { pages: PAGES }, 14);
+    let own = address..address + PAGES * 4096;
+    let touched: Vec<_> = faults
+        .iter()
+        .filter(|(_, cr2)| cr2.is_some_and(|at| own.contains(&at)))
+        .collect();
+    assert_eq!(touched.len() as u64, PAGES, "of {}", faults.len());
+    for (n, (code, at)) in (0..).zip(&touched) {
+        let at = at.unwrap();
+        assert_eq!(at & !0xfff, address + n * 4096);
+        // From user mode (SDM vol. 3A 4.7), where nothing was mapped.
+        assert_eq!(code.unwrap() & 0b101, 0b100);
+    }
+    // The last one twice: Rust's own handler of SIGSEGV steps aside at the first and has the instruction executed again.
+    for (exception, vector, code, count) in [
+        (Exception::Divide, 0, None, 1),
+        (Exception::InvalidOpcode, 6, None, 1),
+        (Exception::Protection, 13, Some(0), 2),
+    ] {
+        let (_, seen) = run(Work::Raise { exception }, vector);
+        assert_eq!(seen, vec![(code, None); count], "vector {vector}");
     }
 }
 

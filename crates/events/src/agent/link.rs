@@ -217,6 +217,7 @@ fn others(backend: BackendKind, feature: Feature) -> &'static [BackendKind] {
             | Feature::Cr8Write
             | Feature::Xcr0Write
             | Feature::DebugWrite
+            | Feature::Interrupt
             | Feature::VirtualExecute,
         ) => &[BackendKind::AgentTcg],
         (_, Feature::Execute | Feature::VirtualWrite | Feature::VirtualRead | Feature::Step) => {

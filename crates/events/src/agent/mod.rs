@@ -16,7 +16,7 @@ use std::time::Instant;
 use vmsight_arch::Registers;
 use vmsight_channel::{Reply, Request, VerdictWords};
 use vmsight_hooks::{
-    BackendKind, Capability, Detail, Event, Feature, Hook, HookId, HookKind, Verdict, VerdictKind,
+    BackendKind, Capability, Detail, Event, Feature, Hook, HookId, HookKind, Vectors, Verdict, VerdictKind,
 };
 use vmsight_target::Target;
 
@@ -137,6 +137,12 @@ fn feature(detail: &Detail) -> Option<Feature> {
             first: port,
             last: port,
             access,
+        },
+        Detail::Interrupt { vector, .. } => HookKind::Interrupt {
+            vectors: Vectors {
+                first: vector,
+                last: vector,
+            },
         },
         Detail::Cpuid { .. } => HookKind::Cpuid,
         Detail::Hypercall { .. } => HookKind::Hypercall,

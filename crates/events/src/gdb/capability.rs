@@ -117,6 +117,7 @@ pub(super) fn instead(feature: Feature) -> &'static [BackendKind] {
         | Feature::Cr8Write
         | Feature::Xcr0Write
         | Feature::DebugWrite
+        | Feature::Interrupt
         | Feature::Cpuid
         | Feature::Hypercall
         | Feature::DescriptorTable => &[BackendKind::AgentTcg],
