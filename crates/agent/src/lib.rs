@@ -30,6 +30,7 @@ mod slots;
 mod state;
 mod step;
 mod table;
+mod tcg;
 mod vcpu;
 mod world;
 
