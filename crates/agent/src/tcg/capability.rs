@@ -1,6 +1,6 @@
 //! What can be hooked here, by what QEMU's version gives.
 
-use vmsight_hooks::{Access, Capability, Feature, Hook, HookKind, Range, Scope, VerdictKind};
+use vmsight_hooks::{Access, Capability, Feature, Hook, HookKind, Lack, Range, Scope, VerdictKind};
 
 /// Addresses from here on belong to kernels.
 const UPPER_HALF: u64 = 1 << 63;
@@ -101,8 +101,30 @@ pub(super) fn list(registers: bool, gates: bool, pauses: bool) -> Vec<Capability
     list
 }
 
+/// What cannot be hooked here, and why.
+pub(super) fn lacks(can: &[Capability], registers: bool) -> Vec<Lack> {
+    let lacking = |feature: &&Feature| can.iter().all(|c| c.feature != **feature);
+    let lack = |feature: &Feature| Lack {
+        feature: *feature,
+        why: match feature {
+            Feature::PhysicalExecute => {
+                "a plugin is told virtual addresses of code only; virtual ones can be hooked"
+            }
+            Feature::Interrupt if registers => {
+                "where the gates are is not in what this QEMU's monitor prints"
+            }
+            _ => "it takes registers, which this QEMU gives no plugin; QEMU 10 does",
+        }
+        .to_owned(),
+    };
+    Feature::ALL.iter().filter(lacking).map(lack).collect()
+}
+
 /// Why a hook cannot be had of a QEMU that gives no registers, where the kind alone can.
 pub(super) fn unfit(hook: &Hook) -> Option<&'static str> {
+    if !hook.filter.is_none() {
+        return Some("whether a filter wants an event takes registers to tell");
+    }
     if hook.scope != Scope::All {
         return Some("whose address space a vCPU is in takes registers to tell");
     }

@@ -1,9 +1,8 @@
 //! The agent of a QEMU with TCG: what is hooked, and how hooks change.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::ffi::c_void;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError, RwLock};
@@ -11,21 +10,24 @@ use std::time::{Duration, Instant};
 
 use vmsight_arch::paging::{PagingMode, TableMemory, resolve};
 use vmsight_arch::{Gpa, Gva};
-use vmsight_channel::{Counts, MAX_VCPUS, Producer, Refusal, Reply, Shared};
-use vmsight_hooks::{Access, Capability, Expiry, Hook, HookId, HookKind, Range, Scope};
+use vmsight_channel::{MAX_VCPUS, Producer, Refusal, Reply, Request};
+use vmsight_hooks::{
+    Access, BackendKind, Capability, Counts, Expiry, FilterMemory, Hook, HookId, HookKind, Range, Scope,
+    Tallied,
+};
 
 use super::api::{self, Dump, Info, Inside, Plugin};
 use super::interrupt::{self, Handlers};
 use super::registers::Reader;
 use super::shadow::{self, Shadow};
 use super::table::{Hooked, Table};
-use super::{capability, control, guarded};
+use super::{capability, guarded};
+use crate::control::{self, Serve};
 use crate::pending::expiry;
 use crate::qemu::Qemu;
+use crate::session::Session;
 use crate::table::Armed;
 
-/// Most notices that wait for the monitor.
-const NOTICES: usize = 64;
 /// How long vCPUs may take to come out of the guest. The monitor waits a little longer.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// How long one may wait with the same event while hooks are to change.
@@ -38,36 +40,12 @@ const PAUSING: Duration = Duration::from_secs(1);
 const HOOKS: usize = 4096;
 const PAGE: u64 = 4096;
 
-/// A monitor's connection.
-#[derive(Debug)]
-pub(super) struct Session {
-    pub(super) id: u64,
-    pub(super) shared: Shared,
-    pub(super) sequence: AtomicU64,
-    over: AtomicBool,
-}
-
-impl Session {
-    pub(super) fn new(id: u64, shared: Shared) -> Self {
-        Self {
-            id,
-            shared,
-            sequence: AtomicU64::new(0),
-            over: AtomicBool::new(false),
-        }
-    }
-
-    pub(super) fn is_over(&self) -> bool {
-        self.over.load(Ordering::Acquire)
-    }
-}
-
 /// What is kept for a vCPU.
 #[derive(Debug, Default)]
 pub(super) struct Place {
-    /// Its end of the ring of the monitor with this number. Locked while an event is written.
-    pub(super) ring: Mutex<Option<(u64, Producer)>>,
-    /// The event that it waits with, plus one.
+    /// Its ends of the rings of monitors, by their numbers. Locked while an event is written.
+    pub(super) rings: Mutex<Vec<(u64, Producer)>>,
+    /// The event that it waits with, as a number that no two events in a row have; 0 where it waits with none.
     pub(super) held: AtomicU64,
 }
 
@@ -108,10 +86,8 @@ pub(super) struct Front {
     changed: Condvar,
     vcpus: AtomicU32,
     places: Vec<Place>,
-    session: RwLock<Option<Arc<Session>>>,
-    notices: Mutex<VecDeque<Reply>>,
-    /// Wakes the control thread.
-    pub(super) bell: OwnedFd,
+    /// In the order in which they came.
+    sessions: RwLock<Vec<Arc<Session>>>,
     paused: AtomicBool,
 }
 
@@ -149,8 +125,6 @@ impl Front {
                 "this QEMU does not export what it takes to change hooks in a running guest".to_owned(),
             );
         };
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let bell = rustix::event::eventfd(0, flags).map_err(|e| format!("no event descriptor: {e}"))?;
         // Read with the interface's own version in mind: where QEMU does not know of it, it is not there.
         let values = (info.current >= 4).then(api::Values::find).flatten();
         let registers = if values.is_some() { Reader::find() } else { None };
@@ -173,9 +147,7 @@ impl Front {
             changed: Condvar::new(),
             vcpus: AtomicU32::new(0),
             places: (0..MAX_VCPUS).map(|_| Place::default()).collect(),
-            session: RwLock::default(),
-            notices: Mutex::default(),
-            bell,
+            sessions: RwLock::default(),
             paused: AtomicBool::new(false),
         })
     }
@@ -183,7 +155,7 @@ impl Front {
     pub(super) fn add_vcpu(&'static self, vcpu: u32) {
         let vcpus = vcpu.saturating_add(1);
         let before = self.vcpus.fetch_max(vcpus, Ordering::SeqCst);
-        if let Some(session) = self.session() {
+        for session in &*self.sessions.read().unwrap_or_else(PoisonError::into_inner) {
             session.shared.set_vcpus(before.max(vcpus));
         }
         self.started.call_once(|| control::start(self));
@@ -212,7 +184,7 @@ impl Front {
     }
 
     /// Arms a hook. From the return on nothing passes it.
-    pub(super) fn arm(&self, hook: &Hook) -> Result<HookId, Refusal> {
+    fn arm(&self, session: &Arc<Session>, hook: &Hook) -> Result<HookId, Refusal> {
         let capabilities = self.capabilities();
         for feature in hook.kind.features() {
             if !capabilities.iter().any(|c| c.feature == feature) {
@@ -225,7 +197,7 @@ impl Front {
                 why,
             })
         };
-        if let Err(error) = hook.kind.validate() {
+        if let Err(error) = hook.validate() {
             return limit(error.to_string());
         }
         if self.registers.is_none()
@@ -249,7 +221,7 @@ impl Front {
             }
             state.last = state.last.wrapping_add(1);
             let id = HookId(state.last);
-            let armed = Arc::new(Armed::new(id, hook.clone()));
+            let armed = Arc::new(Armed::new(id, Arc::clone(session), hook.clone()));
             let left = match hook.kind {
                 HookKind::Step { count, .. } => count.saturating_add(1),
                 _ => 0,
@@ -294,16 +266,22 @@ impl Front {
         self.settle();
     }
 
-    fn disarm_all(&self) {
+    /// Takes out all hooks of a monitor.
+    fn disarm_all(&self, session: u64) {
         {
             let mut state = self.state();
-            if state.hooks.is_empty() && state.known.is_empty() {
+            let known = state.known.len();
+            state.known.retain(|_, armed| armed.session.id != session);
+            if known == state.known.len() {
                 return;
             }
-            for hooked in std::mem::take(&mut state.hooks) {
-                hooked.armed.removed.store(true, Ordering::Release);
-            }
-            state.known.clear();
+            state.hooks.retain(|hooked| {
+                let stays = hooked.armed.session.id != session;
+                if !stays {
+                    hooked.armed.removed.store(true, Ordering::Release);
+                }
+                stays
+            });
             state.wanted += 1;
         }
         self.settle();
@@ -311,25 +289,23 @@ impl Front {
 
     /// Hooks were taken out: whoever waits looks around, and what was being written is written when this returns.
     fn settle(&self) {
-        if let Some(session) = self.session() {
-            self.nudge(&session);
+        for session in &*self.sessions.read().unwrap_or_else(PoisonError::into_inner) {
+            self.nudge(session);
         }
         for place in self.places.iter().take(self.vcpus() as usize) {
-            drop(place.ring.lock().unwrap_or_else(PoisonError::into_inner));
+            drop(place.rings.lock().unwrap_or_else(PoisonError::into_inner));
         }
         self.schedule();
     }
 
-    pub(super) fn forget(&self, id: HookId) {
+    fn forget(&self, id: HookId) {
         self.state().known.remove(&id);
     }
 
-    pub(super) fn counts(&self, id: HookId) -> Counts {
-        self.state()
-            .known
-            .get(&id)
-            .map(|a| a.counts())
-            .unwrap_or_default()
+    /// A hook of this monitor's.
+    fn find(&self, session: u64, id: HookId) -> Option<Arc<Armed>> {
+        let armed = self.state().known.get(&id).cloned();
+        armed.filter(|armed| armed.session.id == session)
     }
 
     /// A hook needs no calls in translated code any more.
@@ -516,43 +492,10 @@ impl Front {
         unsafe { (self.inside.physical)(gpa, bytes.as_mut_ptr().cast(), bytes.len() as u64, false) };
     }
 
-    pub(super) fn session(&self) -> Option<Arc<Session>> {
-        self.session
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    pub(super) fn begin_session(&self, session: Arc<Session>) {
-        self.notices
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-        session.shared.set_vcpus(self.vcpus());
-        *self.session.write().unwrap_or_else(PoisonError::into_inner) = Some(session);
-    }
-
-    /// The monitor is gone: every hook comes out. Without a good-bye the VM stands still where a hook asks for that.
-    pub(super) fn end_session(&self, in_good_order: bool) {
-        let ended = self
-            .session
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let closed = !in_good_order
-            && self
-                .state()
-                .hooks
-                .iter()
-                .any(|h| expiry(&h.armed) == Expiry::Closed);
-        if closed {
-            self.freeze();
-        }
-        if let Some(ended) = ended {
-            ended.over.store(true, Ordering::Release);
-            self.disarm_all();
-            self.nudge(&ended);
-        }
+    /// Whether the monitor of this session is there.
+    pub(super) fn is_there(&self, id: u64) -> bool {
+        let sessions = self.sessions.read().unwrap_or_else(PoisonError::into_inner);
+        sessions.iter().any(|s| s.id == id)
     }
 
     fn nudge(&self, session: &Session) {
@@ -569,14 +512,11 @@ impl Front {
         match expiry(armed) {
             Expiry::Open => {
                 self.disarm(armed.id);
-                self.notice(
-                    Some(armed.id),
-                    "no verdict came in time: the guest went on, and the hook is out",
-                );
+                armed.notice("no verdict came in time: the guest went on, and the hook is out");
             }
             Expiry::Closed => {
                 self.pause();
-                self.notice(Some(armed.id), "no verdict came in time: the VM is paused");
+                armed.notice("no verdict came in time: the VM is paused");
             }
         }
     }
@@ -598,34 +538,10 @@ impl Front {
         }
     }
 
-    /// Whether a monitor, or its absence, has paused the VM.
-    pub(super) fn is_paused(&self) -> bool {
-        self.paused.load(Ordering::SeqCst)
-    }
-
     /// Whether QEMU lets its vCPUs run; while it does not it waits for them.
     pub(super) fn is_running(&self) -> bool {
         // SAFETY: it reads a variable.
         unsafe { (self.inside.runs)() }
-    }
-
-    /// Tells the monitor what it did not ask for.
-    pub(super) fn notice(&self, hook: Option<HookId>, text: &str) {
-        let text = text.to_owned();
-        let mut notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner);
-        if notices.len() < NOTICES {
-            notices.push_back(Reply::Notice { hook, text });
-        }
-        drop(notices);
-        // Full means that it is rung already.
-        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
-    }
-
-    pub(super) fn take_notice(&self) -> Option<Reply> {
-        self.notices
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front()
     }
 }
 
@@ -641,5 +557,93 @@ impl TableMemory for Front {
         let mut bytes = [0; 4];
         self.read_physical(gpa.0, &mut bytes);
         Some(u32::from_le_bytes(bytes))
+    }
+}
+
+/// The same memory, as filters read it. Where a device answers, a guest has its own device read.
+impl FilterMemory for Front {
+    fn read_physical(&self, gpa: Gpa, out: &mut [u8]) -> bool {
+        Front::read_physical(self, gpa.0, out);
+        true
+    }
+}
+
+impl Serve for Front {
+    fn kind(&self) -> BackendKind {
+        BackendKind::AgentTcg
+    }
+
+    fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn vcpus(&self) -> u32 {
+        self.vcpus()
+    }
+
+    fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
+    }
+
+    fn begin_session(&self, session: Arc<Session>) {
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        session.shared.set_vcpus(self.vcpus());
+        sessions.push(session);
+    }
+
+    fn end_session(&self, session: &Session, in_good_order: bool) {
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|s| s.id != session.id);
+        drop(sessions);
+        let fails_closed =
+            |h: &Hooked| h.armed.session.id == session.id && expiry(&h.armed) == Expiry::Closed;
+        let closed = !in_good_order && self.state().hooks.iter().any(fails_closed);
+        if closed && !session.is_over() {
+            self.freeze();
+            for other in &*self.sessions.read().unwrap_or_else(PoisonError::into_inner) {
+                other.notice(
+                    None,
+                    "a monitor ended without a word, and asked for the VM to be paused then",
+                );
+            }
+        }
+        if session.end() {
+            self.disarm_all(session.id);
+            self.nudge(session);
+        }
+    }
+
+    fn answer(&'static self, session: &Arc<Session>, request: Request) -> Reply {
+        let own = |id: HookId| self.find(session.id, id);
+        match request {
+            Request::Hello { .. } | Request::Bye => Reply::Done,
+            Request::Capabilities => {
+                let capabilities = self.capabilities();
+                let lacks = capability::lacks(&capabilities, self.registers.is_some());
+                Reply::Capabilities { capabilities, lacks }
+            }
+            Request::Arm { hook } => match self.arm(session, &hook) {
+                Ok(id) => Reply::Armed { id },
+                Err(refusal) => Reply::Refused(refusal),
+            },
+            Request::Disarm { id } => {
+                if own(id).is_some() {
+                    self.disarm(id);
+                    self.forget(id);
+                }
+                Reply::Done
+            }
+            Request::Counts { id } => Reply::Counts(own(id).map_or_else(Counts::default, |a| a.counts())),
+            Request::Tally { id } => {
+                Reply::Tally(own(id).map_or_else(Tallied::default, |a| a.sieve.tallied()))
+            }
+            Request::Resume => {
+                let why = "it is QEMU's own pause: QEMU's monitor resumes it (cont)".to_owned();
+                match self.is_paused() {
+                    true => Reply::Refused(Refusal::Failed { why }),
+                    false => Reply::Done,
+                }
+            }
+        }
     }
 }

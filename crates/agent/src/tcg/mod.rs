@@ -9,7 +9,6 @@
 
 mod api;
 mod capability;
-mod control;
 mod front;
 mod instruction;
 mod interrupt;

@@ -170,14 +170,16 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::session::Session;
     use vmsight_arch::{Gpa, Gva};
     use vmsight_hooks::{Hook, HookId};
 
     fn table(kinds: &[HookKind]) -> Table {
+        let session = Arc::new(Session::new(1).unwrap().0);
         let hooks: Vec<Hooked> = (1..)
             .zip(kinds)
             .map(|(id, kind)| Hooked {
-                armed: Arc::new(Armed::new(HookId(id), Hook::new(*kind))),
+                armed: Arc::new(Armed::new(HookId(id), Arc::clone(&session), Hook::new(*kind))),
                 shadow: None,
                 left: Arc::default(),
             })

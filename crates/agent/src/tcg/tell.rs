@@ -7,9 +7,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use vmsight_arch::Registers;
 use vmsight_channel::{Answer, Producer, Record, Spin};
-use vmsight_hooks::{Delivery, Detail, Event, Overflow, Verdict};
+use vmsight_hooks::{self as hooks, Delivery, Detail, Event, Overflow, Passage, Verdict};
 
-use super::front::{Front, Place, Session};
+use super::front::{Front, Place};
+use crate::session::Session;
 use crate::table::Armed;
 
 /// How long a vCPU waits for room in the ring, where it is to wait: a monitor that does not read must not stop the guest.
@@ -49,17 +50,21 @@ impl Moment<'_> {
             return;
         }
         armed.occurred.fetch_add(1, Ordering::Relaxed);
+        if !self.wants(armed, &detail) {
+            return;
+        }
         let (held, patience) = match armed.hook.delivery {
             Delivery::Counted => return,
             Delivery::Told { .. } => (false, ROOM),
             Delivery::Held { deadline, .. } => (true, deadline),
         };
-        let (Some(session), Some(place)) = (self.front.session(), self.front.place(self.vcpu)) else {
+        let session = &armed.session;
+        let Some(place) = self.front.place(self.vcpu) else {
             return;
         };
         let start = Instant::now();
         let sequence = loop {
-            match self.push(&session, place, armed, detail, held) {
+            match self.push(session, place, armed, detail, held) {
                 Pushed::Yes(sequence) => break sequence,
                 Pushed::Removed => return,
                 Pushed::Full => {}
@@ -68,18 +73,27 @@ impl Moment<'_> {
                 overflow: Overflow::Drop,
             };
             if armed.hook.delivery == drops || start.elapsed() >= patience || !self.front.is_running() {
-                self.lose(&session, armed, held);
+                self.lose(session, armed, held);
                 return;
             }
-            let ring = place.ring.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some((_, ring)) = &*ring {
+            let rings = place.rings.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some((_, ring)) = rings.iter().find(|(id, _)| *id == session.id) {
                 ring.sleep_for_room(&session.shared, LOOK);
             }
         };
         if held {
-            let verdict = self.wait(&session, place, armed, sequence, Instant::now() + patience);
+            let verdict = self.wait(session, place, armed, sequence, Instant::now() + patience);
             self.apply(armed, &verdict);
         }
+    }
+
+    /// Whether the hook's filter wants it. A hook with a filter is armed only where there are registers.
+    fn wants(&self, armed: &Armed, detail: &Detail) -> bool {
+        let Some(registers) = self.registers.filter(|_| !armed.sieve.is_open()) else {
+            return true;
+        };
+        let moment = hooks::Moment { registers, detail };
+        armed.sieve.pass(moment, self.front, Instant::now()) == Passage::Wanted
     }
 
     /// There is no room.
@@ -101,16 +115,18 @@ impl Moment<'_> {
         detail: Detail,
         held: bool,
     ) -> Pushed {
-        let mut ring = place.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rings = place.rings.lock().unwrap_or_else(PoisonError::into_inner);
         // Looked at under the lock, which who takes a hook out takes too: nothing is told of it when he is through.
         if armed.is_removed() || session.is_over() {
             return Pushed::Removed;
         }
-        let ring = match &mut *ring {
-            Some((id, ring)) if *id == session.id => ring,
-            other => &mut other.insert((session.id, Producer::new(self.vcpu))).1,
-        };
-        let Some(area) = session.shared.area(self.vcpu) else {
+        if !rings.iter().any(|(id, _)| *id == session.id) {
+            // Those of monitors that are gone go, too.
+            rings.retain(|(id, _)| self.front.is_there(*id));
+            rings.push((session.id, Producer::new(self.vcpu)));
+        }
+        let ring = rings.iter_mut().find(|(id, _)| *id == session.id);
+        let Some((area, (_, ring))) = session.shared.area(self.vcpu).zip(ring) else {
             return Pushed::Removed;
         };
         if !ring.has_room(&session.shared) {
@@ -136,7 +152,8 @@ impl Moment<'_> {
         };
         if held {
             area.open_event(sequence);
-            place.held.store(sequence.wrapping_add(1), Ordering::SeqCst);
+            let number = session.id << 48 ^ sequence.wrapping_add(1);
+            place.held.store(number, Ordering::SeqCst);
         }
         ring.push(&session.shared, &record);
         armed.told.fetch_add(1, Ordering::Relaxed);
@@ -157,8 +174,7 @@ impl Moment<'_> {
         let verdict = loop {
             if let Answer::Verdict(verdict) = area.answer_to(sequence) {
                 if verdict.is_none() {
-                    let text = "a verdict that makes no sense came; the guest went on";
-                    self.front.notice(Some(armed.id), text);
+                    armed.notice("a verdict that makes no sense came; the guest went on");
                 }
                 break verdict.unwrap_or_default();
             }
@@ -187,10 +203,7 @@ impl Moment<'_> {
             Verdict::Pause => self.front.pause(),
             Verdict::Remove => self.front.disarm(armed.id),
             // The monitor has been told what can be done here, and knows better.
-            _ => self.front.notice(
-                Some(armed.id),
-                "a plugin of QEMU cannot do that; the guest went on",
-            ),
+            _ => armed.notice("a plugin of QEMU cannot do that; the guest went on"),
         }
     }
 }

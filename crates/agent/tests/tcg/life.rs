@@ -68,11 +68,6 @@ pub(crate) fn a_killed_monitor_leaves_no_trace(watched: &Watched) {
 /// What verdicts do here, what they cannot, and what a vCPU that waits for one keeps others from.
 pub(crate) fn a_held_vcpu_and_its_verdicts(watched: &Watched) {
     let monitor = watched.monitor();
-    let socket = watched.guest.agent_path().unwrap();
-    assert!(matches!(
-        AgentBackend::open(&socket),
-        Err(EventError::Busy { .. })
-    ));
     let place = watched.symbol("__x64_sys_getpid");
     let orders = watched.guest.orders().unwrap();
     let getpid = |count| orders.send(Order::from(Work::GetPid { count })).unwrap();
@@ -173,4 +168,26 @@ pub(crate) fn hooks_come_and_go_under_load(watched: &Watched) {
     });
     assert!(accounts.iter().all(|a| (a.made, a.failed) == (CALLS, 0)));
     assert_eq!(always.counts().unwrap().occurred, 2 * CALLS);
+}
+
+/// Each monitor is told of its own hooks' events and of no others, and one's end is not the other's.
+pub(crate) fn two_monitors_have_each_their_own(watched: &Watched) {
+    let (first, second) = (watched.monitor(), watched.monitor());
+    let getpid = watched.symbol("__x64_sys_getpid");
+    let one = first.hook(&Hook::execute(getpid).delivered(HELD)).unwrap();
+    let both = second.hook(&Hook::execute(getpid).delivered(TOLD)).unwrap();
+    let (mut seen, mut told) = (0, 0);
+    watched.during(
+        &first,
+        |_| seen += 1,
+        |guest| guest.order(Work::GetPid { count: 500 }).unwrap(),
+    );
+    while second.next(Duration::from_millis(200)).unwrap().is_some() {
+        told += 1;
+    }
+    assert_eq!((seen, told), (500, 500));
+    assert_eq!(one.counts().unwrap().told, 500);
+    drop((one, first));
+    watched.order(Work::GetPid { count: 100 });
+    assert_eq!(both.counts().unwrap().occurred, 600);
 }

@@ -28,6 +28,7 @@ fn with_qemu_7() {
     memory::each_write_is_told_without_values(&watched);
     life::a_killed_monitor_leaves_no_trace(&watched);
     life::a_held_vcpu_and_its_verdicts(&watched);
+    life::two_monitors_have_each_their_own(&watched);
     life::hooks_come_and_go_under_load(&watched);
     assert_eq!(watched.state(), before, "the guest is as it was");
 }
@@ -46,10 +47,12 @@ fn with_qemu_10() {
     processor::instructions_are_told_with_their_values(&watched);
     processor::exceptions_are_told(&watched);
     processor::steps_are_counted(&watched);
+    processor::filters_are_evaluated_at_the_hook(&watched);
     memory::each_write_is_told_with_its_values(&watched);
     memory::reads_and_physical_addresses(&watched);
     life::a_killed_monitor_leaves_no_trace(&watched);
     life::a_held_vcpu_and_its_verdicts(&watched);
+    life::two_monitors_have_each_their_own(&watched);
     life::hooks_come_and_go_under_load(&watched);
     assert_eq!(watched.state(), before, "the guest is as it was");
 }

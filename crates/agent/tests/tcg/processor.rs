@@ -2,7 +2,9 @@
 
 use vmsight_events::EventError;
 use vmsight_events::linux::{SyscallRecord, SyscallTrace};
-use vmsight_hooks::{Access, ControlRegister, Delivery, Detail, Hook, HookKind, Scope, Vectors};
+use vmsight_hooks::{
+    Access, ControlRegister, Delivery, Detail, Filter, Hook, HookKind, Register, Scope, Value, Vectors,
+};
 use vmsight_lab::Work;
 use vmsight_lab::orders::Exception;
 
@@ -61,6 +63,7 @@ pub(crate) fn what_takes_registers_is_refused(watched: &Watched) {
     for hook in [
         Hook::execute(at).within(Scope::Dtb(dtb)),
         Hook::execute(vmsight_arch::Gva(0x40_1000)),
+        Hook::execute(at).filtered(Filter::only(&Value::register(RSI).is(0)).unwrap()),
     ] {
         let Err(EventError::Limit { why, .. }) = monitor.hook(&hook) else {
             panic!("{hook:?}");
@@ -312,4 +315,39 @@ pub(crate) fn steps_are_counted(watched: &Watched) {
     );
     assert_eq!(seen, 1);
     drop(guard);
+}
+
+/// RSI, as hooks count registers.
+const RSI: Register = Register::Gpr(6);
+
+/// What a filter puts away is counted in the VMM, and never comes out of it.
+pub(crate) fn filters_are_evaluated_at_the_hook(watched: &Watched) {
+    let monitor = watched.monitor();
+    // do_sys_openat2(int dfd, const char __user *filename, …) since 5.6 (Linux, fs/open.c).
+    let at = watched.symbol("do_sys_openat2");
+    let wanted = Filter::only(&Value::register(RSI).begins_with("/srv/wanted-")).unwrap();
+    let guard = monitor
+        .hook(&Hook::execute(at).filtered(wanted).delivered(HELD))
+        .unwrap();
+    let open = |path: &str| Work::Open {
+        path: path.into(),
+        flags: 0,
+        count: 25,
+    };
+    let mut told = 0;
+    watched.during(
+        &monitor,
+        |_| told += 1,
+        |guest| {
+            for path in ["/srv/other", "/srv/wanted-one", "/srv/wanted", "/srv/wanted-two"] {
+                guest.order(open(path)).unwrap();
+            }
+        },
+    );
+    let counts = guard.counts().unwrap();
+    assert_eq!((told, counts.told, counts.undecided), (50, 50, 0));
+    assert!(
+        counts.filtered >= 50 && counts.occurred == counts.filtered + 50,
+        "{counts:?}"
+    );
 }

@@ -146,12 +146,6 @@ fn feature(detail: &Detail) -> Option<Feature> {
             last: port,
             access,
         },
-        Detail::Interrupt { vector, .. } => HookKind::Interrupt {
-            vectors: Vectors {
-                first: vector,
-                last: vector,
-            },
-        },
         Detail::Cpuid { .. } => HookKind::Cpuid,
         Detail::Hypercall { .. } => HookKind::Hypercall,
         Detail::DescriptorTable { .. } => HookKind::DescriptorTable,
