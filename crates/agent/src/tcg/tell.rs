@@ -12,7 +12,8 @@ use vmsight_hooks::{Delivery, Detail, Event, Overflow, Verdict};
 use super::front::{Front, Place, Session};
 use crate::table::Armed;
 
-/// How long a vCPU waits for room in the ring, where it is to wait: a monitor that does not read must not stop the guest.
+/// How long a vCPU waits for room in the ring, where it is to wait: a monitor that does not read must not stop
+/// the guest.
 const ROOM: Duration = Duration::from_secs(1);
 /// How often who waits looks around.
 const LOOK: Duration = Duration::from_millis(5);
@@ -162,8 +163,9 @@ impl Moment<'_> {
                 }
                 break verdict.unwrap_or_default();
             }
-            // Looked at after the answer: who answers and then takes the hook out has answered. QEMU's main thread waits for this one
-            // when the VM is to stand still: it does so as soon as the vCPU is out of the guest, whatever the verdict.
+            // Looked at after the answer: who answers and then takes the hook out has answered. QEMU's main
+            // thread waits for this one when the VM is to stand still: it does so as soon as the vCPU is out of
+            // the guest, whatever the verdict.
             if armed.is_removed() || session.is_over() || !self.front.is_running() {
                 break Verdict::Continue;
             }
