@@ -1,9 +1,9 @@
-//! The plugin interface of QEMU, as far as it is used: its functions are looked up when the plugin is loaded, so that one
-//! library fits every version.
+//! The plugin interface of QEMU, as far as it is used: its functions are looked up when the plugin is loaded,
+//! so that one library fits every version.
 //!
-//! The facts are those of QEMU's `include/qemu/qemu-plugin.h`: version 1 of the interface from QEMU 7.2, version 4 from QEMU 10.0.
-//! What differs: version 2 (QEMU 9.0) brings registers, version 3 (9.1) has instructions copied out, version 4 (9.2) brings the values
-//! of memory accesses.
+//! The facts are those of QEMU's `include/qemu/qemu-plugin.h`: version 1 of the interface from QEMU 7.2,
+//! version 4 from QEMU 10.0. What differs: version 2 (QEMU 9.0) brings registers, version 3 (9.1) has
+//! instructions copied out, version 4 (9.2) brings the values of memory accesses.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
@@ -78,13 +78,20 @@ unsafe fn function<F: Copy>(name: &CStr) -> Option<F> {
     (!found.is_null()).then(|| unsafe { std::mem::transmute_copy::<*mut c_void, F>(&found) })
 }
 
+/// QEMU's own variable that says which vCPU this thread runs (`current_cpu`, one for each thread), null where it has none.
+pub(super) fn current() -> *const *mut c_void {
+    // SAFETY: a name that ends in zero. Of such a variable the loader gives the calling thread's.
+    unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"current_cpu".as_ptr()) }.cast()
+}
+
 /// Whether the process has a symbol.
 fn has(name: &CStr) -> bool {
     // SAFETY: a name that ends in zero.
     !unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }.is_null()
 }
 
-/// The version of the interface to ask this QEMU for: the newest that both know. QEMU reads it before it says its own.
+/// The version of the interface to ask this QEMU for: the newest that both know. QEMU reads it before it says
+/// its own.
 pub(super) fn version() -> c_int {
     if has(c"qemu_plugin_mem_get_value") {
         4
@@ -125,7 +132,8 @@ functions! {
             = c"qemu_plugin_register_vcpu_mem_cb",
         instructions: unsafe extern "C" fn(Block) -> usize = c"qemu_plugin_tb_n_insns",
         instruction: unsafe extern "C" fn(Block, usize) -> Instruction = c"qemu_plugin_tb_get_insn",
-        /// Before version 3 it takes the first argument alone and gives a pointer; what it is not asked for it does not look at.
+        /// Before version 3 it takes the first argument alone and gives a pointer; what it is not asked for it
+        /// does not look at.
         data: unsafe extern "C" fn(Instruction, *mut c_void, usize) -> usize = c"qemu_plugin_insn_data",
         size: unsafe extern "C" fn(Instruction) -> usize = c"qemu_plugin_insn_size",
         address: unsafe extern "C" fn(Instruction) -> u64 = c"qemu_plugin_insn_vaddr",
@@ -154,14 +162,16 @@ functions! {
 }
 
 functions! {
-    /// What the plugin interface has no word for. These are QEMU's own functions, which a QEMU that has modules (Debian's, Ubuntu's and
-    /// Fedora's have) exports to them: `include/hw/core/cpu.h`, `include/exec/cpu-common.h` and `include/exec/exec-all.h` of 7.2 and 10.0.
+    /// What the plugin interface has no word for. These are QEMU's own functions, which a QEMU that has modules
+    /// (Debian's, Ubuntu's and Fedora's have) exports to them: `include/hw/core/cpu.h`,
+    /// `include/exec/cpu-common.h` and `include/exec/exec-all.h` of 7.2 and 10.0.
     Inside {
         cpu: unsafe extern "C" fn(c_int) -> *mut c_void = c"qemu_get_cpu",
         alone: unsafe extern "C" fn(*mut c_void, Alone, *mut c_void) = c"async_safe_run_on_cpu",
         kick: unsafe extern "C" fn(*mut c_void) = c"qemu_cpu_kick",
         flush: unsafe extern "C" fn(*mut c_void) = c"tb_flush",
-        read_virtual: unsafe extern "C" fn(*mut c_void, u64, *mut c_void, usize, bool) -> c_int = c"cpu_memory_rw_debug",
+        read_virtual: unsafe extern "C" fn(*mut c_void, u64, *mut c_void, usize, bool) -> c_int
+            = c"cpu_memory_rw_debug",
         physical: unsafe extern "C" fn(u64, *mut c_void, u64, bool) = c"cpu_physical_memory_rw",
         runs: unsafe extern "C" fn() -> bool = c"runstate_is_running",
     }

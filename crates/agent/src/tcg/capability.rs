@@ -5,15 +5,15 @@ use vmsight_hooks::{Access, Capability, Feature, Hook, HookKind, Lack, Range, Sc
 /// Addresses from here on belong to kernels.
 const UPPER_HALF: u64 = 1 << 63;
 
-/// As much memory lies below the hole of every machine; there QEMU's own count of memory is the guest's. Before 8.2 a plugin is told the
-/// former (`plugins/api.c`, `qemu_plugin_hwaddr_phys_addr`).
+/// As much memory lies below the hole of every machine; there QEMU's own count of memory is the guest's. Before
+/// 8.2 a plugin is told the former (`plugins/api.c`, `qemu_plugin_hwaddr_phys_addr`).
 const LOW_MEMORY: u64 = 2 << 30;
 
 const TRANSLATED: &str = "calls in translated code";
 const DECODED: &str = "the instruction, decoded when it is translated";
 
-/// All of it. `registers`: whether QEMU gives registers and the values of memory accesses; `gates`: whether it can be asked where the
-/// gates of interrupts are; `pauses`: whether it can be asked to pause the VM.
+/// All of it. `registers`: whether QEMU gives registers and the values of memory accesses; `gates`: whether it
+/// can be asked where the gates of interrupts are; `pauses`: whether it can be asked to pause the VM.
 pub(super) fn list(registers: bool, gates: bool, pauses: bool) -> Vec<Capability> {
     use VerdictKind::{Continue, Pause, Remove};
     let verdicts = match pauses {
@@ -31,22 +31,24 @@ pub(super) fn list(registers: bool, gates: bool, pauses: bool) -> Vec<Capability
     };
     let execute = match registers {
         true => {
-            "any number of places; flags may be those of an earlier instruction; a pause comes at the end of the translated block"
+            "any number of places; flags may be those of an earlier instruction; a pause comes at the end of \
+             the translated block"
         }
         false => {
-            "any number of places, in the kernel's half of the address space; no registers; a pause comes at the end of the translated \
-             block"
+            "any number of places, in the kernel's half of the address space; no registers; a pause comes at \
+             the end of the translated block"
         }
     };
     add(Feature::Execute, TRANSLATED, execute);
     let memory = match registers {
         true => {
-            "any number, of any size; told when it is done; the old value is what was there when the hook was armed or at its last event, of \
-             up to 64 KiB; nothing is seen of what devices do, nor the processor itself (page walks, exception frames)"
+            "any number, of any size; told when it is done; the old value is what was there when the hook was \
+             armed or at its last event, of up to 64 KiB; nothing is seen of what devices do, nor the \
+             processor itself (page walks, exception frames)"
         }
         false => {
-            "any number, of any size, physical ones below 2 GiB; told when it is done, without values; no registers; nothing is seen of \
-             what devices do, nor the processor itself (page walks, exception frames)"
+            "any number, of any size, physical ones below 2 GiB; told when it is done, without values; no \
+             registers; nothing is seen of what devices do, nor the processor itself (page walks, exception frames)"
         }
     };
     for feature in [
@@ -80,15 +82,17 @@ pub(super) fn list(registers: bool, gates: bool, pauses: bool) -> Vec<Capability
     };
     add(Feature::ControlRead, DECODED, control);
     if registers {
-        let msr = "also where the access faults; the old value, and what a read gives, of EFER and the bases of FS and GS only";
+        let msr = "also where the access faults; the old value, and what a read gives, of EFER and the bases \
+            of FS and GS only";
         add(Feature::MsrWrite, DECODED, msr);
         add(Feature::MsrRead, DECODED, msr);
         if gates {
             add(
                 Feature::Interrupt,
-                "the first instruction of each handler that a gate names; where the gates are is read off what QEMU's monitor prints",
-                "long mode only; INT n and a jump to the handler too; new gates count when LIDT is executed, and a moment later; handlers that \
-                 several vectors share are refused",
+                "the first instruction of each handler that a gate names; where the gates are is read off \
+                 what QEMU's monitor prints",
+                "long mode only; INT n and a jump to the handler too; new gates count when LIDT is executed, \
+                 and a moment later; handlers that several vectors share are refused",
             );
         }
         let step = "interrupts are stepped through too; all vCPUs are slow meanwhile";
@@ -142,7 +146,10 @@ pub(super) fn unfit(hook: &Hook) -> Option<&'static str> {
         HookKind::Memory { range, access } => access.contains(Access::EXECUTE) && range.first() < UPPER_HALF,
         _ => false,
     };
-    user.then_some("the code of a program is translated once for all places at which it is mapped: which one runs takes registers to tell")
+    user.then_some(
+        "the code of a program is translated once for all places at which it is mapped: which one \
+    runs takes registers to tell",
+    )
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! Which instructions do what can be hooked, told when they are translated, and with which values, told when they are executed.
+//! Which instructions do what can be hooked, told when they are translated, and with which values, told when
+//! they are executed.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use vmsight_arch::Registers;

@@ -67,13 +67,13 @@ fn handler(gate: &[u8]) -> Option<u64> {
     present.then_some(part(0, 2)? | part(6, 2)? << 16 | part(8, 4)? << 32)
 }
 
-/// Where a vCPU's table of gates is, and how many bytes it has: as QEMU's monitor prints it (`info registers`), for no interface gives
-/// it to a plugin. `None` outside of long mode.
+/// Where a vCPU's table of gates is, and how many bytes it has: as QEMU's monitor prints it (`info registers`),
+/// for no interface gives it to a plugin. `None` outside of long mode.
 pub(super) fn table(dump: &Dump, cpu: *mut c_void) -> Option<(u64, usize)> {
     let mut text: *mut libc::c_char = ptr::null_mut();
     let mut len = 0;
-    // SAFETY: a stream of the C library into memory that it makes, which is freed below; QEMU prints one of its vCPUs into it, while none
-    // is in the guest.
+    // SAFETY: a stream of the C library into memory that it makes, which is freed below; QEMU prints one of its
+    // vCPUs into it, while none is in the guest.
     let printed = unsafe {
         let stream = libc::open_memstream(&raw mut text, &raw mut len);
         if stream.is_null() {

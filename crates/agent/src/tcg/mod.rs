@@ -1,17 +1,20 @@
 //! The agent in a QEMU that emulates its guest's processors (TCG): the same library, loaded as a plugin.
 //!
-//! QEMU translates the guest's code block by block and asks the plugin, for each, where it wants to be called. So a hook is a
-//! call in the translated code, on the vCPU's own thread; without hooks there is none. When hooks change, all vCPUs are brought out of the
-//! guest, the table is replaced, and all translated code is thrown away: what runs from then on was translated with the new table.
+//! QEMU translates the guest's code block by block and asks the plugin, for each, where it wants to be called.
+//! So a hook is a call in the translated code, on the vCPU's own thread; without hooks there is none. When
+//! hooks change, all vCPUs are brought out of the guest, the table is replaced, and all translated code is
+//! thrown away: what runs from then on was translated with the new table.
 //!
-//! A plugin cannot change registers, nor keep an instruction from happening. What it is told of memory it is told when it is done. What it can
-//! see depends on QEMU's version ([`api`]), and is never made up.
+//! A plugin cannot change registers, nor keep an instruction from happening. What it is told of memory it is
+//! told when it is done. What it can see depends on QEMU's version ([`api`]), and is never made up.
 
 mod api;
 mod capability;
+mod change;
 mod front;
 mod instruction;
 mod interrupt;
+mod look;
 mod registers;
 mod run;
 mod shadow;
@@ -25,8 +28,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use api::{Info, Plugin};
 use front::Front;
 
-/// The version of the plugin interface that is asked for. QEMU takes one in a range of its own, which has nothing in common between 7.2
-/// and 9.0, so it is set when the library is loaded, before QEMU reads it.
+/// The version of the plugin interface that is asked for. QEMU takes one in a range of its own, which has
+/// nothing in common between 7.2 and 9.0, so it is set when the library is loaded, before QEMU reads it.
 #[unsafe(no_mangle)]
 #[allow(non_upper_case_globals)] // QEMU's name for it
 pub(crate) static qemu_plugin_version: AtomicI32 = AtomicI32::new(1);
@@ -39,8 +42,8 @@ extern "C" fn ask() {
     qemu_plugin_version.store(api::version(), Ordering::Relaxed);
 }
 
-/// QEMU loads the plugin. It runs on without one that says that it failed to: an agent that cannot work must not keep a VM from
-/// starting.
+/// QEMU loads the plugin. It runs on without one that says that it failed to: an agent that cannot work must
+/// not keep a VM from starting.
 ///
 /// # Safety
 /// `info` must be QEMU's, or null.
@@ -77,7 +80,8 @@ fn install(id: u64, info: &Info) -> Result<(), String> {
         return Err("this QEMU lacks functions of the plugin interface".to_owned());
     };
     if front::begin(Front::new(info, plugin, socket.into())?) {
-        // SAFETY: the id is ours; the functions live as long as the process, from which a plugin is never unloaded but on its own wish.
+        // SAFETY: the id is ours; the functions live as long as the process, from which a plugin is never
+        // unloaded but on its own wish.
         unsafe {
             (plugin.on_vcpu)(id, on_vcpu);
             (plugin.on_translation)(id, run::on_translation);
@@ -111,7 +115,8 @@ extern "C" fn on_flush(_id: u64) {
     });
 }
 
-/// Does something for QEMU, into whose frames nothing must unwind. A panic is a mistake of ours, for which no VM must end.
+/// Does something for QEMU, into whose frames nothing must unwind. A panic is a mistake of ours, for which no
+/// VM must end.
 fn guarded(what: impl FnOnce()) {
     let _ = catch_unwind(AssertUnwindSafe(what));
 }

@@ -104,7 +104,8 @@ impl Reader {
                 return Handles(Vec::new());
             }
             let mut found = Vec::new();
-            // SAFETY: an array of descriptors that QEMU made and leaves to its caller; their names live as long as QEMU.
+            // SAFETY: an array of descriptors that QEMU made and leaves to its caller; their names live as long
+            // as QEMU.
             unsafe {
                 let (data, len) = ((*list).data.cast::<RegisterDescriptor>(), (*list).len as usize);
                 for n in 0..len.min(MOST) {
@@ -159,8 +160,9 @@ impl Reader {
         }
     }
 
-    /// All of them, on the thread of `vcpu`. QEMU translates the code of a page once, wherever the page is mapped, and keeps RIP
-    /// only at the beginning of a block and at a few places in it: where the instruction is, is told from both.
+    /// All of them, on the thread of `vcpu`. QEMU translates the code of a page once, wherever the page is
+    /// mapped, and keeps RIP only at the beginning of a block and at a few places in it: where the instruction
+    /// is, is told from both.
     pub(super) fn all(&self, vcpu: u32, translated: Option<u64>) -> Registers {
         let mut registers = Registers {
             vcpu,
@@ -205,8 +207,8 @@ impl Reader {
     }
 }
 
-/// Where an instruction is executed that was translated at `translated`, from a RIP of the same block that is not past it: a block
-/// begins in the page in which its instructions begin.
+/// Where an instruction is executed that was translated at `translated`, from a RIP of the same block that is
+/// not past it: a block begins in the page in which its instructions begin.
 fn executed_at(translated: u64, rip: u64) -> u64 {
     let pages = rip.wrapping_sub(translated).wrapping_add(0xfff) & !0xfff;
     translated.wrapping_add(pages)

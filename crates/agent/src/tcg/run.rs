@@ -80,7 +80,8 @@ fn translate(front: &Front, table: &Table, block: Block) {
 /// The bytes of an instruction.
 fn bytes(front: &Front, instruction: Instruction) -> Option<([u8; LONGEST], usize)> {
     let mut bytes = [0; LONGEST];
-    // SAFETY: QEMU's instruction, during its translation. Before version 3 a pointer to the bytes is given, later they are copied.
+    // SAFETY: QEMU's instruction, during its translation. Before version 3 a pointer to the bytes is given,
+    // later they are copied.
     unsafe {
         let len = (front.plugin.size)(instruction);
         if len == 0 || len > LONGEST {
@@ -115,7 +116,8 @@ fn registers(front: &Front, vcpu: u32, translated: u64) -> Option<Registers> {
         .map(|reader| reader.all(vcpu, Some(translated)))
 }
 
-/// Where the instruction is that was translated at `translated`. The kernel's is where it was: its code has one address.
+/// Where the instruction is that was translated at `translated`. The kernel's is where it was: its code has one
+/// address.
 fn rip(front: &Front, translated: u64) -> u64 {
     match &front.registers {
         Some(reader) if translated < UPPER_HALF => reader.rip(translated),
@@ -133,6 +135,7 @@ extern "C" fn on_execution(vcpu: c_uint, translated: *mut c_void) {
         if hooks.is_empty() && handled.is_empty() && ranges().next().is_none() {
             return;
         }
+        let vcpu = front.vcpu(vcpu);
         let registers = registers(front, vcpu, translated);
         let moment = Moment {
             front,
@@ -165,6 +168,7 @@ extern "C" fn on_execution(vcpu: c_uint, translated: *mut c_void) {
 
 extern "C" fn on_step(vcpu: c_uint, translated: *mut c_void) {
     with(|front, table| {
+        let vcpu = front.vcpu(vcpu);
         for (_, hooked) in table.steps.iter().filter(|(index, _)| *index == vcpu) {
             // Only this vCPU's thread counts here.
             let left = hooked.left.load(Ordering::Relaxed);
@@ -190,6 +194,7 @@ extern "C" fn on_instruction(vcpu: c_uint, site: *mut c_void) {
     with(|front, table| {
         // SAFETY: a site of this code, which goes when the code goes, while no vCPU is in it.
         let site = unsafe { *site.cast::<Site>() };
+        let vcpu = front.vcpu(vcpu);
         let registers = registers(front, vcpu, site.translated);
         let rip = registers.as_ref().map_or(site.translated, |r| r.rip);
         if table.has_interrupts && site.act == Act::DescriptorTable {
@@ -262,6 +267,7 @@ fn accessed(
         if !watch.covers(first, first.saturating_add(len - 1)) {
             continue;
         }
+        let vcpu = front.vcpu(vcpu);
         let registers = registers_read.get_or_insert_with(|| registers(front, vcpu, translated));
         let moment = Moment {
             front,

@@ -1,4 +1,5 @@
-//! What watched memory held last: a plugin is told of a write when it is done, so what was there before has to be known.
+//! What watched memory held last: a plugin is told of a write when it is done, so what was there before has to
+//! be known.
 
 use std::sync::{Mutex, PoisonError};
 

@@ -1,4 +1,5 @@
-//! What vCPUs look up: hooks by what they are on. It is replaced as a whole while no vCPU is in the guest, and never changed.
+//! What vCPUs look up: hooks by what they are on. It is replaced as a whole while no vCPU is in the guest, and
+//! never changed.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -13,7 +13,8 @@ use super::front::{Front, Place};
 use crate::session::Session;
 use crate::table::Armed;
 
-/// How long a vCPU waits for room in the ring, where it is to wait: a monitor that does not read must not stop the guest.
+/// How long a vCPU waits for room in the ring, where it is to wait: a monitor that does not read must not stop
+/// the guest.
 const ROOM: Duration = Duration::from_secs(1);
 /// How often who waits looks around.
 const LOOK: Duration = Duration::from_millis(5);
@@ -122,7 +123,8 @@ impl Moment<'_> {
         }
         if !rings.iter().any(|(id, _)| *id == session.id) {
             // Those of monitors that are gone go, too.
-            rings.retain(|(id, _)| self.front.is_there(*id));
+            let there = self.front.sessions();
+            rings.retain(|(id, _)| there.iter().any(|s| s.id == *id));
             rings.push((session.id, Producer::new(self.vcpu)));
         }
         let ring = rings.iter_mut().find(|(id, _)| *id == session.id);
@@ -178,8 +180,9 @@ impl Moment<'_> {
                 }
                 break verdict.unwrap_or_default();
             }
-            // Looked at after the answer: who answers and then takes the hook out has answered. QEMU's main thread waits for this one
-            // when the VM is to stand still: it does so as soon as the vCPU is out of the guest, whatever the verdict.
+            // Looked at after the answer: who answers and then takes the hook out has answered. QEMU's main
+            // thread waits for this one when the VM is to stand still: it does so as soon as the vCPU is out of
+            // the guest, whatever the verdict.
             if armed.is_removed() || session.is_over() || !self.front.is_running() {
                 break Verdict::Continue;
             }

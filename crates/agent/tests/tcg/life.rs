@@ -136,8 +136,8 @@ pub(crate) fn a_held_vcpu_and_its_verdicts(watched: &Watched) {
     assert_eq!(sent.wait(PATIENCE).unwrap().failed, 0);
 }
 
-/// Hooks are armed and taken out while both vCPUs run into them: none is told of that is not armed, and what is armed all the while
-/// misses nothing.
+/// Hooks are armed and taken out while both vCPUs run into them: none is told of that is not armed, and what is
+/// armed all the while misses nothing.
 pub(crate) fn hooks_come_and_go_under_load(watched: &Watched) {
     const CALLS: u64 = 4000;
     let monitor = watched.monitor();

@@ -1,5 +1,6 @@
-//! The agent as a plugin of stock QEMUs, on a real Debian guest with two processors, held against the guest's own account of what
-//! it did. One guest for each QEMU: 7.2, whose interface for plugins gives no registers, and 10.x, whose does.
+//! The agent as a plugin of stock QEMUs, on a real Debian guest with two processors, held against the guest's
+//! own account of what it did. One guest for each QEMU: 7.2, whose interface for plugins gives no registers,
+//! and 10.x, whose does.
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 

@@ -123,10 +123,10 @@ pub(crate) fn system_calls_are_traced(watched: &Watched) {
             .filter(|r| r.current.pid == account.pid as i32)
             .collect();
         assert_eq!(own.len() as u64, CALLS, "of {} in all", records.len());
-        assert!(
-            own.iter()
-                .all(|r| r.result == Some(account.pid.into()) && r.vcpu == cpu)
-        );
+        for record in own {
+            let expected = (Some(account.pid.into()), cpu);
+            assert_eq!((record.result, record.vcpu), expected, "{record:?}");
+        }
     }
 }
 
@@ -286,7 +286,8 @@ pub(crate) fn exceptions_are_told(watched: &Watched) {
         // From user mode (SDM vol. 3A 4.7), where nothing was mapped.
         assert_eq!(code.unwrap() & 0b101, 0b100);
     }
-    // The last one twice: Rust's own handler of SIGSEGV steps aside at the first and has the instruction executed again.
+    // The last one twice: Rust's own handler of SIGSEGV steps aside at the first and has the instruction
+    // executed again.
     for (exception, vector, code, count) in [
         (Exception::Divide, 0, None, 1),
         (Exception::InvalidOpcode, 6, None, 1),

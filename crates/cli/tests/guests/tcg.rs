@@ -1,4 +1,5 @@
-//! A guest under a stock QEMU 10 that emulates its processors, started by `vmsight launch`: the agent is a plugin in it.
+//! A guest under a stock QEMU 10 that emulates its processors, started by `vmsight launch`: the agent is a
+//! plugin in it.
 
 use serde_json::Value;
 use vmsight_lab::{Guest, Kernel, Memory, Qemu, Spec, Work};
