@@ -1,5 +1,6 @@
 //! A running guest.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -123,6 +124,11 @@ impl Guest {
         (self.spec.memory == Memory::File).then(|| self.folder.path().join("memory"))
     }
 
+    /// Where the agent in its QEMU listens, if it has one.
+    pub fn agent_path(&self) -> Option<PathBuf> {
+        self.spec.agent.is_some().then(|| agent_at(self.folder.path()))
+    }
+
     /// The kernel image it runs.
     pub fn vmlinuz(&self) -> Result<PathBuf> {
         Ok(self.spec.kernel.fetch()?.vmlinuz())
@@ -227,7 +233,7 @@ struct Process {
 
 impl Process {
     fn start(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: bool) -> Result<Process> {
-        let mut command = command(spec, vmlinuz, initramfs, folder, keep);
+        let mut command = command(spec, vmlinuz, initramfs, folder, keep)?;
         let (tell_pid, told_pid) = mpsc::channel();
         let (tell_end, ended) = mpsc::channel();
         let (orders, ordered) = mpsc::channel();
@@ -303,14 +309,22 @@ fn look_after(mut child: Child, ordered: &mpsc::Receiver<()>, ended: &mpsc::Send
     }
 }
 
-fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: bool) -> Command {
-    let mut command = if keep {
-        Command::new("qemu-system-x86_64")
-    } else {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-        command
+fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: bool) -> Result<Command> {
+    let mut words: Vec<OsString> = match keep {
+        true => Vec::new(),
+        false => ["setpriv", "--pdeathsig", "KILL", "--"]
+            .map(OsString::from)
+            .to_vec(),
     };
+    if let Some(launcher) = &spec.launcher {
+        words.push(launcher.into());
+        words.extend(["launch", "--socket"].map(OsString::from));
+        words.extend([agent_at(folder).into(), "--".into()]);
+    }
+    words.extend(spec.qemu.command()?);
+    let (program, first) = words.split_first().context("no program is named")?;
+    let mut command = Command::new(program);
+    command.args(first);
     let size = format!("{}M", spec.memory_mib);
     let at = |name: &str| folder.join(name).display().to_string();
     let mut machine = spec.machine_type().to_owned();
@@ -354,6 +368,12 @@ fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: b
     if spec.qmp {
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp"))]);
     }
+    if let Some(agent) = &spec.agent {
+        command
+            .arg("-plugin")
+            .arg(agent)
+            .env("VMSIGHT_AGENT", agent_at(folder));
+    }
     let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "vmsight.lab"];
     if spec.orders {
         words.push("vmsight.orders");
@@ -377,7 +397,12 @@ fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: b
         .stderr(File::create(folder.join("qemu.log")).map_or_else(|_| Stdio::null(), Stdio::from))
         // A Ctrl-C is for us; we then end it in order.
         .process_group(0);
-    command
+    Ok(command)
+}
+
+/// Where the agent in a guest's QEMU listens: in a folder of its own, which it makes.
+fn agent_at(folder: &Path) -> PathBuf {
+    folder.join("agent/vm.sock")
 }
 
 /// The arguments of QEMU that give a guest its line for orders, at a socket at `path`; they come after those of two other serial

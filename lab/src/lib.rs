@@ -23,12 +23,14 @@ pub mod kernel;
 pub mod modules;
 pub mod nested;
 pub mod orders;
+pub mod qemu;
 pub mod qmp;
 pub mod spec;
 
 pub use guest::{Format, Guest};
 pub use kernel::Kernel;
 pub use orders::{Account, Order, Orders, Work};
+pub use qemu::Qemu;
 pub use spec::{Machine, Memory, Paging, Spec, full_matrix, matrix, matrix_of};
 /// What a guest says of itself.
 pub use vmsight_workload as truth;

@@ -1,8 +1,10 @@
 //! What a guest is made of, and which guests the tests are run on.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::kernel::Kernel;
+use crate::qemu::Qemu;
 
 /// Depth of the guest's page tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -38,6 +40,12 @@ pub enum Memory {
 pub struct Spec {
     /// The kernel.
     pub kernel: Kernel,
+    /// What it runs in.
+    pub qemu: Qemu,
+    /// The library of an agent that is loaded into QEMU as a plugin, to listen at [`crate::Guest::agent_path`].
+    pub agent: Option<PathBuf>,
+    /// The program whose `launch` loads the agent, however it does it.
+    pub launcher: Option<PathBuf>,
     /// Depth of its page tables.
     pub paging: Paging,
     /// The machine.
@@ -69,6 +77,9 @@ impl Spec {
     pub fn new(kernel: Kernel) -> Spec {
         Spec {
             kernel,
+            qemu: Qemu::System,
+            agent: None,
+            launcher: None,
             paging: Paging::Four,
             machine: Machine::Pc,
             memory_mib: 512,
@@ -151,9 +162,13 @@ impl fmt::Display for Spec {
             Memory::Private => "private",
         };
         let qmp = if self.qmp { "" } else { "-noqmp" };
+        let qemu = match self.qemu {
+            Qemu::System => "",
+            Qemu::Backports => "-qemu10",
+        };
         write!(
             f,
-            "{}-{paging}-{}-{}m-{memory}-{}cpu{qmp}",
+            "{}-{paging}-{}-{}m-{memory}-{}cpu{qmp}{qemu}",
             self.kernel,
             self.machine_type(),
             self.memory_mib,

@@ -1,16 +1,17 @@
 //! The agent of one VM: what the VMM does with KVM, what is hooked, and the one lock over both.
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use libc::c_int;
-use vmsight_channel::Refusal;
-use vmsight_hooks::Expiry;
+use vmsight_channel::{Refusal, Reply, Request};
+use vmsight_hooks::{BackendKind, Counts, Expiry, HookId, Tallied};
 
 use crate::capability::Kernel;
+use crate::control::Serve;
 use crate::filter::Filter;
 use crate::guest::Guest;
 use crate::pending::expiry;
@@ -142,31 +143,6 @@ impl Agent {
             .clone()
     }
 
-    pub(crate) fn begin_session(&self, session: Arc<Session>) {
-        // A vCPU that comes meanwhile waits, and finds the session.
-        let vcpus = self.vcpus.read().unwrap_or_else(PoisonError::into_inner);
-        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
-        let count = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
-        session.shared.set_vcpus(count);
-        sessions.push(session);
-    }
-
-    /// A monitor is gone: each of its hooks comes out. Without a good-bye the VM stands still where one of them asks for that.
-    pub(crate) fn end_session(&self, session: &Session, in_good_order: bool) {
-        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
-        sessions.retain(|s| s.id != session.id);
-        drop(sessions);
-        let closed = !in_good_order && self.state().fails_closed(session.id);
-        if closed && !session.is_over() {
-            self.freeze();
-            self.tell_all("a monitor ended without a word, and asked for the VM to be paused then");
-        }
-        if session.end() {
-            self.state().disarm_all(self, session.id);
-            self.nudge(session);
-        }
-    }
-
     /// Wakes vCPUs that wait for a monitor's verdicts, so that they look around.
     fn nudge(&self, session: &Session) {
         for vcpu in self.vcpus() {
@@ -269,5 +245,78 @@ impl Agent {
 pub(crate) fn failed(doing: &str, error: &std::io::Error) -> Refusal {
     Refusal::Failed {
         why: format!("{doing}: {error}"),
+    }
+}
+
+impl Serve for Agent {
+    fn kind(&self) -> BackendKind {
+        BackendKind::AgentKvm
+    }
+
+    fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn vcpus(&self) -> u32 {
+        u32::try_from(self.vcpus().len()).unwrap_or(u32::MAX)
+    }
+
+    fn is_paused(&self) -> bool {
+        self.world.is_frozen()
+    }
+
+    fn begin_session(&self, session: Arc<Session>) {
+        // A vCPU that comes meanwhile waits, and finds the session.
+        let vcpus = self.vcpus.read().unwrap_or_else(PoisonError::into_inner);
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        let count = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
+        session.shared.set_vcpus(count);
+        sessions.push(session);
+    }
+
+    fn end_session(&self, session: &Session, in_good_order: bool) {
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|s| s.id != session.id);
+        drop(sessions);
+        let closed = !in_good_order && self.state().fails_closed(session.id);
+        if closed && !session.is_over() {
+            self.freeze();
+            self.tell_all("a monitor ended without a word, and asked for the VM to be paused then");
+        }
+        if session.end() {
+            self.state().disarm_all(self, session.id);
+            self.nudge(session);
+        }
+    }
+
+    fn answer(&'static self, session: &Arc<Session>, request: Request) -> Reply {
+        let own = |id: HookId| self.state().find(session.id, id);
+        match request {
+            Request::Hello { .. } | Request::Bye => Reply::Done,
+            Request::Capabilities => Reply::Capabilities {
+                capabilities: self.kernel.list(),
+                lacks: self.kernel.lacks(),
+            },
+            Request::Arm { hook } => match self.state().arm(self, session, &hook) {
+                Ok(id) => Reply::Armed { id },
+                Err(refusal) => Reply::Refused(refusal),
+            },
+            Request::Disarm { id } => {
+                let armed = own(id);
+                if let Some(armed) = armed {
+                    self.disarm(&armed);
+                    self.state().forget(id);
+                }
+                Reply::Done
+            }
+            Request::Counts { id } => Reply::Counts(own(id).map_or_else(Counts::default, |a| a.counts())),
+            Request::Tally { id } => {
+                Reply::Tally(own(id).map_or_else(Tallied::default, |a| a.sieve.tallied()))
+            }
+            Request::Resume => {
+                self.world.thaw();
+                Reply::Done
+            }
+        }
     }
 }

@@ -2,8 +2,9 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use std::{fs, process};
 
@@ -12,19 +13,36 @@ use vmsight_channel::{
     ChannelError, MAX_REPLY, MAX_REQUEST, Refusal, Reply, Request, VERSION, accept, listen, read,
     send_descriptor, write,
 };
-use vmsight_hooks::{BackendKind, Counts, HookId, Tallied};
+use vmsight_hooks::BackendKind;
 
-use crate::agent::Agent;
 use crate::session::Session;
-use crate::{agent, signal};
+use crate::signal;
 
 /// Most monitors at a time.
 const MOST_MONITORS: usize = 16;
 /// How long it takes until a connection that could not be taken is tried again.
 const AGAIN: Duration = Duration::from_millis(10);
 
+/// What monitors are served by: an agent, of whatever VMM.
+pub(crate) trait Serve: Sync {
+    /// By what events come.
+    fn kind(&self) -> BackendKind;
+    /// Where it listens.
+    fn socket(&self) -> &Path;
+    /// How many vCPUs there are.
+    fn vcpus(&self) -> u32;
+    /// Whether a monitor, or its end, has paused the VM.
+    fn is_paused(&self) -> bool;
+    /// A monitor is there.
+    fn begin_session(&self, session: Arc<Session>);
+    /// It is gone: each of its hooks comes out. Without a good-bye the VM stands still where one of them asks for that.
+    fn end_session(&self, session: &Session, in_good_order: bool);
+    /// What a monitor asked for.
+    fn answer(&'static self, session: &Arc<Session>, request: Request) -> Reply;
+}
+
 /// Starts the thread.
-pub(crate) fn start(agent: &'static Agent) {
+pub(crate) fn start(agent: &'static dyn Serve) {
     let started = signal::kept_out(|| {
         std::thread::Builder::new()
             .name("vmsight-agent".to_owned())
@@ -36,10 +54,10 @@ pub(crate) fn start(agent: &'static Agent) {
 }
 
 /// The VMM's standard error is the only place where somebody who started it may look.
-fn complain(agent: &Agent, error: &dyn std::error::Error) {
+fn complain(agent: &dyn Serve, error: &dyn std::error::Error) {
     use std::io::Write;
     let cause = error.source().map(|s| format!(": {s}")).unwrap_or_default();
-    let socket = agent.socket.display();
+    let socket = agent.socket().display();
     let _ = writeln!(
         std::io::stderr(),
         "vmsight agent: cannot listen at {socket}: {error}{cause}; the VM runs without it"
@@ -48,21 +66,23 @@ fn complain(agent: &Agent, error: &dyn std::error::Error) {
 
 /// Whose process has the socket: what a fork of it does at its end is not the VMM's end.
 static OWNER: AtomicI32 = AtomicI32::new(0);
+static SOCKET: OnceLock<&'static Path> = OnceLock::new();
 
 extern "C" fn at_exit() {
     if OWNER.load(Ordering::Relaxed) == process::id() as i32
-        && let Some(agent) = agent::get()
+        && let Some(socket) = SOCKET.get()
     {
-        let _ = fs::remove_file(&agent.socket);
+        let _ = fs::remove_file(socket);
     }
 }
 
-fn run(agent: &'static Agent) {
-    let listener = match listen(&agent.socket) {
+fn run(agent: &'static dyn Serve) {
+    let listener = match listen(agent.socket()) {
         Ok(listener) => listener,
         Err(error) => return complain(agent, &error),
     };
     OWNER.store(process::id() as i32, Ordering::Relaxed);
+    let _ = SOCKET.set(agent.socket());
     // SAFETY: a plain function that lives as long as the process.
     unsafe { libc::atexit(at_exit) };
     for id in 1.. {
@@ -96,7 +116,7 @@ impl Drop for Place {
 }
 
 /// Starts a thread for a monitor: each has its own, so that none waits for another. No signal reaches it, as none reaches this one.
-fn begin(agent: &'static Agent, monitor: UnixStream, id: u64) {
+fn begin(agent: &'static dyn Serve, monitor: UnixStream, id: u64) {
     let Some(place) = Place::take() else {
         let why = format!("{MOST_MONITORS} monitors are connected");
         let _ = write(&monitor, &Reply::Refused(Refusal::Busy { why }), MAX_REPLY);
@@ -113,7 +133,7 @@ fn begin(agent: &'static Agent, monitor: UnixStream, id: u64) {
 
 /// The end of a session, also where its thread fails.
 struct Ending {
-    agent: &'static Agent,
+    agent: &'static dyn Serve,
     session: Arc<Session>,
 }
 
@@ -124,7 +144,7 @@ impl Drop for Ending {
 }
 
 /// Serves one monitor until it goes.
-fn serve(agent: &'static Agent, monitor: &UnixStream, id: u64) -> Result<(), ChannelError> {
+fn serve(agent: &'static dyn Serve, monitor: &UnixStream, id: u64) -> Result<(), ChannelError> {
     let Request::Hello { version } = read(monitor, MAX_REQUEST)? else {
         return Err(ChannelError::Closed);
     };
@@ -142,10 +162,10 @@ fn serve(agent: &'static Agent, monitor: &UnixStream, id: u64) -> Result<(), Cha
     };
     reply(&Reply::Hello {
         version: VERSION,
-        backend: BackendKind::AgentKvm,
+        backend: agent.kind(),
         pid: process::id(),
-        vcpus: u32::try_from(agent.vcpus().len()).unwrap_or(u32::MAX),
-        paused: agent.world.is_frozen(),
+        vcpus: agent.vcpus(),
+        paused: agent.is_paused(),
     })?;
     send_descriptor(monitor, &file)?;
     drop(file);
@@ -176,36 +196,7 @@ fn serve(agent: &'static Agent, monitor: &UnixStream, id: u64) -> Result<(), Cha
                 let _ = reply(&Reply::Done);
                 return Ok(());
             }
-            request => reply(&answer(agent, &session, request))?,
-        }
-    }
-}
-
-fn answer(agent: &'static Agent, session: &Arc<Session>, request: Request) -> Reply {
-    let own = |id: HookId| agent.state().find(session.id, id);
-    match request {
-        Request::Hello { .. } | Request::Bye => Reply::Done,
-        Request::Capabilities => Reply::Capabilities {
-            capabilities: agent.kernel.list(),
-            lacks: agent.kernel.lacks(),
-        },
-        Request::Arm { hook } => match agent.state().arm(agent, session, &hook) {
-            Ok(id) => Reply::Armed { id },
-            Err(refusal) => Reply::Refused(refusal),
-        },
-        Request::Disarm { id } => {
-            let armed = own(id);
-            if let Some(armed) = armed {
-                agent.disarm(&armed);
-                agent.state().forget(id);
-            }
-            Reply::Done
-        }
-        Request::Counts { id } => Reply::Counts(own(id).map_or_else(Counts::default, |a| a.counts())),
-        Request::Tally { id } => Reply::Tally(own(id).map_or_else(Tallied::default, |a| a.sieve.tallied())),
-        Request::Resume => {
-            agent.world.thaw();
-            Reply::Done
+            request => reply(&agent.answer(&session, request))?,
         }
     }
 }

@@ -31,6 +31,7 @@ mod slots;
 mod state;
 mod step;
 mod table;
+mod tcg;
 mod vcpu;
 mod world;
 

@@ -6,7 +6,7 @@ use vmsight_hooks::BackendKind;
 use vmsight_target::Target;
 
 use crate::agent::AgentBackend;
-use crate::{EventError, Monitor, gdb};
+use crate::{Backend, EventError, Monitor, gdb};
 
 /// How to open a monitor.
 #[derive(Clone, Copy, Debug)]
@@ -40,14 +40,29 @@ pub fn open(target: &Target, options: OpenOptions) -> Result<Monitor, EventError
             },
         )
     };
-    let by_agent = || Ok(Monitor::new(Box::new(AgentBackend::of(target)?)));
+    let by_agent = || AgentBackend::of(target);
+    let monitor = |agent: AgentBackend| Monitor::new(Box::new(agent));
     match options.backend {
         Some(BackendKind::GdbStub) => by_stub(),
-        Some(BackendKind::AgentKvm) => by_agent(),
-        // Where there is an agent it can do more, and costs the guest less.
+        Some(wanted @ (BackendKind::AgentKvm | BackendKind::AgentTcg)) => {
+            let agent = by_agent()?;
+            match agent.kind() {
+                there if there == wanted => Ok(monitor(agent)),
+                other => Err(EventError::NoBackend {
+                    target: target.name.clone(),
+                    why: format!("the agent in its VMM is {other}"),
+                }),
+            }
+        }
+        // Where there is an agent it can do more, and costs the guest less. Without registers most of what is made of events cannot
+        // be, and the stub is better.
         None => match by_agent() {
             Err(EventError::NoBackend { .. }) => by_stub(),
-            opened => opened,
+            Ok(agent) if !agent.gives_registers() => match by_stub() {
+                Err(_) => Ok(monitor(agent)),
+                opened => opened,
+            },
+            opened => opened.map(monitor),
         },
         Some(other) => Err(EventError::NoBackend {
             target: target.name.clone(),

@@ -21,29 +21,40 @@ pub struct Survey {
     pub lacks: Vec<Lack>,
 }
 
-/// All backends. The guest is not stopped for it: an agent is asked, of a stub only its accelerator is known, and whether somebody
+/// All backends that could reach the VM. The guest is not stopped for it: an agent is asked, of a stub only its accelerator is known, and whether somebody
 /// else has it in use is found out when it is opened.
 pub fn survey(target: &Target) -> Vec<Survey> {
     vec![agent(target), gdb_stub(target)]
 }
 
 fn agent(target: &Target) -> Survey {
-    let (obstacle, capabilities, lacks) = match AgentBackend::of(target) {
-        Ok(agent) => (None, agent.capabilities(), agent.lacks()),
-        Err(EventError::NoBackend { why, .. }) => (Some(why), Vec::new(), Vec::new()),
-        Err(error) => (Some(error.to_string()), Vec::new(), Vec::new()),
+    // Which of the two it would be is known once it is there.
+    let kvm = accelerator(target) != Some("tcg");
+    let absent = if kvm {
+        BackendKind::AgentKvm
+    } else {
+        BackendKind::AgentTcg
+    };
+    let (backend, obstacle, capabilities, lacks) = match AgentBackend::of(target) {
+        Ok(agent) => (agent.kind(), None, agent.capabilities(), agent.lacks()),
+        Err(EventError::NoBackend { why, .. }) => (absent, Some(why), Vec::new(), Vec::new()),
+        Err(error) => (absent, Some(error.to_string()), Vec::new(), Vec::new()),
     };
     Survey {
-        backend: BackendKind::AgentKvm,
+        backend,
         obstacle,
         capabilities,
         lacks,
     }
 }
 
+fn accelerator(target: &Target) -> Option<&str> {
+    target.info.as_ref()?.accelerator.as_deref()
+}
+
 fn gdb_stub(target: &Target) -> Survey {
     let info = target.info.as_ref();
-    let kvm = info.and_then(|i| i.accelerator.as_deref()) == Some("kvm");
+    let kvm = accelerator(target) == Some("kvm");
     let controls = |kind| info.is_some_and(|i| i.control.iter().any(|c| c.kind == kind));
     let obstacle = match target.kind {
         TargetKind::Dump(_) => Some("it is a dump: nothing happens in it".to_owned()),

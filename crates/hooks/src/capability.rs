@@ -15,6 +15,8 @@ pub enum BackendKind {
     GdbStub,
     /// The agent in a QEMU that runs its guest with KVM.
     AgentKvm,
+    /// The agent in a QEMU that emulates its guest's processors (TCG).
+    AgentTcg,
 }
 
 impl BackendKind {
@@ -23,6 +25,7 @@ impl BackendKind {
         match self {
             Self::GdbStub => "gdb-stub",
             Self::AgentKvm => "agent-kvm",
+            Self::AgentTcg => "agent-tcg",
         }
     }
 

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder};
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -23,9 +23,13 @@ const LONGEST_PATH: usize = 107;
 /// Start a stock QEMU with the agent in it, so that its guest can be hooked.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-QEMU is not changed: the agent is loaded into it by LD_PRELOAD and listens at a socket that only the same user and root
-can reach. It hooks nothing until a monitor asks, and when the monitor is gone its hooks are, too. vmsight becomes the
-command it is given, so the process keeps its id.
+QEMU is not changed: the agent is loaded into it and listens at a socket that only the same user and root can reach. It
+hooks nothing until a monitor asks, and when the monitor is gone its hooks are, too. vmsight becomes the command it is
+given, so the process keeps its id.
+
+With KVM the agent is loaded by LD_PRELOAD. Where QEMU emulates the guest's processors it is loaded as a plugin (-plugin
+is added to the command): when tcg is the accelerator that is asked for first (-accel, -machine accel=), or the first
+that works; without any such option it is QEMU's default, unless the program's name ends in kvm.
 
 For libvirt, print a wrapper once and name it in the domain's <emulator>:
   vmsight launch --wrapper -- /usr/bin/qemu-system-x86_64 >/usr/local/bin/vmsight-qemu
@@ -64,13 +68,79 @@ impl Cmd {
             None => default_socket()?,
         };
         prepare(&socket)?;
-        let error = Command::new(program)
-            .args(arguments)
-            .env("LD_PRELOAD", preload(&library, std::env::var_os("LD_PRELOAD")))
-            .env(SOCKET_VARIABLE, &socket)
-            .exec();
+        let mut command = Command::new(program);
+        command.args(arguments).env(SOCKET_VARIABLE, &socket);
+        match emulates(program, arguments, has_kvm) {
+            true => command.arg("-plugin").arg(plugin(&library)),
+            false => command.env("LD_PRELOAD", preload(&library, std::env::var_os("LD_PRELOAD"))),
+        };
+        let error = command.exec();
         Err(error).with_context(|| format!("starting {}", Path::new(program).display()))
     }
+}
+
+/// Whether this command starts a QEMU that emulates its guest's processors.
+fn emulates(program: &OsStr, arguments: &[OsString], has_kvm: impl Fn() -> bool) -> bool {
+    let name = Path::new(program)
+        .file_name()
+        .unwrap_or(program)
+        .to_string_lossy();
+    if !name.contains("qemu") && !name.ends_with("kvm") {
+        return false;
+    }
+    let mut wanted: Vec<String> = Vec::new();
+    let mut words = arguments.iter().map(|word| word.to_string_lossy());
+    while let Some(word) = words.next() {
+        // QEMU takes both -x and --x.
+        let option = match word.strip_prefix("--").or_else(|| word.strip_prefix('-')) {
+            Some(option) => option,
+            None => continue,
+        };
+        match option {
+            "enable-kvm" => wanted.push("kvm".to_owned()),
+            "accel" => {
+                let value = words.next().unwrap_or_default();
+                let first = value.split(',').next().unwrap_or_default();
+                wanted.push(first.strip_prefix("accel=").unwrap_or(first).to_owned());
+            }
+            "machine" | "M" => {
+                let value = words.next().unwrap_or_default();
+                let accelerators = value.split(',').filter_map(|part| part.strip_prefix("accel="));
+                wanted.extend(accelerators.flat_map(|list| list.split(':')).map(str::to_owned));
+            }
+            _ => {}
+        }
+    }
+    if wanted.is_empty() {
+        // As QEMU does it (system/vl.c, configure_accelerators).
+        let default = if name.ends_with("kvm") {
+            ["kvm", "tcg"]
+        } else {
+            ["tcg", "kvm"]
+        };
+        wanted.extend(default.map(str::to_owned));
+    }
+    let works = |name: &&String| *name != "kvm" || has_kvm();
+    wanted.iter().find(works).is_some_and(|name| name == "tcg")
+}
+
+/// Whether KVM can be used here.
+fn has_kvm() -> bool {
+    fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
+}
+
+/// The agent as the value of -plugin, in which a comma begins another option.
+fn plugin(library: &Path) -> OsString {
+    let bytes = library.as_os_str().as_bytes();
+    let mut doubled = Vec::with_capacity(bytes.len());
+    for byte in bytes {
+        doubled.extend(std::iter::repeat_n(*byte, if *byte == b',' { 2 } else { 1 }));
+    }
+    OsString::from_vec(doubled)
 }
 
 /// Finds the agent.
@@ -196,6 +266,41 @@ mod tests {
         assert_eq!(preload(library, Some("".into())), library.as_os_str());
         let both = preload(library, Some("/a.so".into()));
         assert_eq!(both, "/usr/lib/vmsight/libvmsight_agent.so:/a.so");
+    }
+
+    #[test]
+    fn how_the_agent_is_loaded_is_seen_from_the_command() {
+        let emulates = |kvm: bool, line: &str| {
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            super::emulates(&words[0], &words[1..], || kvm)
+        };
+        for line in [
+            "qemu-system-x86_64 -m 512",
+            "/usr/bin/qemu-system-x86_64 -accel tcg,thread=multi -m 512",
+            "qemu-system-x86_64 --accel accel=tcg",
+            "qemu-system-x86_64 -machine pc,accel=tcg:kvm",
+            "qemu-system-x86_64 -M accel=tcg -accel kvm",
+        ] {
+            assert!(emulates(true, line) && emulates(false, line), "{line}");
+        }
+        for line in [
+            "qemu-system-x86_64 -accel kvm -accel tcg",
+            "qemu-system-x86_64 -M q35,accel=kvm:tcg -m 1G",
+            "/usr/libexec/qemu-kvm -m 512",
+            "kvm -m 512",
+        ] {
+            assert!(!emulates(true, line) && emulates(false, line), "{line}");
+        }
+        for line in [
+            "qemu-system-x86_64 -enable-kvm",
+            "qemu-system-x86_64 -accel kvm",
+            "qemu-system-x86_64 -machine none,accel=kvm",
+            "firecracker --accel tcg",
+            "qemu-system-x86_64 -accel",
+        ] {
+            assert!(!emulates(true, line) && !emulates(false, line), "{line}");
+        }
+        assert_eq!(plugin(Path::new("/a,b/l.so")), "/a,,b/l.so");
     }
 
     #[test]

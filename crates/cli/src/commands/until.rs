@@ -44,7 +44,7 @@ pub(crate) fn on_interrupt() -> Result<Arc<AtomicBool>> {
 
 /// For clap: a backend by its name.
 pub(crate) fn backend(text: &str) -> Result<BackendKind, String> {
-    let all = [BackendKind::GdbStub, BackendKind::AgentKvm];
+    let all = [BackendKind::GdbStub, BackendKind::AgentKvm, BackendKind::AgentTcg];
     all.into_iter().find(|b| b.name() == text).ok_or_else(|| {
         let names: Vec<_> = all.iter().map(|b| b.name()).collect();
         format!("there are: {}", names.join(", "))

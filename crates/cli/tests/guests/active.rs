@@ -22,12 +22,12 @@ fn boot() -> (Guest, String) {
 }
 
 /// The program, at work: it has said that its hooks are in.
-struct Running {
+pub(crate) struct Running {
     child: Child,
     err: BufReader<std::process::ChildStderr>,
 }
 
-fn start(args: &[&str]) -> Running {
+pub(crate) fn start(args: &[&str]) -> Running {
     // A test that waits for what never comes must end.
     let mut child = command(args)
         .args(["--for", "60"].iter().filter(|_| !args.contains(&"--for")))
@@ -56,7 +56,7 @@ impl Running {
     }
 
     /// Its output, after Ctrl-C.
-    fn interrupt(self, code: i32) -> String {
+    pub(crate) fn interrupt(self, code: i32) -> String {
         self.signal("-INT");
         self.finish(code)
     }
@@ -78,7 +78,7 @@ impl Running {
     }
 }
 
-fn is_well(guest: &Guest) {
+pub(crate) fn is_well(guest: &Guest) {
     let account = guest.order(Work::Compute { rounds: 1000 }).unwrap();
     assert_eq!(account.checksum, Some(checksum(1000)));
     let mut qmp = guest.qmp().unwrap();

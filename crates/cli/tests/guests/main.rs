@@ -14,4 +14,5 @@ mod lies;
 mod listings;
 mod memory;
 mod support;
+mod tcg;
 mod trouble;

@@ -188,7 +188,7 @@ fn refused(socket: &Path, backend: BackendKind, refusal: Refusal) -> EventError 
         Refusal::Unsupported { feature } => EventError::Unsupported {
             backend,
             feature,
-            can: others(feature),
+            can: others(backend, feature),
         },
         Refusal::Limit { what, why } => EventError::Limit { backend, what, why },
         Refusal::Busy { why } => EventError::Busy {
@@ -201,10 +201,26 @@ fn refused(socket: &Path, backend: BackendKind, refusal: Refusal) -> EventError 
     }
 }
 
-/// Backends that can hook what the agent under KVM cannot.
-fn others(feature: Feature) -> &'static [BackendKind] {
-    match feature {
-        Feature::Execute | Feature::VirtualWrite | Feature::VirtualRead | Feature::Step => {
+/// Backends that can hook what an agent cannot.
+fn others(backend: BackendKind, feature: Feature) -> &'static [BackendKind] {
+    match (backend, feature) {
+        (BackendKind::AgentTcg, Feature::Step) => &[BackendKind::GdbStub],
+        // A newer QEMU's can more: see its capabilities.
+        (BackendKind::AgentTcg, _) => &[],
+        (
+            _,
+            Feature::Cpuid
+            | Feature::Hypercall
+            | Feature::DescriptorTable
+            | Feature::ControlWrite
+            | Feature::ControlRead
+            | Feature::Cr8Write
+            | Feature::Xcr0Write
+            | Feature::DebugWrite
+            | Feature::Interrupt
+            | Feature::VirtualExecute,
+        ) => &[BackendKind::AgentTcg],
+        (_, Feature::Execute | Feature::VirtualWrite | Feature::VirtualRead | Feature::Step) => {
             &[BackendKind::GdbStub]
         }
         _ => &[],

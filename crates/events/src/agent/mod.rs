@@ -95,6 +95,12 @@ impl AgentBackend {
         }
     }
 
+    /// Whether events come with registers. A QEMU before version 9 gives its plugins none.
+    pub fn gives_registers(&self) -> bool {
+        // What takes registers to tell, which index it is, is claimed by an agent that has them.
+        self.kind != BackendKind::AgentTcg || self.capabilities.iter().any(|c| c.feature == Feature::MsrWrite)
+    }
+
     /// Whether the backend takes this verdict on this event.
     fn takes(&self, event: &Event, verdict: VerdictKind) -> bool {
         let Some(feature) = feature(&event.detail) else {
@@ -140,6 +146,9 @@ fn feature(detail: &Detail) -> Option<Feature> {
             last: port,
             access,
         },
+        Detail::Cpuid { .. } => HookKind::Cpuid,
+        Detail::Hypercall { .. } => HookKind::Hypercall,
+        Detail::DescriptorTable { .. } => HookKind::DescriptorTable,
         _ => return None,
     };
     kind.features().first().copied()
@@ -193,6 +202,14 @@ impl Backend for AgentBackend {
     }
 
     fn registers(&self, event: &Event) -> Result<Registers, EventError> {
+        if !self.gives_registers() {
+            return Err(EventError::Limit {
+                backend: self.kind,
+                what: format!("the registers of event {}", event.sequence),
+                why: "this QEMU gives its plugins none (QEMU 10 does); the gdb-stub backend has them"
+                    .to_owned(),
+            });
+        }
         self.events.registers(event).ok_or_else(|| EventError::Limit {
             backend: self.kind,
             what: format!("the registers of event {}", event.sequence),
@@ -222,10 +239,12 @@ impl Backend for AgentBackend {
                 false => unfit("it came after the deadline, or the hook is out"),
             };
         }
-        if fits {
-            Ok(())
-        } else {
-            unfit("the agent does not take it for such an event")
+        match (fits, self.kind) {
+            (true, _) => Ok(()),
+            (false, BackendKind::AgentTcg) => {
+                unfit("a plugin of QEMU cannot do that; the gdb-stub backend can where it can hook that")
+            }
+            (false, _) => unfit("the agent does not take it for such an event"),
         }
     }
 

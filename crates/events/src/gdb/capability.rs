@@ -110,7 +110,17 @@ pub(super) fn instead(feature: Feature) -> &'static [BackendKind] {
         | Feature::PhysicalWrite
         | Feature::MsrWrite
         | Feature::MsrRead
-        | Feature::Port => &[BackendKind::AgentKvm],
+        | Feature::Port => &[BackendKind::AgentKvm, BackendKind::AgentTcg],
+        Feature::VirtualExecute
+        | Feature::ControlWrite
+        | Feature::ControlRead
+        | Feature::Cr8Write
+        | Feature::Xcr0Write
+        | Feature::DebugWrite
+        | Feature::Interrupt
+        | Feature::Cpuid
+        | Feature::Hypercall
+        | Feature::DescriptorTable => &[BackendKind::AgentTcg],
         _ => &[],
     }
 }
@@ -125,9 +135,10 @@ mod tests {
             let table = table(accelerator);
             for feature in [Feature::MsrWrite, Feature::PhysicalWrite, Feature::Port] {
                 assert!(table.iter().all(|c| c.feature != feature), "{feature}");
-                assert_eq!(instead(feature), [BackendKind::AgentKvm]);
+                assert_eq!(instead(feature), [BackendKind::AgentKvm, BackendKind::AgentTcg]);
             }
-            assert!(instead(Feature::DescriptorTable).is_empty());
+            assert_eq!(instead(Feature::DescriptorTable), [BackendKind::AgentTcg]);
+            assert!(instead(Feature::PhysicalExecute).is_empty());
             assert!(table.iter().all(|c| !c.verdicts.contains(&VerdictKind::Inject)));
         }
     }

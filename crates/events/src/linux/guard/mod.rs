@@ -12,14 +12,17 @@ use nix::errno::Errno;
 use vmsight_arch::registers::control::{CR0_WP, CR4_SMAP, CR4_SMEP};
 use vmsight_arch::registers::msr;
 use vmsight_arch::{Gva, Registers};
-use vmsight_hooks::{Access, ControlRegister, Delivery, Detail, Feature, Hook, HookId, HookKind, Verdict};
+use vmsight_hooks::{
+    Access, Capability, ControlRegister, Delivery, Detail, Feature, Hook, HookId, HookKind, Verdict,
+    VerdictKind,
+};
 use vmsight_linux::module::ModuleFields;
 use vmsight_linux::path::PathResolver;
 use vmsight_linux::{Current, CurrentReader, Kernel};
 
 use super::site::function;
 use super::{ControlTrace, TraceError};
-use crate::{Armed, Monitor, Occurrence};
+use crate::{Armed, EventError, Monitor, Occurrence};
 
 /// What loads modules: handlers of system calls, 64-bit and 32-bit.
 const LOADERS: [&str; 4] = [
@@ -93,6 +96,17 @@ impl Guard {
         rules: &[Rule],
         delivery: Delivery,
     ) -> Result<Self, TraceError> {
+        let prevents = |c: &Capability| {
+            let kinds = [VerdictKind::Deny, VerdictKind::Skip, VerdictKind::Return];
+            kinds.iter().any(|kind| c.verdicts.contains(kind))
+        };
+        if !monitor.capabilities().iter().any(prevents) {
+            return Err(TraceError::Event(EventError::Limit {
+                backend: monitor.backend(),
+                what: "anything that is to be denied".to_owned(),
+                why: "it sees what happens and cannot prevent it; the gdb-stub backend can".to_owned(),
+            }));
+        }
         let mut guard = Self {
             current: kernel.current()?,
             paths: PathResolver::new(kernel)?,
