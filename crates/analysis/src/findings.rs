@@ -7,6 +7,8 @@ use crate::{Check, Finding};
 
 /// Findings that are kept of one check: a guest whose every table is broken is told so by the first of them.
 const MAX_FINDINGS: usize = 512;
+/// Objects that one check goes to. Bounds of single lists do not bound what a hostile guest can make of lists of lists.
+const MAX_OBJECTS: u64 = 1 << 20;
 /// Notes that are kept of one check.
 const MAX_NOTES: usize = 64;
 
@@ -19,6 +21,7 @@ pub struct Findings {
     notes: Vec<String>,
     unnoted: u64,
     looked_at: u64,
+    went_to: u64,
 }
 
 impl Findings {
@@ -33,6 +36,27 @@ impl Findings {
     /// Counts things that were looked at: table entries, functions, objects.
     pub fn looked_at(&mut self, things: usize) {
         self.looked_at = self.looked_at.saturating_add(things as u64);
+    }
+
+    /// Whether there may be another object: asked before each. Past the last a note says that the check was given up.
+    pub fn go_on(&mut self) -> bool {
+        self.went_to = self.went_to.saturating_add(1);
+        if self.went_to > MAX_OBJECTS {
+            self.note(format!(
+                "given up after {MAX_OBJECTS} objects: no honest guest has so many"
+            ));
+        }
+        self.went_to <= MAX_OBJECTS
+    }
+
+    /// How many objects more there may be: what limits a walk.
+    pub fn left(&self) -> usize {
+        usize::try_from(MAX_OBJECTS.saturating_sub(self.went_to)).unwrap_or(usize::MAX)
+    }
+
+    /// A walk went to so many.
+    pub fn went_to(&mut self, objects: usize) {
+        self.went_to = self.went_to.saturating_add(objects as u64);
     }
 
     /// Adds a finding. Past some hundreds they are only counted, and a note says so.
@@ -63,8 +87,10 @@ impl Findings {
         result.map_err(|why| self.note(format!("{what}: {why}"))).ok()
     }
 
-    /// A walk's elements; a note where it is not complete.
+    /// A walk's elements; a note where it is not complete. The container itself counts as looked at: it may be empty.
     pub fn complete<T>(&mut self, what: &str, walk: Walk<T>) -> Vec<T> {
+        self.went_to(walk.items.len());
+        self.looked_at(1);
         self.end(what, &walk.end);
         walk.items
     }

@@ -112,6 +112,9 @@ fn netfilter(context: &Context, findings: &mut Findings) -> Result<(), LinuxErro
                 let count = entries.number("num_hook_entries")?.min(MAX_HOOKS);
                 let first = entries.member("hooks")?;
                 for index in 0..count {
+                    if !findings.go_on() {
+                        return Ok(());
+                    }
                     let slot = entry
                         .moved(first.wrapping_add(index * entry.size()))
                         .member("hook")?;
@@ -142,6 +145,9 @@ fn lsm(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         let size = context.object("security_hook_heads", heads)?.size();
         let list = context.kernel().offset("security_hook_list", "list")?;
         for index in 0..(size / 8).min(1024) {
+            if !findings.go_on() {
+                break;
+            }
             let walk = hlist::walk(context.space(), heads.wrapping_add(index * 8));
             for node in findings.complete("hooks of security modules", walk) {
                 let hook = registered.moved(node.wrapping_sub(list));
@@ -297,6 +303,9 @@ fn timers(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> 
     let mut pointers = Pointers::new(context);
     for (cpu, at) in context.kernel().per_cpu()?.copies(bases) {
         for number in 0..room.clamp(1, MAX_BASES) {
+            if !findings.go_on() {
+                return Ok(());
+            }
             let base = base.moved(at.wrapping_add(number * base.size()));
             let vector = base.member("vectors")?;
             let mut heads = vec![0; vectors.min(1024) as usize * 8];
@@ -312,6 +321,9 @@ fn timers(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> 
                 let walk = hlist::walk(context.space(), vector.wrapping_add(index as u64 * 8));
                 // Timers come and go while they are read; a chain that ends oddly is one that did.
                 for entry in walk.items.into_iter().take(MAX_CHAIN) {
+                    if !findings.go_on() {
+                        return Ok(());
+                    }
                     let timer = timer.moved(entry.wrapping_sub(node));
                     let slot = timer.member("function")?;
                     if context.space().read_u64(slot).is_ok() {
@@ -349,6 +361,9 @@ fn bpf(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     // There may be none: the table was looked at.
     findings.looked_at(1);
     for entry in findings.complete("table of BPF programs", walk) {
+        if !findings.go_on() {
+            break;
+        }
         let Some(at) = entry.pointer() else { continue };
         let program = context.object("bpf_prog", at)?;
         let name = context

@@ -142,6 +142,9 @@ pub(super) fn probed(context: &Context, findings: &mut Findings) -> Result<Vec<(
     );
     // KPROBE_TABLE_SIZE is 64 in all versions.
     for bucket in 0..context.entries(table, 64) {
+        if !findings.go_on() {
+            break;
+        }
         let walk = hlist::walk(context.space(), table.wrapping_add(bucket * 8));
         for found in findings.complete("table of kprobes", walk) {
             let probe = found.wrapping_sub(node);

@@ -114,6 +114,9 @@ fn proc(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         if at.is_null() || !seen.insert(at.0) {
             continue;
         }
+        if !findings.go_on() {
+            break;
+        }
         if seen.len() > MAX_ENTRIES {
             findings.note(format!("entries below /proc: cut after {MAX_ENTRIES}"));
             break;
@@ -124,7 +127,8 @@ fn proc(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         let Some(subdir) = findings.or_note(&path, entry.member("subdir")) else {
             continue;
         };
-        let below = findings.complete(&path, rbtree::walk(context.space(), subdir, MAX_ENTRIES));
+        let limit = MAX_ENTRIES.min(findings.left());
+        let below = findings.complete(&path, rbtree::walk(context.space(), subdir, limit));
         for child in below {
             let child = child.wrapping_sub(node);
             let name = entry
@@ -375,6 +379,9 @@ fn tty(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         );
         let (ttys, count) = (driver.pointer("ttys")?, driver.number("num")?);
         for index in 0..if ttys.is_null() { 0 } else { count.min(4096) } {
+            if !findings.go_on() {
+                return Ok(());
+            }
             let tty = context.pointer("tty_driver.ttys", ttys.wrapping_add(index * 8))?;
             if !tty.is_null() {
                 let looked = terminal(context, findings, &mut pointers, tty);

@@ -97,6 +97,7 @@ fn operations(context: &Context, findings: &mut Findings) -> Result<(), LinuxErr
     };
     let end = context.kernel().find_symbol(&["ftrace_list_end"]);
     let mut at = context.pointer("ftrace_ops_list", head)?;
+    findings.looked_at(1);
     for number in 0.. {
         if Some(at) == end || at.is_null() {
             break;
@@ -188,11 +189,16 @@ pub(super) const KPROBES: Check = Check {
 
 fn kprobes(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     for (at, first) in sites::probed(context, findings)? {
+        if !findings.go_on() {
+            break;
+        }
         findings.looked_at(1);
         // Several on one address hang on the list of one that stands for all.
         let head = context.object("kprobe", first)?.member("list")?;
         let offset = context.kernel().offset("kprobe", "list")?;
-        let rest = vmsight_linux::structures::list::walk(context.space(), head, 4096);
+        let limit = MAX_OPS.min(findings.left());
+        let rest = vmsight_linux::structures::list::walk(context.space(), head, limit);
+        findings.went_to(rest.walk.items.len());
         let rest = rest.walk.items.into_iter().map(|node| node.wrapping_sub(offset));
         for probe in std::iter::once(first).chain(rest) {
             let probe = context.object("kprobe", probe)?;
@@ -284,6 +290,9 @@ fn tracepoints(context: &Context, findings: &mut Findings) {
         let count = count.min(1 << 16);
         for index in 0..count {
             // Place-relative (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS, x86 since 4.19).
+            if !findings.go_on() {
+                return;
+            }
             let at = table.wrapping_add(index * 4);
             let Some(offset) = findings.or_note(&whose, context.space().read_u32(at)) else {
                 break;
@@ -306,6 +315,9 @@ fn tracepoint(context: &Context, findings: &mut Findings, at: Gva) -> Result<(),
     let name = point.text("name", 128)?;
     let element = context.object("tracepoint_func", funcs)?;
     for index in 0..MAX_PROBES {
+        if !findings.go_on() {
+            break;
+        }
         let probe = element.moved(funcs.wrapping_add(index * element.size()));
         let slot = probe.member("func")?;
         let function = probe.pointer("func")?;

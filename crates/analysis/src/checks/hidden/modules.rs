@@ -12,8 +12,8 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const MODULES: Check = Check {
     name: "hidden-modules",
     summary: "Every loaded module is in the kernel's list and in sysfs",
-    compares: "the list of modules (lsmod), the kset behind /sys/module, the tree that finds a module by an address, the list of \
-               modules with bug tables, and what looks like a struct module in the memory where modules lie",
+    compares: "the list of modules (lsmod), the kset behind /sys/module, the tree that finds a module by an address, the lists of \
+               modules with bug tables and with type data, and what looks like a struct module in the memory where modules lie",
     why: "A rootkit that is a module takes itself out of the list first: no tool in the guest shows it, and it cannot be unloaded.",
     techniques: &[Technique::ROOTKIT, Technique::KERNEL_MODULE],
     blind_spots: &[
@@ -56,6 +56,10 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     }
     if let Some(found) = findings.or_note("the list of bug tables", with_bugs(context)) {
         views.part("in the list of bug tables", found);
+    }
+    // Not in kernels without type data of modules.
+    if let Ok(found) = with_types(context) {
+        views.part("in the list of type data", found);
     }
     match in_memory(context) {
         Ok((found, cut)) => {
@@ -186,6 +190,16 @@ fn with_bugs(context: &Context) -> Result<Vec<Gva>, LinuxError> {
     let found = list::walk(context.space(), head, MAX_MODULES);
     let nodes = found.walk.items.into_iter();
     Ok(nodes.map(|node| node.wrapping_sub(offset)).collect())
+}
+
+/// The modules in the list of those with type data of their own (`btf_modules`, kernel/bpf/btf.c).
+fn with_types(context: &Context) -> Result<Vec<Gva>, LinuxError> {
+    let head = context.symbol(&["btf_modules"])?;
+    let mut modules = Vec::new();
+    for node in list::walk(context.space(), head, MAX_MODULES).walk.items {
+        modules.push(context.container("btf_module", "list", node)?.pointer("module")?);
+    }
+    Ok(modules)
 }
 
 /// What looks like a `struct module` in the memory where modules lie, whether anything leads there or not: its kobject names it as

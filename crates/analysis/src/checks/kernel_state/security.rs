@@ -26,13 +26,18 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     let words = command_line::words(context);
     let names = active(context);
     let is_active = |name: &str| names.iter().any(|active| active == name);
-    if is_active("apparmor") {
+    // Not every kernel keeps the names.
+    if is_active("apparmor") || number(context, "apparmor_initialized") == Some(1) {
         apparmor(context, findings);
     }
     if is_active("selinux") {
         selinux(context, findings)?;
     }
-    lockdown(context, findings, command_line::parameter(&words, "lockdown"));
+    let known = lockdown(context, findings, command_line::parameter(&words, "lockdown"));
+    if names.is_empty() && !known {
+        findings.note("the kernel has no security modules, or does not say");
+    }
+    findings.looked_at(names.len());
     Ok(())
 }
 
@@ -43,7 +48,8 @@ fn active(context: &Context) -> Vec<String> {
         .and_then(|at| context.pointer("lsm_names", at))
         .and_then(|at| context.text("lsm_names", at, MAX_NAMES))
         .unwrap_or_default();
-    names.split(',').map(str::to_owned).collect()
+    let names = names.split(',').filter(|name| !name.is_empty());
+    names.map(str::to_owned).collect()
 }
 
 fn number(context: &Context, symbol: &str) -> Option<u32> {
@@ -89,10 +95,10 @@ fn selinux(context: &Context, findings: &mut Findings) -> Result<(), LinuxError>
     Ok(())
 }
 
-/// `kernel_locked_down` (security/lockdown/lockdown.c) can only rise.
-fn lockdown(context: &Context, findings: &mut Findings, asked: Option<&str>) {
+/// `kernel_locked_down` (security/lockdown/lockdown.c) can only rise. False where the kernel has none.
+fn lockdown(context: &Context, findings: &mut Findings, asked: Option<&str>) -> bool {
     let Some(level) = number(context, "kernel_locked_down") else {
-        return;
+        return false;
     };
     findings.looked_at(1);
     if level == 0
@@ -109,4 +115,5 @@ fn lockdown(context: &Context, findings: &mut Findings, asked: Option<&str>) {
                 .with(Evidence::value("kernel_locked_down", level)),
         );
     }
+    true
 }

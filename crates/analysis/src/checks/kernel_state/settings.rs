@@ -97,11 +97,12 @@ fn value(context: &Context, setting: &Setting) -> Option<i64> {
 
 fn hardening(context: &Context, findings: &mut Findings) {
     let mut weak = Vec::new();
+    let mut known = 0;
     for setting in &ALL {
         let Some(value) = value(context, setting) else {
             continue;
         };
-        findings.looked_at(1);
+        known += 1;
         if (setting.weak)(value) {
             let name = setting.symbols.first().copied().unwrap_or_default();
             weak.push(Evidence::value(
@@ -109,6 +110,10 @@ fn hardening(context: &Context, findings: &mut Findings) {
                 format_args!("{value}: {}", setting.meaning),
             ));
         }
+    }
+    findings.looked_at(known);
+    if known == 0 {
+        findings.note("the kernel has none of the settings that are looked at");
     }
     if weak.is_empty() {
         return;

@@ -207,3 +207,29 @@ fn explain(global: &Global, check: &Check) -> Result<Outcome> {
     out.flush()?;
     Ok(Outcome::Fine)
 }
+
+#[cfg(test)]
+mod tests {
+    use vmsight_analysis::Severity;
+
+    use super::*;
+
+    fn outcome(severity: Severity, failed: bool) -> Checked {
+        Checked {
+            check: "taint",
+            findings: vec![Finding::new(severity, "kernel", "is marked")],
+            looked_at: 1,
+            notes: Vec::new(),
+            failed,
+            took_ms: 0.0,
+        }
+    }
+
+    #[test]
+    fn what_is_only_worth_knowing_leaves_a_guest_clean() {
+        let is = |severity, failed| verdict(&[outcome(severity, failed)]);
+        assert!(matches!(is(Severity::Info, false), Outcome::Fine));
+        assert!(matches!(is(Severity::Info, true), Outcome::Failed));
+        assert!(matches!(is(Severity::Low, false), Outcome::Found));
+    }
+}

@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod written;
+
 use std::time::{Duration, Instant};
 
 use vmsight_analysis::{Context, Finding, checks, run};
@@ -259,6 +261,7 @@ fn findings(target: &Target) -> Vec<Finding> {
 fn check(version: Kernel) {
     let lab = Lab::boot(version);
     lab.is_clean("at first");
+    written::check(&lab);
     first_round(&lab);
     second_round(&lab);
     third_round(&lab);
