@@ -1,5 +1,8 @@
 //! What the processor must be able to do, and the control fields made of it (SDM vol. 3, appendix A).
 
+/// CR4.VMXE: VMX operation is possible.
+pub const CR4_VMXE: u64 = 1 << 13;
+
 /// Pin-based controls.
 pub mod pin {
     /// NMIs leave the guest.
