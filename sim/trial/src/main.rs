@@ -1,0 +1,84 @@
+//! The trial's program. Each line it says is `trial: NAME: ok …` or `trial: NAME: FAILED …`, the last one is
+//! `trial: N passed, N failed`.
+#![no_std]
+#![no_main]
+
+mod attacks;
+mod cost;
+mod serial;
+mod start;
+mod tables;
+
+use core::fmt::Write;
+use core::panic::PanicInfo;
+
+use serial::{Console, power_off};
+use start::vmcall;
+use vmsight_sim_abi::{Call, SIGNATURE, SIGNATURE_LEAF, Status};
+
+/// What was found so far.
+pub(crate) struct Trial {
+    passed: u32,
+    failed: u32,
+}
+
+impl Trial {
+    /// One finding: what it is about, whether it is as it must be, and the facts.
+    pub(crate) fn check(&mut self, name: &str, good: bool, facts: core::fmt::Arguments<'_>) {
+        let word = if good { "ok" } else { "FAILED" };
+        *(if good { &mut self.passed } else { &mut self.failed }) += 1;
+        let _ = writeln!(Console, "trial: {name}: {word} {facts}");
+    }
+}
+
+/// A call that must succeed.
+pub(crate) fn call(call: Call, argument: u64) -> u64 {
+    let (status, value) = vmcall(call as u64, argument);
+    assert_eq!(status, Status::Done as u64, "{call:?}");
+    value
+}
+
+/// # Safety
+/// Called once, by the entry code.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn start() -> ! {
+    tables::initialise();
+    let mut trial = Trial { passed: 0, failed: 0 };
+    let leaf = core::arch::x86_64::__cpuid(SIGNATURE_LEAF);
+    let mut signature = [0; 12];
+    for (to, from) in signature.chunks_exact_mut(4).zip([leaf.ebx, leaf.ecx, leaf.edx]) {
+        to.copy_from_slice(&from.to_le_bytes());
+    }
+    trial.check(
+        "hypervisor",
+        signature == SIGNATURE,
+        format_args!("says who it is"),
+    );
+    call(Call::LoadMonitor, tables::STUB);
+    let site = tables::at(&raw const start::hook_site);
+    call(Call::RegisterHook, site);
+    call(Call::RegisterHook, tables::at(&raw const start::flags_site));
+    cost::measure(&mut trial, site);
+    attacks::all(&mut trial, site);
+    call(Call::Report, 0);
+    let Trial { passed, failed } = trial;
+    let _ = writeln!(Console, "trial: {passed} passed, {failed} failed");
+    power_off()
+}
+
+/// An exception that no attack was to end in.
+#[unsafe(no_mangle)]
+extern "C" fn unexpected(frame: &[u64; 4]) -> ! {
+    let [vector, code, rip, _] = frame;
+    let _ = writeln!(
+        Console,
+        "trial: exception {vector} at {rip:#x}, error code {code:#x}: FAILED"
+    );
+    power_off()
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    let _ = writeln!(Console, "trial: {info}: FAILED");
+    power_off()
+}
