@@ -137,7 +137,10 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
         _ if exit::is_hidden_instruction(reason) => Outcome::Exception(INVALID_OPCODE),
         exit::TRIPLE_FAULT => {
             let rip = vmcs::read(vmcs::GUEST_RIP);
-            let _ = writeln!(Console, "vmsight-hypervisor: triple fault of the guest at {rip:#x}: the machine is reset");
+            let _ = writeln!(
+                Console,
+                "vmsight-hypervisor: triple fault of the guest at {rip:#x}: the machine is reset"
+            );
             machine::reset()
         }
         _ => stop(format_args!(

@@ -71,13 +71,18 @@ pub(crate) fn initialise() {
         let idt = &mut *addr_of_mut!(IDT);
         let first = at(&raw const exception_entries);
         for vector in 0..32 {
-            set_gate(&mut idt[vector as usize], first + vector * 16);
+            let gate = &mut idt[vector as usize];
+            set_gate(gate, first + vector * 16);
+            // On a stack of their own: attacks leave RSP anywhere.
+            gate[0] |= 1 << 32;
         }
         set_gate(&mut idt[32], at(&raw const timer_entry));
         load_idt(at(idt.as_ptr()), 4095);
 
         let tss = at(addr_of_mut!(TSS));
+        // RSP0 and IST1.
         (*addr_of_mut!(TSS))[1] = at(&raw const exception_stack_end) as u32;
+        (*addr_of_mut!(TSS))[9] = at(&raw const exception_stack_end) as u32;
         let gdt = &mut *addr_of_mut!(GDT);
         gdt[6] = 103 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
         gdt[7] = tss >> 32;
@@ -86,6 +91,15 @@ pub(crate) fn initialise() {
             base: at(gdt.as_ptr()),
         };
         asm!("lgdt [{}]", "ltr {:x}", in(reg) &register, in(reg) 0x30u16);
+    }
+}
+
+/// Copies the PML4 to physical page 0, so that it is one of the guest's.
+pub(crate) fn copy_to_page_zero() {
+    // SAFETY: nothing is there once the BIOS has done its work. Rust knows no address 0, so not in Rust.
+    unsafe {
+        asm!("rep movsq", inout("rcx") 512u64 => _, inout("rsi") at(addr_of_mut!(TABLES)) => _, inout("rdi") 0u64 => _,
+            options(nostack));
     }
 }
 
