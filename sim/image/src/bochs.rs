@@ -1,0 +1,114 @@
+//! Running an image in Bochs, headless.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+use vmsight_lab::cache::Lock;
+
+use crate::Image;
+
+/// The processor of the machine, as Bochs calls it.
+pub const WITH_VMX: &str = "corei7_skylake_x";
+/// One with long mode but without VT-x.
+pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
+
+/// A machine: 256 MiB, one processor, one disc.
+#[derive(Debug)]
+pub struct Machine {
+    folder: TempDir,
+    process: Child,
+    _lock: Lock,
+}
+
+/// How a run ended, and what came over the serial port.
+#[derive(Debug)]
+pub struct Run {
+    /// Whether the machine was switched off, or stopped by what was waited for.
+    pub ended: bool,
+    /// The serial port's output. Bytes that are no UTF-8 are replaced.
+    pub serial: String,
+}
+
+impl Machine {
+    /// Starts an image. One Bochs at a time: others wait.
+    pub fn start(image: &Image, processor: &str) -> Result<Self> {
+        let lock = Lock::wait("bochs")?;
+        let folder = tempfile::tempdir().context("make a temporary folder")?;
+        image.write(&folder.path().join("image.iso"))?;
+        fs::write(folder.path().join("bochsrc"), configuration(processor))?;
+        // Debian's Bochs has its debugger in, which asks before it starts.
+        fs::write(folder.path().join("commands"), "c\n")?;
+        let process = Command::new("nice")
+            .args(["bochs", "-q", "-f", "bochsrc", "-rc", "commands"])
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(folder.path().join("output"))?)
+            .stderr(Stdio::null())
+            .spawn()
+            .context("start bochs (see script/packages.txt)")?;
+        Ok(Self {
+            folder,
+            process,
+            _lock: lock,
+        })
+    }
+
+    /// Waits until the machine is switched off, or has said `last` on the serial port, or `limit` is over.
+    pub fn wait(mut self, last: Option<&str>, limit: Duration) -> Result<Run> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let off = self.process.try_wait().context("wait for bochs")?.is_some();
+            let serial = read(&self.folder.path().join("serial"))?;
+            let said = last.is_some_and(|last| serial.contains(last));
+            if off && serial.is_empty() {
+                let output = read(&self.folder.path().join("output"))?;
+                bail!("bochs ended before the machine said anything:\n{output}");
+            }
+            if off || said || Instant::now() > deadline {
+                let ended = off || said;
+                return Ok(Run { ended, serial });
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have ended already; then there is nothing to do.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn read(path: &Path) -> Result<String> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+    }
+}
+
+fn configuration(processor: &str) -> String {
+    format!(
+        "megs: 256\n\
+         romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
+         vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest\n\
+         cpu: model={processor}, count=1, ips=50000000, reset_on_triple_fault=1\n\
+         plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=0, gameport=0\n\
+         display_library: rfb, options=\"timeout=0\"\n\
+         com1: enabled=1, mode=file, dev=serial\n\
+         ata0-master: type=cdrom, path=image.iso, status=inserted\n\
+         boot: cdrom\n\
+         log: log\n\
+         panic: action=fatal\n\
+         error: action=ignore\n\
+         info: action=ignore\n\
+         debug: action=ignore\n\
+         clock: sync=none\n"
+    )
+}
