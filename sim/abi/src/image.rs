@@ -3,8 +3,8 @@
 /// How many hooks the checker's table has room for: one for each last byte of a return address.
 pub const SITES: usize = 256;
 
-/// The first bytes of a monitor's image.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"vmsimmon");
+/// The first bytes of a monitor's image: a jump over the header, as flat images begin, and a name.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"\xeb\x36vmsim\0");
 
 /// Begin of a monitor's image. The image is laid at `base` in the SIM address space: `text` bytes of code and constants,
 /// not writable, then zeroed data and the stack, not executable. All are multiples of a page.

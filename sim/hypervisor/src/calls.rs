@@ -232,7 +232,7 @@ impl Hypervisor {
     fn hash(&mut self, part: u64) -> Answer {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
         let mut digest = Sha256::new();
-        for &page in views.fixed() {
+        for page in views.fixed() {
             for word in self.pool.page(page).ok_or(Status::Monitor)? {
                 digest.update(word.to_le_bytes());
             }

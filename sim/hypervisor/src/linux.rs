@@ -202,7 +202,7 @@ mod tests {
         let kernel = Kernel::parse(&image).unwrap();
         assert_eq!(kernel.code().len(), 64);
         assert_eq!(kernel.place(&map(), &[]), Some(0x100_0000));
-        let in_the_way = [0x120_0000..0x120_1000];
+        let in_the_way = [0x120_0000..0x120_1000, 0x900_0000..0x900_1000];
         assert_eq!(kernel.place(&map(), &in_the_way), Some(0x140_0000));
         let fixed = Kernel {
             relocatable: false,

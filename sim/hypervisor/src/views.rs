@@ -56,8 +56,10 @@ pub struct Views {
     pub address: u64,
     /// What the image says.
     pub header: Header,
-    /// Pages that nobody changes after this: gate, landing, tables, text.
+    /// Pages that nobody changes after this: gate, landing, tables.
     fixed: Pages,
+    /// Nor the monitor's text.
+    text: Pages,
     /// Pages of the monitor's data.
     data: Pages,
 }
@@ -93,14 +95,14 @@ pub fn header(image: &[u8]) -> Result<Header, Refused> {
         *word = u64::from_le_bytes(bytes.try_into().map_err(|_| Refused::Image)?);
     }
     let [magic, version, base, text, data, entry, state] = words;
-    let aligned = [base, text, data].iter().all(|n| n % PAGE == 0);
+    let aligned = [base, text, data].iter().all(|n| n.is_multiple_of(PAGE));
     let fits = (PAGE..=MOST * PAGE).contains(&text) && (PAGE..=MOST * PAGE).contains(&data);
     let length = image.len() as u64;
     if magic != MAGIC || version != VERSION || !aligned || !fits || length > text || !BASE.contains(&base) {
         return Err(Refused::Image);
     }
     let (text_at, data_at) = (base..base + text, base + text..base + text + data);
-    let state_fits = state % PAGE == 0 && data_at.contains(&state);
+    let state_fits = state.is_multiple_of(PAGE) && data_at.contains(&state);
     if data_at.end > BASE.end || !text_at.contains(&entry) || !state_fits {
         return Err(Refused::Image);
     }
@@ -133,7 +135,7 @@ impl Views {
         let address = stub.checked_add(PAGE).ok_or(Refused::Stub)?;
         let [at1, at2, at3, at4] = [1, 2, 3, 4].map(|level| index(address, level));
         // In the upper half neither the monitor's own addresses nor code of 32 bits can be in the way.
-        let upper = stub >> 47 == 0x1_ffff && stub % PAGE == 0;
+        let upper = stub >> 47 == 0x1_ffff && stub.is_multiple_of(PAGE);
         if !upper || [at2, at3, at4].contains(&at1) {
             return Err(Refused::Stub);
         }
@@ -175,14 +177,14 @@ impl Views {
         };
         // The same CR3 means the monitor's own tables in its view.
         sim.map(pool, root, tables.root, Permissions::READ, MemoryType::WriteBack)?;
-        let list_address = address & !(511 * PAGE) | list_at as u64 * PAGE;
+        let list_address = address & !(511 * PAGE) | (list_at as u64 * PAGE);
         tables.map(pool, address, landing, Permissions::READ_EXECUTE)?;
         tables.map(pool, list_address, list, Permissions::READ_WRITE)?;
-        let mut data = Pages::NONE;
+        let (mut text, mut data) = (Pages::NONE, Pages::NONE);
         for at in (0..header.text + header.data).step_by(PAGE as usize) {
             let page = pool.allocate()?;
             let permissions = if at < header.text {
-                tables.fixed.add(page)?;
+                text.add(page)?;
                 let bytes = image.get(at as usize..).unwrap_or_default();
                 fill(pool.page(page).ok_or(Exhausted)?, bytes);
                 Permissions::READ_EXECUTE
@@ -205,9 +207,10 @@ impl Views {
         };
         write(pool, gate_page, |page| gate::gate(page, &addresses))?;
         write(pool, landing, |page| gate::landing(page, &addresses))?;
+        let entered = entered(pool, gate, sim, &fixed, [text.all(), &[list], data.all()])?;
         // The monitor's view is armed by the gate alone.
         let [first, second, ..] = pool.page(list).ok_or(Exhausted)?;
-        (*first, *second) = (guest.pointer(), gate.pointer());
+        (*first, *second) = (guest.pointer(), entered.pointer());
         let views = Self {
             list,
             gate,
@@ -216,6 +219,7 @@ impl Views {
             address,
             header,
             fixed,
+            text,
             data,
         };
         let stack = header.base + header.text + header.data;
@@ -238,20 +242,18 @@ impl Views {
         }
     }
 
-    /// Physical addresses of the pages that nobody may change.
-    pub fn fixed(&self) -> &[u64] {
-        self.fixed.all()
+    /// Physical addresses of the pages that nobody may change: gate, landing, tables, and last the monitor's text.
+    pub fn fixed(&self) -> impl Iterator<Item = u64> {
+        self.fixed.all().iter().chain(self.text.all()).copied()
     }
 
     /// Physical address of page `n` of all that the monitor consists of.
     pub fn page(&self, n: usize) -> Option<u64> {
         let list = [self.list];
         self.fixed()
-            .iter()
-            .chain(&list)
-            .chain(self.data.all())
+            .chain(list)
+            .chain(self.data.all().iter().copied())
             .nth(n)
-            .copied()
     }
 
     /// The word at `offset` bytes from the begin of the monitor's state.
@@ -260,6 +262,34 @@ impl Views {
         let page = *self.data.all().get((offset / PAGE) as usize)?;
         pool.page(page)?.get_mut((offset % PAGE / 8) as usize)
     }
+}
+
+/// What VMFUNC(1) leads to: the gate. The builds that serve as controls have the monitor there: in the guest's own page
+/// tables, or under its own whatever CR3 says.
+fn entered(
+    pool: &mut Pool<'_>,
+    gate: Ept,
+    sim: Ept,
+    fixed: &Pages,
+    others: [&[u64]; 3],
+) -> Result<Ept, Exhausted> {
+    if cfg!(feature = "two-views") {
+        return Ok(sim);
+    }
+    if cfg!(feature = "two-views-apt") {
+        let [_, root, _, tables, ..] = fixed.all() else {
+            return Err(Exhausted);
+        };
+        let anywhere = Ept::everywhere(pool, *tables, Permissions::READ)?;
+        let all = [fixed.all()].into_iter().chain(others).flatten();
+        for &page in all.filter(|&page| page != root) {
+            if let Some((_, permissions)) = sim.translate(pool, page) {
+                anywhere.replace(pool, &[(page, page, permissions)])?;
+            }
+        }
+        return Ok(anywhere);
+    }
+    Ok(gate)
 }
 
 /// Fills a page with bytes, and zeros where there are no more.
@@ -398,7 +428,7 @@ mod tests {
     #[test]
     fn in_the_gate_every_cr3_gives_one_translation() {
         with(|pool, views| {
-            let gate_page = views.fixed()[0];
+            let gate_page = views.fixed.all()[0];
             // Guest memory, other memory of ours, beyond all memory; PCIDs.
             for cr3 in [
                 0,
@@ -428,11 +458,11 @@ mod tests {
             }
             seen.sort_unstable();
             seen.dedup();
-            let mut three = [views.fixed()[0], views.list, views.cr3];
+            let mut three = [views.fixed.all()[0], views.list, views.cr3];
             three.sort_unstable();
             assert_eq!(seen, three);
             assert_eq!(walk(pool, views.gate, 0, 0x1000), None);
-            let (_, gate) = views.gate.translate(pool, views.fixed()[0]).unwrap();
+            let (_, gate) = views.gate.translate(pool, views.fixed.all()[0]).unwrap();
             let (_, tables) = views.gate.translate(pool, views.cr3).unwrap();
             assert_eq!((gate, tables), (Permissions::EXECUTE, Permissions::READ));
         });
@@ -441,7 +471,7 @@ mod tests {
     #[test]
     fn the_monitor_sees_itself_and_the_guest() {
         with(|pool, views| {
-            let landing = views.fixed()[2];
+            let landing = views.fixed.all()[2];
             assert_eq!(walk(pool, views.sim, views.cr3, GATE), Some(landing));
             assert_eq!(
                 views.sim.translate(pool, landing),
@@ -469,7 +499,7 @@ mod tests {
             *views.state(pool, 8).unwrap() = 7;
             assert_eq!(pool.page(data).unwrap()[1], 7);
             // Only text, landing and gate can be executed, each in its view alone.
-            assert_eq!(views.sim.translate(pool, views.fixed()[0]), None);
+            assert_eq!(views.sim.translate(pool, views.fixed.all()[0]), None);
         });
     }
 

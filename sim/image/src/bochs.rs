@@ -16,6 +16,9 @@ pub const WITH_VMX: &str = "corei7_skylake_x";
 /// One with long mode but without VT-x.
 pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
 
+/// What the hypervisor says last when there is no guest.
+pub const HALTED: &str = "vmsight-hypervisor: halted";
+
 /// A machine: 256 MiB, one processor, one disc.
 #[derive(Debug)]
 pub struct Machine {
@@ -27,8 +30,8 @@ pub struct Machine {
 /// How a run ended, and what came over the serial port.
 #[derive(Debug)]
 pub struct Run {
-    /// Whether the machine was switched off, or stopped by what was waited for.
-    pub ended: bool,
+    /// Whether the machine was switched off.
+    pub off: bool,
     /// The serial port's output. Bytes that are no UTF-8 are replaced.
     pub serial: String,
 }
@@ -57,20 +60,19 @@ impl Machine {
         })
     }
 
-    /// Waits until the machine is switched off, or has said `last` on the serial port, or `limit` is over.
-    pub fn wait(mut self, last: Option<&str>, limit: Duration) -> Result<Run> {
+    /// Waits until the machine is switched off, or the hypervisor has halted, or `limit` is over.
+    pub fn wait(mut self, limit: Duration) -> Result<Run> {
         let deadline = Instant::now() + limit;
         loop {
             let off = self.process.try_wait().context("wait for bochs")?.is_some();
             let serial = read(&self.folder.path().join("serial"))?;
-            let said = last.is_some_and(|last| serial.contains(last));
+            let halted = serial.contains(HALTED);
             if off && serial.is_empty() {
                 let output = read(&self.folder.path().join("output"))?;
                 bail!("bochs ended before the machine said anything:\n{output}");
             }
-            if off || said || Instant::now() > deadline {
-                let ended = off || said;
-                return Ok(Run { ended, serial });
+            if off || halted || Instant::now() > deadline {
+                return Ok(Run { off, serial });
             }
             std::thread::sleep(Duration::from_millis(200));
         }

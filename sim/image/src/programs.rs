@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +13,11 @@ use vmsight_lab::cache::{self, Lock};
 pub enum Program {
     /// The hypervisor: an ELF file that GRUB loads.
     Hypervisor,
+    /// The hypervisor without the view of the gate: VMFUNC leads into the monitor's view, where the guest's own page tables
+    /// are used. A control: attacks succeed.
+    TwoViews,
+    /// The same, but that page tables of the monitor's are used whatever CR3 says.
+    TwoViewsApt,
     /// The monitor: a flat image.
     Monitor,
     /// The guest that attacks it: a bzImage.
@@ -32,34 +36,32 @@ const PROFILE: [&str; 4] = [
 ];
 
 impl Program {
+    fn features(self) -> &'static str {
+        match self {
+            Self::TwoViews => "freestanding,two-views",
+            Self::TwoViewsApt => "freestanding,two-views-apt",
+            _ => "freestanding",
+        }
+    }
+
     fn package_and_name(self) -> (&'static str, &'static str) {
         match self {
-            Self::Hypervisor => ("vmsight-sim-hypervisor", "vmsight-hypervisor"),
+            Self::Hypervisor | Self::TwoViews | Self::TwoViewsApt => {
+                ("vmsight-sim-hypervisor", "vmsight-hypervisor")
+            }
             Self::Monitor => ("vmsight-sim-monitor", "vmsight-monitor"),
             Self::Trial => ("vmsight-sim-trial", "vmsight-trial"),
         }
     }
 
-    /// Builds it, in a target folder of its own: the ELF file.
-    pub fn build(self) -> Result<PathBuf> {
-        let (package, name) = self.package_and_name();
-        self.cargo("build", &["--quiet"])?;
-        let folder = cache::workspace().join("target/sim").join(TARGET).join("release");
-        let path = folder.join(name);
-        if !path.exists() {
-            bail!("cargo built no {name} of {package}");
-        }
-        Ok(path)
-    }
-
     /// Lints it as it is built.
     pub fn lint(self) -> Result<()> {
+        let _lock = Lock::wait("sim-programs")?;
         self.cargo("clippy", &["--quiet"])
     }
 
     fn cargo(self, verb: &str, options: &[&str]) -> Result<()> {
         let (package, name) = self.package_and_name();
-        let _lock = Lock::wait("sim-programs")?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
         let mut command = Command::new(cargo);
         command.arg(verb).args(options);
@@ -67,7 +69,7 @@ impl Program {
             "--locked",
             "--release",
             "--features",
-            "freestanding",
+            self.features(),
             "--target",
             TARGET,
         ]);
@@ -98,14 +100,22 @@ impl Program {
         Ok(())
     }
 
-    /// Builds it: what GRUB loads, an ELF file for the hypervisor, and for the others what of it is loaded into memory.
+    /// Builds it, in a target folder of its own: what GRUB loads, an ELF file for the hypervisor, and for the others what of
+    /// it is loaded into memory.
     pub fn bytes(self) -> Result<Vec<u8>> {
-        let path = self.build()?;
-        let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        if self == Self::Hypervisor {
-            return Ok(bytes);
+        // Variants of the hypervisor have one name.
+        let _lock = Lock::wait("sim-programs")?;
+        self.cargo("build", &["--quiet"])?;
+        let (package, name) = self.package_and_name();
+        let folder = cache::workspace().join("target/sim").join(TARGET).join("release");
+        let path = folder.join(name);
+        let bytes = fs::read(&path).with_context(|| format!("read {}, of {package}", path.display()))?;
+        match self {
+            Self::Monitor | Self::Trial => {
+                flat(&bytes).with_context(|| format!("flatten {}", path.display()))
+            }
+            _ => Ok(bytes),
         }
-        flat(&bytes).with_context(|| format!("flatten {}", path.display()))
     }
 }
 

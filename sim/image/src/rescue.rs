@@ -11,6 +11,7 @@ use crate::Program;
 /// What goes onto the disc.
 #[derive(Debug, Clone)]
 pub struct Image {
+    hypervisor: Program,
     kernel: Vec<u8>,
     command_line: String,
     initrd: Option<Vec<u8>>,
@@ -24,11 +25,26 @@ impl Image {
     /// The hypervisor with a kernel, by Linux's boot protocol, and its command line.
     pub fn new(kernel: Vec<u8>, command_line: &str) -> Self {
         Self {
+            hypervisor: Program::Hypervisor,
             kernel,
             command_line: command_line.to_owned(),
             initrd: None,
             monitor: None,
         }
+    }
+
+    /// With another command line for the kernel.
+    #[must_use]
+    pub fn command_line(mut self, command_line: &str) -> Self {
+        command_line.clone_into(&mut self.command_line);
+        self
+    }
+
+    /// With another build of the hypervisor.
+    #[must_use]
+    pub fn hypervisor(mut self, hypervisor: Program) -> Self {
+        self.hypervisor = hypervisor;
+        self
     }
 
     /// With the kernel's first root.
@@ -59,7 +75,7 @@ impl Image {
         let folder = tempfile::tempdir().context("make a temporary folder")?;
         let boot = folder.path().join("boot");
         fs::create_dir_all(boot.join("grub"))?;
-        fs::write(boot.join("hypervisor"), Program::Hypervisor.bytes()?)?;
+        fs::write(boot.join("hypervisor"), self.hypervisor.bytes()?)?;
         let mut configuration = String::from(
             "serial --unit=0 --speed=115200\nterminal_output serial\nmultiboot2 /boot/hypervisor\n",
         );

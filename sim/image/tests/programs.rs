@@ -18,8 +18,10 @@ fn programs_have_no_lints() {
 fn the_monitor_uses_general_registers_alone() {
     let image = Program::Monitor.bytes().unwrap_or_else(|e| panic!("{e:?}"));
     let word = |n: usize| u64::from_le_bytes(image[n * 8..n * 8 + 8].try_into().unwrap());
-    assert_eq!(word(0), u64::from_le_bytes(*b"vmsimmon"));
+    assert_eq!(word(0), u64::from_le_bytes(*b"\xeb\x36vmsim\0"));
     let (base, entry) = (word(2), word(5));
+    // The image's first instruction is a jump to it.
+    assert_eq!(entry - base, 0x38);
     let code = &image[(entry - base) as usize..];
     let mut factory = InstructionInfoFactory::new();
     let mut seen = 0;

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use vmsight_sim_image::bochs::{WITH_VMX, WITHOUT_VMX};
+use vmsight_sim_image::bochs::{HALTED, WITH_VMX, WITHOUT_VMX};
 use vmsight_sim_image::{Image, Machine, Program};
 
 /// For a machine that has others to run too.
@@ -34,6 +34,7 @@ const FINDINGS: &[&str] = &[
     "A1 onto the list: ok exit 48",
     "A3: the attacker's page at the monitor's address: ok exit 2",
     "A3 into the unarmed monitor: ok exit 59",
+    "A1 with the monitor's whole address space forged: ok exit 2",
     "landing on each byte of the gate, registers zero: ok 1 of 4096",
     "landing on each byte of the gate, registers at the list: ok 1 of 4096",
     "landing on each byte of the gate, registers at guest memory: ok 1 of 4096",
@@ -62,7 +63,7 @@ const FINDINGS: &[&str] = &[
 #[test]
 fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
     let machine = Machine::start(&trial(), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
-    let run = machine.wait(None, LIMIT).unwrap();
+    let run = machine.wait(LIMIT).unwrap();
     let serial = run.serial.replace('\r', "");
     for finding in FINDINGS {
         let found = serial
@@ -87,19 +88,31 @@ fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
         !serial.contains("FAILED") && serial.contains(" passed, 0 failed"),
         "{serial}"
     );
-    assert!(run.ended, "it did not switch the machine off\n{serial}");
+    assert!(run.off, "it did not switch the machine off\n{serial}");
     // The table shows with --nocapture.
     println!("{serial}");
+}
+
+/// Without the view of the gate, A1 and A3 succeed: the same code that finds them stopped above finds that.
+#[test]
+fn controls_reach_the_monitor() {
+    for (hypervisor, attack) in [(Program::TwoViews, "A1"), (Program::TwoViewsApt, "A3")] {
+        let image = trial().hypervisor(hypervisor).command_line(attack);
+        let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+        let run = machine.wait(LIMIT).unwrap();
+        let finding = format!("trial: {attack}: reached the monitor 1 times");
+        assert!(
+            run.off && run.serial.contains(&finding),
+            "{hypervisor:?}\n{}",
+            run.serial
+        );
+    }
 }
 
 #[test]
 fn a_processor_without_vt_x_is_named() {
     let machine = Machine::start(&trial(), WITHOUT_VMX).unwrap_or_else(|e| panic!("{e:?}"));
-    let run = machine.wait(Some("halted"), LIMIT).unwrap();
+    let run = machine.wait(LIMIT).unwrap();
     assert!(run.serial.contains("this processor lacks VT-x"), "{}", run.serial);
-    assert!(
-        run.serial.contains("vmsight-hypervisor: halted"),
-        "{}",
-        run.serial
-    );
+    assert!(run.serial.contains(HALTED), "{}", run.serial);
 }

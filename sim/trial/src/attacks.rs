@@ -265,6 +265,61 @@ fn functions(trial: &mut Trial) {
     vmfunc("VMFUNC of a function that there is not", VMFUNC, 1, 1);
 }
 
+/// Pages of the monitor: all of them, text, then data, in the order of their addresses.
+fn monitor_pages() -> (u64, u64, u64) {
+    const DATA: u64 = 5;
+    let all = (0..)
+        .take_while(|&n| vmcall(Call::MonitorPage as u64, n).0 == Status::Done as u64)
+        .count() as u64;
+    let page = |n| call(Call::MonitorPage, n);
+    // The list is between what does not change, of which the text is the last, and the data.
+    (all, page(all - DATA - 2), all - DATA)
+}
+
+/// A1 with all that the monitor's code needs mapped by the attacker: VMFUNC at the end of a page, the monitor's text next,
+/// whose first instruction is a jump to its entry.
+unsafe extern "C" fn forged_address_space(site: u64) {
+    let (all, text, data) = monitor_pages();
+    let own = at(addr_of_mut!(CODE));
+    prepare();
+    // mov rsp, r12; vmfunc, at the end of the first page.
+    put(4096 - 6, &[0x4c, 0x89, 0xe4, 0x0f, 0x01, 0xd4]);
+    map_low(MONITOR - 0x1000, own);
+    map_low(MONITOR, text);
+    for n in data..all {
+        map_low(MONITOR + 0x1000 + (n - data) * 0x1000, call(Call::MonitorPage, n));
+    }
+    // Where the hypervisor lets the guest go on in the stub: flags, RCX, and the way back.
+    let stack = [2, 0, at(&raw const jump_back)];
+    let mut jumping = registers(MONITOR - 6, 0, site);
+    jumping[11] = at(&raw const stack);
+    // SAFETY: an attack.
+    unsafe { jump_with(at(&raw const jumping)) };
+}
+
+/// A3: the attacker's page at the monitor's address, VMFUNC before the monitor's entry.
+unsafe extern "C" fn own_page_at_the_monitor(site: u64) {
+    prepare();
+    put(0x35, &[0x0f, 0x01, 0xd4]);
+    map_low(MONITOR, at(addr_of_mut!(CODE)));
+    let jumping = registers(MONITOR_ENTRY - 3, 0, site);
+    // SAFETY: an attack.
+    unsafe { jump_with(at(&raw const jumping)) };
+}
+
+/// How often the handler is called by an attack.
+pub(crate) fn control(name: &[u8; 2], site: u64) -> u64 {
+    let handled = call(Call::Handled, 0);
+    let attack = if name == b"A1" {
+        forged_address_space
+    } else {
+        own_page_at_the_monitor
+    };
+    // SAFETY: an attack.
+    unsafe { attempt(attack, site) };
+    call(Call::Handled, 0) - handled
+}
+
 /// VMFUNC as the last instruction of a page before one of the attacker's choice.
 fn page_ends(trial: &mut Trial, site: u64) {
     let text = (0..)
@@ -296,6 +351,14 @@ fn page_ends(trial: &mut Trial, site: u64) {
         jumping[2] = index;
         trial.attack(name, reason, INVALID_OPCODE, 0, jump, at(&jumping));
     }
+    trial.attack(
+        "A1 with the monitor's whole address space forged",
+        TRIPLE_FAULT,
+        INVALID_OPCODE,
+        0,
+        forged_address_space,
+        site,
+    );
     prepare();
     put(0x35, &[0x0f, 0x01, 0xd4]);
     map_low(MONITOR, own);
@@ -367,7 +430,7 @@ fn every_offset(trial: &mut Trial, site: u64) {
 /// CR3 of the attacker's.
 fn page_tables(trial: &mut Trial) {
     let real = cr3();
-    let text = call(Call::MonitorPage, 0);
+    let (_, text, _) = monitor_pages();
     // SAFETY: copies of the trial's own tables, in which only the last level differs.
     let forged = unsafe {
         let tables = &*addr_of_mut!(tables::TABLES);

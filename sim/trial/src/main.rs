@@ -39,9 +39,14 @@ pub(crate) fn call(call: Call, argument: u64) -> u64 {
 }
 
 /// # Safety
-/// Called once, by the entry code.
+/// Called once, by the entry code, with the address of the zero page.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn start() -> ! {
+unsafe extern "C" fn start(zero_page: u64) -> ! {
+    // SAFETY: the boot protocol has the command line's address there, and ends the line with a zero.
+    let control = unsafe {
+        let line = ((zero_page + 0x228) as *const u32).read() as usize as *const [u8; 2];
+        line.read()
+    };
     tables::initialise();
     let mut trial = Trial { passed: 0, failed: 0 };
     let leaf = core::arch::x86_64::__cpuid(SIGNATURE_LEAF);
@@ -58,6 +63,13 @@ unsafe extern "C" fn start() -> ! {
     let site = tables::at(&raw const start::hook_site);
     call(Call::RegisterHook, site);
     call(Call::RegisterHook, tables::at(&raw const start::flags_site));
+    // A hypervisor without the view of the gate: does the attack that it is to stop succeed?
+    if let b"A1" | b"A3" = &control {
+        let reached = attacks::control(&control, site);
+        let name = core::str::from_utf8(&control).unwrap_or_default();
+        let _ = writeln!(Console, "trial: {name}: reached the monitor {reached} times");
+        power_off()
+    }
     cost::measure(&mut trial, site);
     attacks::all(&mut trial, site);
     call(Call::Report, 0);

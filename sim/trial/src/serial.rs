@@ -25,6 +25,8 @@ impl fmt::Write for Console {
 
 /// Ends the run: Bochs stops when this is written to its port.
 pub(crate) fn power_off() -> ! {
+    // What was said last is to be sent first.
+    while inb(PORT + 5) & 0x40 == 0 {}
     for byte in *b"Shutdown" {
         outb(0x8900, byte);
     }

@@ -28,6 +28,7 @@ global_asm!(
     .org 0x200
     .globl entry_64
 entry_64:
+    mov rbx, rsi
     mov rdi, offset bss_start
     mov rcx, offset bss_end
     sub rcx, rdi
@@ -38,6 +39,7 @@ entry_64:
     mov rax, cr4
     or eax, 0x600
     mov cr4, rax
+    mov rdi, rbx
     call start
     ud2
 
