@@ -133,6 +133,9 @@ impl Hypervisor {
             .checked_add(PAGE)
             .and_then(guest_page)
             .ok_or(Status::Argument)?;
+        if first == second || first.max(second) >= self.ram_end {
+            return Err(Status::Argument.into());
+        }
         let views =
             Views::new(&mut self.pool, self.image, self.guest, self.ram_end, stub).map_err(|refused| {
                 StatusOf(match refused {
@@ -185,7 +188,7 @@ impl Hypervisor {
 
     fn protect(&mut self, gpa: u64) -> Result<u64, StatusOf> {
         let present = self.guest.translate(&mut self.pool, gpa);
-        if gpa % PAGE != 0 || present.is_none() || gpa >= self.ram_end {
+        if !gpa.is_multiple_of(PAGE) || present.is_none() || gpa >= self.ram_end {
             return Err(Status::Argument.into());
         }
         self.guest.map(
@@ -251,7 +254,7 @@ fn guest_page(address: u64) -> Option<u64> {
     let cr3 = Dtb(vmcs::read(vmcs::GUEST_CR3));
     let found = paging::walk(PagingMode::X86Level4, &GuestTables, cr3, Gva(address)).ok()?;
     let page = found.gpa.0 & !(PAGE - 1);
-    let reachable = page >= PAGE && page < 1 << 32 && !Hypervisor::own().contains(&page);
+    let reachable = (PAGE..1 << 32).contains(&page) && !Hypervisor::own().contains(&page);
     reachable.then_some(page)
 }
 

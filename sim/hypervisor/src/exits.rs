@@ -27,6 +27,7 @@ const WITH_LENGTH: core::ops::RangeInclusive<u64> = 4 << 8..=6 << 8;
 /// Exceptions.
 pub(crate) const DEBUG: u64 = 1;
 pub(crate) const INVALID_OPCODE: u64 = 6;
+pub(crate) const DOUBLE_FAULT: u64 = 8;
 pub(crate) const PROTECTION: u64 = 13;
 pub(crate) const MACHINE_CHECK: u64 = 18;
 
@@ -94,7 +95,8 @@ extern "C" fn handle_exit(registers: &mut Registers) {
         }
         Outcome::Again => {}
         Outcome::Exception(vector) => {
-            let code = if vector == PROTECTION { HAS_ERROR_CODE } else { 0 };
+            let with_code = matches!(vector, DOUBLE_FAULT | PROTECTION);
+            let code = if with_code { HAS_ERROR_CODE } else { 0 };
             vmcs::write(vmcs::ENTRY_EVENT, VALID | HARDWARE_EXCEPTION | code | vector);
             vmcs::write(vmcs::ENTRY_ERROR_CODE, 0);
         }
@@ -103,6 +105,10 @@ extern "C" fn handle_exit(registers: &mut Registers) {
     let nmis = unsafe { &host_nmis };
     if vmcs::read(vmcs::ENTRY_EVENT) & VALID == 0 && nmis.swap(0, Ordering::Relaxed) != 0 {
         vmcs::write(vmcs::ENTRY_EVENT, NMI);
+        vmcs::write(
+            vmcs::GUEST_INTERRUPTIBILITY,
+            vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
+        );
     }
 }
 
@@ -135,14 +141,7 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
         exit::EXCEPTION_OR_NMI => exception(),
         exit::VMFUNC => Outcome::Exception(INVALID_OPCODE),
         _ if exit::is_hidden_instruction(reason) => Outcome::Exception(INVALID_OPCODE),
-        exit::TRIPLE_FAULT => {
-            let rip = vmcs::read(vmcs::GUEST_RIP);
-            let _ = writeln!(
-                Console,
-                "vmsight-hypervisor: triple fault of the guest at {rip:#x}: the machine is reset"
-            );
-            machine::reset()
-        }
+        exit::TRIPLE_FAULT => shutdown(),
         _ => stop(format_args!(
             "{} ({reason}) at {:#x}, qualification {:#x}",
             exit::name(reason),
@@ -153,8 +152,9 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
 }
 
 impl Hypervisor {
-    /// The guest left out of another view than its own. Whatever it was, it goes on in its own, with nothing armed. Out of
-    /// the monitor it goes back to the hook; out of the gate, which only an attacker leaves, to an invalid opcode.
+    /// The guest left out of another view than its own. Whatever it was, it goes on in its own, with nothing armed: at the
+    /// hook, as if the handler had returned, or out of the gate, which nobody but an attacker leaves unless for an NMI or a
+    /// machine check, with an invalid opcode.
     fn recover(&mut self, registers: &mut Registers) -> Outcome {
         let Some(views) = &self.views else {
             return Outcome::Exception(INVALID_OPCODE);
@@ -165,23 +165,21 @@ impl Hypervisor {
         vmcs::write(vmcs::GUEST_INTERRUPTIBILITY, 0);
         if vmcs::read(vmcs::GUEST_CR3) & !0xfff == views.cr3 {
             // The gate keeps the guest's in R11. An attacker may have another value there, but not one that cannot be.
-            vmcs::write(
-                vmcs::GUEST_CR3,
-                registers.r11 & 0x000f_ffff_ffff_ffff & physical_mask(),
-            );
+            vmcs::write(vmcs::GUEST_CR3, registers.r11 & physical_mask());
         }
-        if !in_monitor {
-            return self.nmi_or(INVALID_OPCODE);
+        let event = nobodys_fault();
+        if !in_monitor && event.is_none() {
+            return Outcome::Exception(INVALID_OPCODE);
         }
-        let state = |n| offset_of!(State, stack) + n;
         let stack = views.header.base + views.header.text + views.header.data;
         let own = stack - views.header.data..=stack;
-        if own.contains(&vmcs::read(vmcs::GUEST_RSP)) {
-            if let Some(kept) = views.state(&mut self.pool, state(0)) {
-                vmcs::write(vmcs::GUEST_RSP, core::mem::replace(kept, stack));
-            }
+        if in_monitor
+            && own.contains(&vmcs::read(vmcs::GUEST_RSP))
+            && let Some(kept) = views.state(&mut self.pool, offset_of!(State, stack))
+        {
+            vmcs::write(vmcs::GUEST_RSP, core::mem::replace(kept, stack));
         }
-        if vmcs::read(vmcs::GUEST_IDTR_LIMIT) == 0 {
+        if in_monitor && vmcs::read(vmcs::GUEST_IDTR_LIMIT) == 0 {
             let mut words = [0u64; 2];
             for (n, word) in words.iter_mut().enumerate() {
                 *word = views
@@ -194,20 +192,21 @@ impl Hypervisor {
         }
         vmcs::write(vmcs::GUEST_RFLAGS, 2);
         vmcs::write(vmcs::GUEST_RIP, views.address + gate::RETURNING as u64);
-        vmcs::write(vmcs::ENTRY_EVENT, 0);
+        vmcs::write(vmcs::ENTRY_EVENT, event.unwrap_or(0));
         Outcome::Again
     }
+}
 
-    /// The exception, or the NMI for which the guest left.
-    fn nmi_or(&self, vector: u64) -> Outcome {
-        let event = vmcs::read(vmcs::EXIT_EVENT);
-        let nmi = vmcs::read(vmcs::EXIT_REASON) as u16 == exit::EXCEPTION_OR_NMI
-            && event & (VALID | KIND) == NMI & !2;
-        if !nmi {
-            return Outcome::Exception(vector);
-        }
-        vmcs::write(vmcs::ENTRY_EVENT, NMI);
-        Outcome::Again
+/// The NMI or the machine check for which the guest left.
+fn nobodys_fault() -> Option<u64> {
+    let event = vmcs::read(vmcs::EXIT_EVENT);
+    let left_for_it = vmcs::read(vmcs::EXIT_REASON) as u16 == exit::EXCEPTION_OR_NMI && event & VALID != 0;
+    let nmi = event & KIND == NMI & KIND;
+    let machine_check = event & (KIND | 0xff) == HARDWARE_EXCEPTION | MACHINE_CHECK;
+    match left_for_it {
+        true if nmi => Some(NMI),
+        true if machine_check => Some(VALID | HARDWARE_EXCEPTION | MACHINE_CHECK),
+        _ => None,
     }
 }
 
@@ -221,6 +220,11 @@ fn exception() -> Outcome {
     let event = vmcs::read(vmcs::EXIT_EVENT);
     if event & KIND == NMI & KIND {
         vmcs::write(vmcs::ENTRY_EVENT, NMI);
+        // An NMI cannot be delivered in the shadow of STI or MOV SS, in which it would not have come.
+        vmcs::write(
+            vmcs::GUEST_INTERRUPTIBILITY,
+            vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
+        );
         return Outcome::Again;
     }
     match event & 0xff {
@@ -275,12 +279,28 @@ fn cpuid(registers: &mut Registers) -> Outcome {
     Outcome::Done
 }
 
+/// What a processor does after a triple fault.
+fn shutdown() -> ! {
+    let rip = vmcs::read(vmcs::GUEST_RIP);
+    let _ = writeln!(
+        Console,
+        "vmsight-hypervisor: triple fault of the guest at {rip:#x}: the machine is reset"
+    );
+    machine::reset()
+}
+
 /// The guest touched memory that it does not have, or not in this way.
 fn violation(hypervisor: &mut Hypervisor) -> Outcome {
     let gpa = vmcs::read(vmcs::GUEST_PHYSICAL);
     let ours = Hypervisor::own().contains(&gpa);
     if ours || hypervisor.guest.translate(&mut hypervisor.pool, gpa).is_some() {
-        return Outcome::Exception(PROTECTION);
+        // While an exception is being delivered, it is one fault too many: else the guest would never stop faulting here.
+        let vectoring = vmcs::read(vmcs::VECTORING_EVENT);
+        return match vectoring & (VALID | KIND) == VALID | HARDWARE_EXCEPTION {
+            false => Outcome::Exception(PROTECTION),
+            true if vectoring & 0xff == DOUBLE_FAULT => shutdown(),
+            true => Outcome::Exception(DOUBLE_FAULT),
+        };
     }
     // A device above all RAM.
     let mapped = hypervisor.guest.map_large(

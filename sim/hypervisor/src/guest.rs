@@ -215,11 +215,11 @@ unsafe fn first_megabyte(
         let tables = TABLES as *mut [u64; 512];
         tables.write([0; 512]);
         tables.add(1).write([0; 512]);
-        (*tables)[0] = TABLES + PAGE | 3;
+        (*tables)[0] = (TABLES + PAGE) | 3;
         for n in 0..4 {
-            (*tables.add(1))[n] = TABLES + (2 + n as u64) * PAGE | 3;
+            (*tables.add(1))[n] = (TABLES + (2 + n as u64) * PAGE) | 3;
             for (m, entry) in (*tables.add(2 + n)).iter_mut().enumerate() {
-                *entry = (n * 512 + m) as u64 * LARGE | 0x83;
+                *entry = ((n * 512 + m) as u64 * LARGE) | 0x83;
             }
         }
     }
@@ -401,7 +401,7 @@ pub(crate) struct GuestTables;
 impl vmsight_arch::paging::TableMemory for GuestTables {
     fn entry_u64(&self, gpa: vmsight_arch::Gpa) -> Option<u64> {
         let own = Hypervisor::own();
-        if gpa.0 >= REACH - 8 || own.contains(&gpa.0) || gpa.0 % 8 != 0 {
+        if gpa.0 >= REACH - 8 || own.contains(&gpa.0) || !gpa.0.is_multiple_of(8) {
             return None;
         }
         // SAFETY: identity-mapped, not ours; reading a device's register there is what the guest's own walk would do.
