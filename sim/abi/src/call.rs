@@ -43,7 +43,7 @@ numbered! {
         /// Puts the monitor that was booted along into the guest. RDI = guest-virtual address of the two pages of the
         /// stub, the second of which lies where the gate will be; they are read-only from then on.
         LoadMonitor = 0x7369_6d03,
-        /// RDI = the address to which a hook's call of the stub returns.
+        /// RDI = the address to which a hook's call of the stub returns; RSI = a [`crate::Handler`].
         RegisterHook = 0x7369_6d04,
         /// Makes the guest's page at guest-physical address RDI read-only and executable.
         Protect = 0x7369_6d05,

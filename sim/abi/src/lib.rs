@@ -11,4 +11,4 @@ pub mod view;
 
 pub use call::{Call, SIGNATURE, SIGNATURE_LEAF, Status, VERSION};
 pub use frame::{Frame, Verdict};
-pub use image::{Header, MAGIC, SITES, State};
+pub use image::{Handler, Header, MAGIC, SITES, State, WINDOW};

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use vmsight_arch::paging::{self, PagingMode};
 use vmsight_arch::registers::control::{CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_SMAP, CR4_SMEP};
 use vmsight_arch::{Dtb, Gva};
-use vmsight_sim_abi::{Call, Frame, SITES, State, Status, VERSION};
+use vmsight_sim_abi::{Call, Frame, Handler, SITES, State, Status, VERSION};
 use vmsight_sim_hypervisor::ept::{Exhausted, MemoryType, Permissions};
 use vmsight_sim_hypervisor::views::{Refused, Views};
 use vmsight_sim_hypervisor::{PAGE, exit, gate};
@@ -55,7 +55,7 @@ pub(crate) fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers) -> 
     }
     let answer = match call {
         Some(call) => hypervisor
-            .call(call, registers.rdi)
+            .call(call, registers.rdi, registers.rsi)
             .map_err(|StatusOf(status)| status),
         None => Err(Status::Unknown),
     };
@@ -67,7 +67,7 @@ pub(crate) fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers) -> 
 }
 
 impl Hypervisor {
-    fn call(&mut self, call: Call, argument: u64) -> Result<u64, StatusOf> {
+    fn call(&mut self, call: Call, argument: u64, second: u64) -> Result<u64, StatusOf> {
         let changes = matches!(
             call,
             Call::LoadMonitor | Call::RegisterHook | Call::Protect | Call::Lockdown
@@ -86,7 +86,7 @@ impl Hypervisor {
                 Ok(0)
             }
             Call::LoadMonitor => self.load(argument),
-            Call::RegisterHook => self.register(argument),
+            Call::RegisterHook => self.register(argument, second),
             Call::Protect => self.protect(argument),
             Call::Lockdown => {
                 self.lock();
@@ -136,14 +136,21 @@ impl Hypervisor {
         if first == second || first.max(second) >= self.ram_end {
             return Err(Status::Argument.into());
         }
-        let views =
-            Views::new(&mut self.pool, self.image, self.guest, self.ram_end, stub).map_err(|refused| {
-                StatusOf(match refused {
-                    Refused::Image => Status::Monitor,
-                    Refused::Stub => Status::Argument,
-                    Refused::Memory => Status::Memory,
-                })
-            })?;
+        let views = Views::new(
+            &mut self.pool,
+            self.image,
+            self.guest,
+            self.ram_end,
+            Hypervisor::own(),
+            stub,
+        )
+        .map_err(|refused| {
+            StatusOf(match refused {
+                Refused::Image => Status::Monitor,
+                Refused::Stub => Status::Argument,
+                Refused::Memory => Status::Memory,
+            })
+        })?;
         // SAFETY: both are RAM of the guest, identity-mapped, which the guest offers; nothing of ours refers to them.
         unsafe {
             gate::stub(
@@ -172,10 +179,11 @@ impl Hypervisor {
         Ok(0)
     }
 
-    fn register(&mut self, site: u64) -> Result<u64, StatusOf> {
+    fn register(&mut self, site: u64, handler: u64) -> Result<u64, StatusOf> {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
         let at = offset_of!(State, sites) + site as usize % SITES * 8;
         let slot = views.state(&mut self.pool, at).ok_or(Status::Monitor)?;
+        let handler = Handler::from_number(handler).ok_or(Status::Argument)?;
         if site == 0 {
             return Err(Status::Argument.into());
         }
@@ -183,6 +191,13 @@ impl Hypervisor {
             return Err(Status::Collision.into());
         }
         *slot = site;
+        // A word holds the handlers of eight sites.
+        let at = site as usize % SITES;
+        let word = views
+            .state(&mut self.pool, offset_of!(State, handlers) + at / 8 * 8)
+            .ok_or(Status::Monitor)?;
+        let shift = at % 8 * 8;
+        *word = *word & !(0xff << shift) | (handler as u64) << shift;
         Ok(0)
     }
 
@@ -229,7 +244,7 @@ impl Hypervisor {
         let handled = views
             .state(&mut self.pool, offset_of!(State, handled))
             .ok_or(Status::Monitor)?;
-        Ok(vmsight_sim_monitor::handle(&frame, handled) as u64)
+        Ok(vmsight_sim_monitor::null(&frame, handled) as u64)
     }
 
     fn hash(&mut self, part: u64) -> Answer {

@@ -7,7 +7,7 @@
 use core::mem::offset_of;
 use core::ops::Range;
 
-use vmsight_sim_abi::{Header, MAGIC, State, VERSION};
+use vmsight_sim_abi::{Header, MAGIC, State, VERSION, WINDOW};
 
 use crate::ept::{ENTRIES, Ept, Exhausted, MemoryType, Permissions, Pool};
 use crate::gate::{self, Addresses};
@@ -17,8 +17,6 @@ use crate::{LARGE, PAGE};
 const PRESENT: u64 = 0x63;
 const IS_LARGE: u64 = 1 << 7;
 
-/// Where the monitor finds the guest's memory: guest-physical address 0.
-pub const WINDOW: u64 = 1 << 46;
 /// A monitor's text and data have no more pages than this each.
 const MOST: u64 = 64;
 /// What the monitor lies above, so that address 0 means nothing, and below: the window.
@@ -123,12 +121,13 @@ fn index(address: u64, level: u32) -> usize {
 
 impl Views {
     /// Makes the views for a monitor. `guest` is the guest's own EPT, of which the monitor gets the RAM, and `ram_end` its
-    /// end; `stub` is the guest-virtual address of the stub's two pages.
+    /// end; `own` is the hypervisor's memory in it; `stub` is the guest-virtual address of the stub's two pages.
     pub fn new(
         pool: &mut Pool<'_>,
         image: &[u8],
         guest: Ept,
         ram_end: u64,
+        own: Range<u64>,
         stub: u64,
     ) -> Result<Self, Refused> {
         let header = header(image)?;
@@ -163,11 +162,11 @@ impl Views {
             *tables.get_mut(at).ok_or(Exhausted)? = to | PRESENT;
         }
         let gate = Ept::everywhere(pool, root, Permissions::READ)?;
-        let own = [
+        let two = [
             (gate_page, gate_page, Permissions::EXECUTE),
             (list, list, Permissions::READ_WRITE),
         ];
-        gate.replace(pool, &own)?;
+        gate.replace(pool, &two)?;
 
         let sim = guest.copy(pool, Permissions::READ_WRITE)?;
         let mut tables = Tables {
@@ -194,7 +193,12 @@ impl Views {
             };
             tables.map(pool, header.base + at, page, permissions)?;
         }
-        for gpa in (0..ram_end).step_by(LARGE as usize) {
+        // Not the hypervisor's: its pages are in the monitor's view under the same addresses, some of them to be written.
+        let whole = own.start / LARGE * LARGE..own.end.next_multiple_of(LARGE);
+        for gpa in (0..ram_end)
+            .step_by(LARGE as usize)
+            .filter(|gpa| !whole.contains(gpa))
+        {
             tables.map_large(pool, WINDOW + gpa, gpa)?;
         }
 
@@ -225,6 +229,9 @@ impl Views {
         let stack = header.base + header.text + header.data;
         for (offset, value) in [
             (offset_of!(State, stack), stack),
+            (offset_of!(State, memory_end), ram_end),
+            (offset_of!(State, own_start), whole.start),
+            (offset_of!(State, own_end), whole.end),
             (offset_of!(State, leave), address + gate::LEAVING as u64),
         ] {
             *views.state(pool, offset).ok_or(Exhausted)? = value;
@@ -370,6 +377,7 @@ mod tests {
     use crate::ept::Table;
 
     const POOL: u64 = 0x820_0000;
+    const OWN: Range<u64> = 0x100_0000..0x110_0000;
     const STUB: u64 = 0xffff_ffff_8122_f000;
     const GATE: u64 = STUB + PAGE;
 
@@ -397,7 +405,7 @@ mod tests {
                 .map_large(&mut pool, gpa, Permissions::ALL, MemoryType::WriteBack)
                 .unwrap();
         }
-        let views = Views::new(&mut pool, &image(), guest, 64 << 20, STUB).unwrap();
+        let views = Views::new(&mut pool, &image(), guest, 64 << 20, OWN, STUB).unwrap();
         test(&mut pool, views);
     }
 
@@ -485,6 +493,19 @@ mod tests {
                 views.sim.translate(pool, 0x12_3456),
                 Some((0x12_3456, Permissions::READ_WRITE))
             );
+            // Not what is the hypervisor's, though it is below the end of RAM.
+            for (gpa, there) in [
+                (OWN.start - 1, true),
+                (OWN.start, false),
+                (OWN.end, false),
+                (0x120_0000, true),
+            ] {
+                assert_eq!(
+                    walk(pool, views.sim, views.cr3, WINDOW + gpa).is_some(),
+                    there,
+                    "{gpa:#x}"
+                );
+            }
             let text = walk(pool, views.sim, views.cr3, 0x1000_0000).unwrap();
             assert_eq!(
                 views.sim.translate(pool, text),
@@ -520,7 +541,7 @@ mod tests {
         let mut tables = std::vec![Table::EMPTY; 64];
         let mut pool = Pool::new(POOL, &mut tables);
         let guest = Ept::new(&mut pool).unwrap();
-        let mut refused = |image: &[u8], stub| Views::new(&mut pool, image, guest, 0, stub).unwrap_err();
+        let mut refused = |image: &[u8], stub| Views::new(&mut pool, image, guest, 0, OWN, stub).unwrap_err();
         assert_eq!(refused(&image()[..32], STUB), Refused::Image);
         let mut other = image();
         other[8] = 2;

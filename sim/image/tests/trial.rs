@@ -19,6 +19,8 @@ fn trial() -> Image {
 const FINDINGS: &[&str] = &[
     "exits through the gate: ok 0 in 1000 calls",
     "exits by VMCALL: ok 1000 in 1000 calls",
+    "the monitor reads and writes guest memory: ok 0x123456789abcdef; 0 exits",
+    "addresses that lead astray: ok handler called 25 times",
     "write to a protected hook: ok exit 48",
     "write to the stub: ok exit 48",
     "read, write, execute each page of the monitor, also by an alias: ok",
@@ -107,6 +109,24 @@ fn controls_reach_the_monitor() {
             run.serial
         );
     }
+}
+
+#[test]
+fn a_guest_that_resets_the_machine_comes_back() {
+    let machine = Machine::start(&trial().command_line("RB"), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    let run = machine.wait(LIMIT).unwrap();
+    for times in 0..3 {
+        assert!(
+            run.serial.contains(&format!("trial: reset {times} times")),
+            "{}",
+            run.serial
+        );
+    }
+    assert!(
+        run.off && run.serial.contains("triple fault of the guest"),
+        "{}",
+        run.serial
+    );
 }
 
 #[test]

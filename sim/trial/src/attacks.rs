@@ -210,6 +210,7 @@ pub(crate) fn all(trial: &mut Trial, site: u64) {
     page_tables(trial);
     debugging(trial, site);
     context(trial, site);
+    pointers(trial);
     privileges(trial);
     pinned(trial);
     calls(trial);
@@ -575,6 +576,69 @@ fn context(trial: &mut Trial, site: u64) {
     }
     trial.survives("GS at the monitor's state", 1, with_gs, MONITOR + 0x1000);
     trial.survives("a call from what is no registered hook", 0, stranger, 0);
+}
+
+/// Addresses that lead the monitor astray: into itself, nowhere, or round in a circle.
+fn pointers(trial: &mut Trial) {
+    let victim = core::cell::UnsafeCell::new(0x5555_5555_5555_5555u64);
+    let good = at(victim.get());
+    let (all, text, data) = monitor_pages();
+    let state_page = call(Call::MonitorPage, data);
+    let list = call(Call::MonitorPage, data - 1);
+    let _text = map(STUB - 0x1000, text);
+    let _state = map(STUB - 0x2000, state_page);
+    let _list = map(STUB - 0x3000, list);
+    let _nowhere = map(STUB - 0x4000, 0xf_ffff_f000);
+    // Page tables as memory, which lead to themselves.
+    let _circle = map(STUB - 0x5000, cr3());
+    let before = state();
+    let stopping = [EXCEPTION, TRIPLE_FAULT, EPT_VIOLATION].map(|reason| call(Call::Exits, reason));
+    let bad = [
+        0x7000_0000_0000,
+        1 << 63,
+        u64::MAX,
+        good + 1,
+        MONITOR_STACK,
+        LIST,
+        WINDOW,
+        STUB - 0x1000,
+        STUB - 0x2000,
+        STUB - 0x3000 + 16,
+        STUB - 0x4000,
+        GATE & !(511 << 12) | 7 << 12,
+    ];
+    for address in bad {
+        // SAFETY: the handler leaves alone what it must not touch; that is what is asked.
+        unsafe {
+            copy_call(ENTRY, address, good);
+            copy_call(ENTRY, good, address);
+        }
+    }
+    // SAFETY: reads the trial's own tables.
+    unsafe { copy_call(ENTRY, STUB - 0x5000, good + 1) };
+    let after = state();
+    let same = stopping == [EXCEPTION, TRIPLE_FAULT, EPT_VIOLATION].map(|reason| call(Call::Exits, reason));
+    // SAFETY: nobody else has it.
+    let untouched = unsafe { victim.get().read_volatile() } == 0x5555_5555_5555_5555;
+    let handled = after.handled - before.handled;
+    let calls = 2 * bad.len() as u64 + 1;
+    let whole = monitor_pages() == (all, text, data);
+    trial.check(
+        "addresses that lead astray",
+        same && untouched && whole && handled == calls && after.hash == before.hash,
+        format_args!(
+            "handler called {handled} times; nothing copied: {untouched}; stopped: {}",
+            !same
+        ),
+    );
+    trial.attack(
+        "the monitor is unarmed then",
+        VMFUNC,
+        INVALID_OPCODE,
+        0,
+        function_and_index,
+        2,
+    );
 }
 
 /// From user mode.

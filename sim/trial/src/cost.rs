@@ -2,7 +2,7 @@
 
 use vmsight_sim_abi::Call;
 
-use crate::start::{hook_call, ticks, vmcall};
+use crate::start::{copy_call, hook_call, ticks, vmcall};
 use crate::tables::STUB;
 use crate::{Trial, call};
 
@@ -48,6 +48,7 @@ pub(crate) fn measure(trial: &mut Trial, site: u64) {
     let by_call = exits() - before - asking;
     let all = call(Call::Handled, 0) - handled - through_gate;
     let turn = instructions(|| core::hint::black_box(()));
+    copying(trial);
 
     // Hook to return: all but the call of `hook_call` and the loop; the stub's CALL and the RET that answers it are in both.
     let round_trip = (gate - empty) / CALLS + 2;
@@ -81,6 +82,25 @@ pub(crate) fn measure(trial: &mut Trial, site: u64) {
         "round trip by VMCALL",
         exit_path > round_trip,
         format_args!("{exit_path} instructions"),
+    );
+}
+
+/// The monitor reads and writes the guest's memory by the guest's own addresses.
+pub(crate) fn copying(trial: &mut Trial) {
+    let words = core::cell::UnsafeCell::new([0x0123_4567_89ab_cdefu64, 0]);
+    let address = crate::tables::at(words.get());
+    let before = exits();
+    let asking = exits() - before;
+    let before = exits();
+    // SAFETY: the stub is there; the words are written by the monitor.
+    unsafe { copy_call(ENTRY, address, address + 8) };
+    let left = exits() - before - asking;
+    // SAFETY: nobody else has them.
+    let [from, to] = unsafe { words.get().read_volatile() };
+    trial.check(
+        "the monitor reads and writes guest memory",
+        from == to && left == 0,
+        format_args!("{to:#x}; {left} exits"),
     );
 }
 

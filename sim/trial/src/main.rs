@@ -14,7 +14,7 @@ use core::panic::PanicInfo;
 
 use serial::{Console, power_off};
 use start::vmcall;
-use vmsight_sim_abi::{Call, SIGNATURE, SIGNATURE_LEAF, Status};
+use vmsight_sim_abi::{Call, Handler, SIGNATURE, SIGNATURE_LEAF, Status};
 
 /// What was found so far.
 pub(crate) struct Trial {
@@ -48,6 +48,9 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         line.read()
     };
     tables::initialise();
+    if control == *b"RB" {
+        reboot();
+    }
     let mut trial = Trial { passed: 0, failed: 0 };
     let leaf = core::arch::x86_64::__cpuid(SIGNATURE_LEAF);
     let mut signature = [0; 12];
@@ -63,6 +66,13 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
     let site = tables::at(&raw const start::hook_site);
     call(Call::RegisterHook, site);
     call(Call::RegisterHook, tables::at(&raw const start::flags_site));
+    let copying = (tables::at(&raw const start::copy_site), Handler::Copy as u64);
+    let (status, _) = start::vmcall_with(Call::RegisterHook as u64, copying.0, copying.1);
+    trial.check(
+        "register",
+        status == Status::Done as u64,
+        format_args!("a hook with a handler"),
+    );
     // A hypervisor without the view of the gate: does the attack that it is to stop succeed?
     if let b"A1" | b"A3" = &control {
         let reached = attacks::control(&control, site);
@@ -76,6 +86,30 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
     let Trial { passed, failed } = trial;
     let _ = writeln!(Console, "trial: {passed} passed, {failed} failed");
     power_off()
+}
+
+/// Resets the machine twice, first as a keyboard controller does it, then by a triple fault; the third time it is enough.
+/// How often it was reset is in a byte of the clock's memory that nobody uses.
+fn reboot() -> ! {
+    use start::{inb, outb};
+    const TIMES: u8 = 0x7f;
+    outb(0x70, TIMES);
+    let times = inb(0x71);
+    let _ = writeln!(Console, "trial: reset {times} times");
+    outb(0x70, TIMES);
+    outb(0x71, times.wrapping_add(1));
+    match times {
+        0 => outb(0x64, 0xfe),
+        1 => {
+            tables::load_idt(0, 0);
+            // SAFETY: with no IDT, this is a triple fault.
+            unsafe { core::arch::asm!("ud2", options(nostack)) };
+        }
+        _ => power_off(),
+    }
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// An exception that no attack was to end in.

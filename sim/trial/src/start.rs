@@ -135,6 +135,16 @@ flags_site:
     popfq
     ret
 
+    # copy_call(address, from, to): a hooked function with two arguments.
+    .globl copy_call, copy_site
+copy_call:
+    mov rax, rdi
+    mov rdi, rsi
+    mov rsi, rdx
+    call rax
+copy_site:
+    ret
+
     # jump_with(registers): jumps to registers[0] with the rest loaded; what comes back by RET comes back here.
     .globl jump_with, jump_back
 jump_with:
@@ -263,6 +273,9 @@ unsafe extern "C" {
     /// Runs code in user mode, with EAX = 0 and ECX = 1.
     pub(crate) fn user_call(address: u64);
     pub(crate) safe static hook_site: u8;
+    /// Calls the address as the head of a hooked function of two arguments would.
+    pub(crate) fn copy_call(address: u64, first: u64, second: u64);
+    pub(crate) safe static copy_site: u8;
     pub(crate) safe static flags_site: u8;
     pub(crate) safe static user_vmfunc: u8;
     pub(crate) safe static user_vmcall: u8;
@@ -324,10 +337,15 @@ pub(crate) fn vmfunc(function: u32, index: u32) {
 
 /// A call of the hypervisor: status and value.
 pub(crate) fn vmcall(call: u64, argument: u64) -> (u64, u64) {
+    vmcall_with(call, argument, 0)
+}
+
+/// The same with a second argument.
+pub(crate) fn vmcall_with(call: u64, argument: u64, second: u64) -> (u64, u64) {
     let (status, value);
     // SAFETY: the calls change nothing that the compiler knows of.
     unsafe {
-        asm!("vmcall", inlateout("rax") call => status, lateout("rdx") value, in("rdi") argument, in("rsi") 0u64,
+        asm!("vmcall", inlateout("rax") call => status, lateout("rdx") value, in("rdi") argument, in("rsi") second,
             options(nostack));
     }
     (status, value)
