@@ -80,6 +80,7 @@ impl Hypervisor {
 #[derive(Debug)]
 pub(crate) enum Error {
     Processor(Missing),
+    Processors(u32),
     NoKernel,
     Kernel(NotBootable),
     NoMemory(&'static str),
@@ -92,6 +93,12 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Processor(Missing(what)) => write!(f, "this processor lacks {what}"),
+            Self::Processors(count) => {
+                write!(
+                    f,
+                    "this machine has {count} processors: the guest would start all but one outside of the hypervisor"
+                )
+            }
             Self::NoKernel => f.write_str("there is no module 'kernel'"),
             Self::Kernel(why) => write!(f, "the module 'kernel' cannot be started: {why:?}"),
             Self::NoMemory(what) => write!(f, "there is no memory for {what}"),
@@ -113,11 +120,10 @@ impl From<Exhausted> for Error {
 /// # Safety
 /// `information` is the loader's, and this is called once.
 pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
-    let controls = host::able().map_err(|missing| {
+    let controls = checked().inspect_err(|error| {
         let mut line = Line::default();
-        let _ = write!(line, "vmsight-hypervisor: {}", Error::Processor(missing));
+        let _ = write!(line, "vmsight-hypervisor: {error}");
         serial::show(line.text());
-        Error::Processor(missing)
     })?;
     // SAFETY: the loader's structure begins with its size and is as long as that.
     let bytes = unsafe {
@@ -180,6 +186,15 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
     // SAFETY: the VMCS is complete.
     unsafe { symbols::enter_guest(ZERO_PAGE) };
     Err(Error::Entry(vmcs::read(vmcs::INSTRUCTION_ERROR)))
+}
+
+/// The controls for this machine, if it is one that can be used.
+fn checked() -> Result<Controls, Error> {
+    let controls = host::able().map_err(Error::Processor)?;
+    match host::processors() {
+        1 => Ok(controls),
+        count => Err(Error::Processors(count)),
+    }
 }
 
 /// # Safety

@@ -19,7 +19,7 @@ pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
 /// What the hypervisor says last when there is no guest.
 pub const HALTED: &str = "vmsight-hypervisor: halted";
 
-/// A machine: 256 MiB, one processor, one disc.
+/// A machine: 256 MiB, one disc.
 #[derive(Debug)]
 pub struct Machine {
     folder: TempDir,
@@ -39,10 +39,15 @@ pub struct Run {
 impl Machine {
     /// Starts an image. One Bochs at a time: others wait.
     pub fn start(image: &Image, processor: &str) -> Result<Self> {
+        Self::with_processors(image, processor, 1)
+    }
+
+    /// The same with more than one processor.
+    pub fn with_processors(image: &Image, processor: &str, count: u32) -> Result<Self> {
         let lock = Lock::wait("bochs")?;
         let folder = tempfile::tempdir().context("make a temporary folder")?;
         image.write(&folder.path().join("image.iso"))?;
-        fs::write(folder.path().join("bochsrc"), configuration(processor))?;
+        fs::write(folder.path().join("bochsrc"), configuration(processor, count))?;
         // Debian's Bochs has its debugger in, which asks before it starts.
         fs::write(folder.path().join("commands"), "c\n")?;
         let process = Command::new("nice")
@@ -95,12 +100,12 @@ fn read(path: &Path) -> Result<String> {
     }
 }
 
-fn configuration(processor: &str) -> String {
+fn configuration(processor: &str, count: u32) -> String {
     format!(
         "megs: 256\n\
          romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
          vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest\n\
-         cpu: model={processor}, count=1, ips=50000000, reset_on_triple_fault=1\n\
+         cpu: model={processor}, count={count}, ips=50000000, reset_on_triple_fault=1\n\
          plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=0, gameport=0\n\
          display_library: rfb, options=\"timeout=0\"\n\
          com1: enabled=1, mode=file, dev=serial\n\

@@ -50,9 +50,13 @@ const FINDINGS: &[&str] = &[
     "stack pointer in the monitor's stack: ok",
     "IDT in guest memory as the monitor sees it: ok",
     "a call from what is no registered hook: ok",
+    "GDT in guest memory as the monitor sees it: ok",
+    "VMFUNC from code of 32 bits: ok exit 2",
     "VMFUNC from user mode: ok exit 2",
     "VMCALL from user mode: ok exit 18",
     "CR0.WP: ok exit 28",
+    "CR4.PAE: ok exit 28",
+    "CR4.LA57: ok exit 28",
     "CR4.SMEP: ok exit 28",
     "LSTAR: ok exit 32",
     "DS_AREA: ok exit 32",
@@ -130,9 +134,18 @@ fn a_guest_that_resets_the_machine_comes_back() {
 }
 
 #[test]
-fn a_processor_without_vt_x_is_named() {
-    let machine = Machine::start(&trial(), WITHOUT_VMX).unwrap_or_else(|e| panic!("{e:?}"));
-    let run = machine.wait(LIMIT).unwrap();
-    assert!(run.serial.contains("this processor lacks VT-x"), "{}", run.serial);
-    assert!(run.serial.contains(HALTED), "{}", run.serial);
+fn a_machine_that_cannot_be_watched_is_refused() {
+    for (processor, count, why) in [
+        (WITHOUT_VMX, 1, "this processor lacks VT-x"),
+        (WITH_VMX, 2, "this machine has 2 processors"),
+    ] {
+        let machine =
+            Machine::with_processors(&trial(), processor, count).unwrap_or_else(|e| panic!("{e:?}"));
+        let run = machine.wait(LIMIT).unwrap();
+        assert!(
+            run.serial.contains(why) && run.serial.contains(HALTED),
+            "{}",
+            run.serial
+        );
+    }
 }

@@ -567,6 +567,13 @@ fn context(trial: &mut Trial, site: u64) {
     }
     trial.survives("IDT at the list", 1, with_idt, LIST);
     trial.survives("IDT in guest memory as the monitor sees it", 1, with_idt, WINDOW);
+    unsafe extern "C" fn with_gdt(base: u64) {
+        tables::load_gdt(Some(base));
+        // SAFETY: the stub is there.
+        unsafe { hook_call(ENTRY) };
+        tables::load_gdt(None);
+    }
+    trial.survives("GDT in guest memory as the monitor sees it", 1, with_gdt, WINDOW);
     unsafe extern "C" fn with_gs(base: u64) {
         const GS_BASE: u32 = 0xc000_0101;
         wrmsr(GS_BASE, base);
@@ -645,6 +652,14 @@ fn pointers(trial: &mut Trial) {
 fn privileges(trial: &mut Trial) {
     let vmfunc = at(&raw const user_vmfunc);
     trial.attack(
+        "VMFUNC from code of 32 bits",
+        TRIPLE_FAULT,
+        INVALID_OPCODE,
+        0,
+        compat_vmfunc,
+        0,
+    );
+    trial.attack(
         "VMFUNC from user mode",
         TRIPLE_FAULT,
         INVALID_OPCODE,
@@ -674,6 +689,8 @@ fn pinned(trial: &mut Trial) {
         cr0() ^ 1 << 16,
     );
     for (name, bit) in [
+        ("CR4.PAE", 5),
+        ("CR4.LA57", 12),
         ("CR4.VMXE", 13),
         ("CR4.SMEP", 20),
         ("CR4.SMAP", 21),

@@ -196,6 +196,20 @@ user_call:
     mov ecx, 1
     iretq
 
+    # compat_vmfunc(): VMFUNC(1) in code of 32 bits, at the same privilege.
+    .globl compat_vmfunc
+compat_vmfunc:
+    push 8
+    push offset compat_code
+    xor eax, eax
+    mov ecx, 1
+    retfq
+    .code32
+compat_code:
+    vmfunc
+    ud2
+    .code64
+
     # What user mode runs.
     .globl user_vmfunc, user_vmcall
 user_vmfunc:
@@ -275,6 +289,8 @@ unsafe extern "C" {
     pub(crate) safe static hook_site: u8;
     /// Calls the address as the head of a hooked function of two arguments would.
     pub(crate) fn copy_call(address: u64, first: u64, second: u64);
+    /// VMFUNC in compatibility mode; the argument is of no use.
+    pub(crate) fn compat_vmfunc(nothing: u64);
     pub(crate) safe static copy_site: u8;
     pub(crate) safe static flags_site: u8;
     pub(crate) safe static user_vmfunc: u8;

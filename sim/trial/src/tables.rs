@@ -26,7 +26,7 @@ static mut IDT: [[u64; 2]; 256] = [[0; 2]; 256];
 static mut TSS: [u32; 26] = [0; 26];
 static mut GDT: [u64; 8] = [
     0,
-    0,
+    0x00cf_9b00_0000_ffff,
     0x00af_9b00_0000_ffff,
     0x00cf_9300_0000_ffff,
     0x00cf_f300_0000_ffff,
@@ -120,6 +120,14 @@ pub(crate) fn load_idt(base: u64, limit: u16) {
     let register = Register { limit, base };
     // SAFETY: where it points to nothing of use, the next exception ends the run.
     unsafe { asm!("lidt [{}]", in(reg) &register, options(nostack)) };
+}
+
+/// Loads GDTR with another base, and with the trial's own.
+pub(crate) fn load_gdt(base: Option<u64>) {
+    let base = base.unwrap_or(at(addr_of_mut!(GDT)));
+    let register = Register { limit: 63, base };
+    // SAFETY: the next load of a segment would read it; there is none until it is back.
+    unsafe { asm!("lgdt [{}]", in(reg) &register, options(nostack)) };
 }
 
 /// Base and limit of IDTR.
