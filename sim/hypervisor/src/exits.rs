@@ -142,6 +142,8 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
         exit::VMFUNC => Outcome::Exception(INVALID_OPCODE),
         _ if exit::is_hidden_instruction(reason) => Outcome::Exception(INVALID_OPCODE),
         exit::TRIPLE_FAULT => shutdown(),
+        // With no other processor to send it, what comes from a keyboard controller that is told to reset the machine.
+        exit::INIT => machine::reset(),
         _ => stop(format_args!(
             "{} ({reason}) at {:#x}, qualification {:#x}",
             exit::name(reason),

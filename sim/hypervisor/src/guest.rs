@@ -13,7 +13,7 @@ use vmsight_sim_hypervisor::linux::{ENTRY_64, Kernel, NotBootable};
 use vmsight_sim_hypervisor::multiboot::Information;
 use vmsight_sim_hypervisor::views::Views;
 use vmsight_sim_hypervisor::vmx::{CR4_VMXE, Controls, Missing, entry};
-use vmsight_sim_hypervisor::{LARGE, PAGE, exit};
+use vmsight_sim_hypervisor::{LARGE, PAGE, acpi, exit};
 
 use crate::boot::{address, symbols};
 use crate::machine::rdmsr;
@@ -120,17 +120,17 @@ impl From<Exhausted> for Error {
 /// # Safety
 /// `information` is the loader's, and this is called once.
 pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
-    let controls = checked().inspect_err(|error| {
-        let mut line = Line::default();
-        let _ = write!(line, "vmsight-hypervisor: {error}");
-        serial::show(line.text());
-    })?;
     // SAFETY: the loader's structure begins with its size and is as long as that.
     let bytes = unsafe {
         let size = (information as usize as *const u32).read();
         core::slice::from_raw_parts(information as usize as *const u8, size as usize)
     };
     let information = Information::new(bytes);
+    let controls = checked(information).inspect_err(|error| {
+        let mut line = Line::default();
+        let _ = write!(line, "vmsight-hypervisor: {error}");
+        serial::show(line.text());
+    })?;
     let mut map = information.memory_map();
     let own = Hypervisor::own();
     // What needs more than the map holds cannot be told to the guest.
@@ -189,12 +189,26 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
 }
 
 /// The controls for this machine, if it is one that can be used.
-fn checked() -> Result<Controls, Error> {
+fn checked(information: Information<'_>) -> Result<Controls, Error> {
     let controls = host::able().map_err(Error::Processor)?;
-    match host::processors() {
-        1 => Ok(controls),
-        count => Err(Error::Processors(count)),
+    let processors = information
+        .rsdt()
+        .and_then(|rsdt| acpi::processors(rsdt, firmware));
+    match processors {
+        // A machine without the tables has one processor as far as the guest can find out.
+        None | Some(1) => Ok(controls),
+        Some(count) => Err(Error::Processors(count)),
     }
+}
+
+/// Bytes of physical memory, in which the firmware has its tables.
+fn firmware(at: u64, length: usize) -> Option<&'static [u8]> {
+    /// No table that is read here is longer.
+    const MOST: usize = 1 << 20;
+    let end = at.checked_add(length as u64)?;
+    // SAFETY: identity-mapped; there is no guest yet that could write there.
+    (at != 0 && end <= REACH && length <= MOST)
+        .then(|| unsafe { core::slice::from_raw_parts(at as *const u8, length) })
 }
 
 /// # Safety

@@ -41,25 +41,6 @@ pub(crate) fn able() -> Result<Controls, Missing> {
     controls(rdmsr)
 }
 
-/// Logical processors of this package, as CPUID counts them (leaf 0xB; before there was that, leaf 1).
-pub(crate) fn processors() -> u32 {
-    use core::arch::x86_64::{__cpuid, __cpuid_count};
-    const TOPOLOGY: u32 = 0xb;
-    if __cpuid(0).eax >= TOPOLOGY {
-        let package = __cpuid_count(TOPOLOGY, 1).ebx & 0xffff;
-        if package != 0 {
-            return package;
-        }
-    }
-    let leaf = __cpuid(1);
-    let several = leaf.edx & 1 << 28 != 0;
-    if several {
-        (leaf.ebx >> 16 & 0xff).max(1)
-    } else {
-        1
-    }
-}
-
 /// Enters VMX operation with a VMCS that is empty but for the host's state.
 ///
 /// # Safety

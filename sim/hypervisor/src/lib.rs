@@ -7,6 +7,7 @@
 //! modules) is what touches the machine.
 #![no_std]
 
+pub mod acpi;
 pub mod e820;
 pub mod ept;
 pub mod exit;

@@ -10,6 +10,7 @@ pub const MAGIC: u32 = 0x36d7_6289;
 const TAG_END: u32 = 0;
 const TAG_MODULE: u32 = 3;
 const TAG_MEMORY_MAP: u32 = 6;
+const TAGS_RSDP: [u32; 2] = [14, 15];
 
 /// The boot information: a list of tags after an 8-byte head.
 #[derive(Debug, Clone, Copy)]
@@ -70,6 +71,12 @@ impl<'a> Information<'a> {
                     command_line: core::str::from_utf8(text.get(..length)?).ok()?,
                 })
             })
+    }
+
+    /// Physical address of ACPI's RSDT, as the root pointer that the loader found has it.
+    pub fn rsdt(self) -> Option<u64> {
+        let (_, pointer) = self.tags().find(|(kind, _)| TAGS_RSDP.contains(kind))?;
+        u32_at(pointer, 16).map(u64::from)
     }
 
     /// The firmware's memory map; what does not fit into ours is left out, and so not used by the guest.
@@ -136,6 +143,7 @@ mod tests {
             map.extend([0; 4]);
         }
         tag(&mut out, TAG_MEMORY_MAP, &map);
+        tag(&mut out, 14, b"RSD PTR \0OEMOEM\0\x00\x10\0\0");
         tag(&mut out, TAG_END, &[]);
         out
     }
@@ -148,6 +156,7 @@ mod tests {
         assert_eq!(modules.len(), 1);
         assert_eq!(modules[0].range, 0x10_0000..0x10_0123);
         assert_eq!(modules[0].purpose(), ("kernel", "console=ttyS0 quiet"));
+        assert_eq!(info.rsdt(), Some(0x1000));
         let map = info.memory_map();
         assert_eq!(map.entries().len(), 2);
         assert_eq!(map.entries()[1].range, 0x10_0000..0x2000_0000);

@@ -48,8 +48,8 @@ impl Machine {
         let folder = tempfile::tempdir().context("make a temporary folder")?;
         image.write(&folder.path().join("image.iso"))?;
         fs::write(folder.path().join("bochsrc"), configuration(processor, count))?;
-        // Debian's Bochs has its debugger in, which asks before it starts.
-        fs::write(folder.path().join("commands"), "c\n")?;
+        // Debian's Bochs has its debugger in, which asks before it starts and after each reset.
+        fs::write(folder.path().join("commands"), "c\n".repeat(8))?;
         let process = Command::new("nice")
             .args(["bochs", "-q", "-f", "bochsrc", "-rc", "commands"])
             .current_dir(folder.path())
