@@ -7,8 +7,8 @@ const CAN_BE_ENABLED: u32 = 2;
 const LOCAL_APIC: u8 = 0;
 const LOCAL_X2APIC: u8 = 9;
 
-/// The processors that are or can be enabled, from the RSDT at `rsdt` on. `memory` gives so many bytes from a physical address
-/// on. `None` where there are no such tables.
+/// The processors that are or can be enabled, from the RSDT at `rsdt` on. `memory` gives so many bytes from a physical
+/// address on. `None` where there are no such tables.
 pub fn processors<'a>(rsdt: u64, memory: impl Fn(u64, usize) -> Option<&'a [u8]>) -> Option<u32> {
     let table = |at: u64, signature: &[u8; 4]| {
         let header = memory(at, HEADER)?;

@@ -1,5 +1,5 @@
-//! The hypervisor's image: what touches the machine. GRUB loads it by multiboot2 with the kernel, and what goes along with it,
-//! as modules.
+//! The hypervisor's image: what touches the machine. GRUB loads it by multiboot2 with the kernel, and what goes along with
+//! it, as modules.
 #![no_std]
 #![no_main]
 

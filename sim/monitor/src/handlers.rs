@@ -11,7 +11,8 @@ pub fn null(_frame: &Frame, handled: &mut u64) -> Verdict {
     Verdict::Continue
 }
 
-/// Counts, and copies the word at the hooked function's first argument to its second. What cannot be read or written is left.
+/// Counts, and copies the word at the hooked function's first argument to its second. What cannot be read or written is
+/// left.
 pub fn copy<M: Memory>(context: &mut Context<'_, M>, handled: &mut u64) -> Verdict {
     *handled = handled.wrapping_add(1);
     let (from, to) = (context.frame.rdi, context.frame.rsi);

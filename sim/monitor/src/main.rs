@@ -67,7 +67,8 @@ monitor_entry:
 static mut monitor_state: State = State::EMPTY;
 
 /// # Safety
-/// Called by the entry code alone, which is not entered twice: interrupts are masked and there is one list to each processor.
+/// Called by the entry code alone, which is not entered twice: interrupts are masked and there is one list to each
+/// processor.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn monitor_null(frame: &Frame) -> u64 {
     // SAFETY: the caller's promise: no other reference is alive.
