@@ -1,0 +1,93 @@
+//! How many processors there are, by the firmware's tables (ACPI 6.5, 5.2.7 RSDT and 5.2.12 MADT).
+
+const HEADER: usize = 36;
+const ENABLED: u32 = 1;
+const CAN_BE_ENABLED: u32 = 2;
+/// Entries of the MADT: a local APIC, and one with a wide number.
+const LOCAL_APIC: u8 = 0;
+const LOCAL_X2APIC: u8 = 9;
+
+/// The processors that are or can be enabled, from the RSDT at `rsdt` on. `memory` gives so many bytes from a physical
+/// address on. `None` where there are no such tables.
+pub fn processors<'a>(rsdt: u64, memory: impl Fn(u64, usize) -> Option<&'a [u8]>) -> Option<u32> {
+    let table = |at: u64, signature: &[u8; 4]| {
+        let header = memory(at, HEADER)?;
+        let length = u32_at(header, 4)? as usize;
+        (header.get(..4)? == signature && length >= HEADER).then(|| memory(at, length))?
+    };
+    let root = table(rsdt, b"RSDT")?;
+    let mut entries = root.get(HEADER..)?.chunks_exact(4).filter_map(|e| u32_at(e, 0));
+    let madt = entries.find_map(|at| table(at.into(), b"APIC"))?;
+    let mut rest = madt.get(HEADER + 8..)?;
+    let mut count = 0;
+    while let [kind, length, ..] = *rest {
+        let flags = match kind {
+            LOCAL_APIC => u32_at(rest, 4)?,
+            LOCAL_X2APIC => u32_at(rest, 8)?,
+            _ => 0,
+        };
+        count += u32::from(flags & (ENABLED | CAN_BE_ENABLED) != 0);
+        // At least its own two bytes, or it would never end.
+        rest = rest.get(usize::from(length).max(2)..)?;
+    }
+    Some(count)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(
+        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::vec::Vec;
+
+    use super::*;
+
+    fn table(signature: &[u8; 4], body: &[u8]) -> Vec<u8> {
+        let mut table = signature.to_vec();
+        table.extend((HEADER as u32 + body.len() as u32).to_le_bytes());
+        table.resize(HEADER, 0);
+        table.extend(body);
+        table
+    }
+
+    /// RSDT at 0x1000, an unrelated table at 0x2000, MADT at 0x3000.
+    fn memory(madt: &[u8]) -> [(u64, Vec<u8>); 3] {
+        let entries: Vec<u8> = [0x2000u32, 0x3000].iter().flat_map(|e| e.to_le_bytes()).collect();
+        [
+            (0x1000, table(b"RSDT", &entries)),
+            (0x2000, table(b"FACP", &[1; 8])),
+            (0x3000, table(b"APIC", madt)),
+        ]
+    }
+
+    fn count(madt: &[u8]) -> Option<u32> {
+        let memory = memory(madt);
+        processors(0x1000, |at, length| {
+            let (_, bytes) = memory.iter().find(|(start, _)| *start == at)?;
+            bytes.get(..length)
+        })
+    }
+
+    #[test]
+    fn processors_are_counted() {
+        let mut madt = std::vec![0; 8];
+        madt.extend([LOCAL_APIC, 8, 0, 0, 1, 0, 0, 0]);
+        madt.extend([1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        madt.extend([LOCAL_APIC, 8, 1, 1, 0, 0, 0, 0]);
+        madt.extend([LOCAL_X2APIC, 16, 0, 0, 5, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(count(&madt), Some(2));
+        for length in 0..madt.len() {
+            assert!(count(&madt[..length]).is_none_or(|n| n <= 2));
+        }
+    }
+
+    #[test]
+    fn entries_without_length_end() {
+        let madt = [0; 64];
+        assert_eq!(count(&madt), None);
+        assert_eq!(processors(0, |_, _| None), None);
+    }
+}

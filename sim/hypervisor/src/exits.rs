@@ -1,0 +1,389 @@
+//! What is done when the guest leaves: as little as can be.
+
+use core::arch::x86_64::__cpuid_count;
+use core::fmt::Write;
+use core::mem::offset_of;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use vmsight_arch::registers::control::{CR4_PKE, EFER_LMA};
+use vmsight_sim_abi::{SIGNATURE, SIGNATURE_LEAF, State};
+use vmsight_sim_hypervisor::ept::{MemoryType, Permissions};
+use vmsight_sim_hypervisor::{exit, gate};
+
+use crate::boot::Registers;
+use crate::guest::Hypervisor;
+use crate::serial::Console;
+use crate::{calls, machine, msrs, stop, vmcs};
+
+const CR4_OSXSAVE: u64 = 1 << 18;
+/// Events as the VMCS has them.
+const VALID: u64 = 1 << 31;
+const HAS_ERROR_CODE: u64 = 1 << 11;
+const HARDWARE_EXCEPTION: u64 = 3 << 8;
+const NMI: u64 = VALID | 2 << 8 | 2;
+const KIND: u64 = 7 << 8;
+/// Kinds of events that bring an instruction's length: software interrupts and exceptions.
+const WITH_LENGTH: core::ops::RangeInclusive<u64> = 4 << 8..=6 << 8;
+/// Exceptions.
+pub(crate) const DEBUG: u64 = 1;
+pub(crate) const INVALID_OPCODE: u64 = 6;
+pub(crate) const DOUBLE_FAULT: u64 = 8;
+pub(crate) const PROTECTION: u64 = 13;
+pub(crate) const MACHINE_CHECK: u64 = 18;
+
+unsafe extern "C" {
+    /// NMIs that came while the hypervisor ran.
+    static host_nmis: AtomicU64;
+}
+
+/// How an exit was handled.
+pub(crate) enum Outcome {
+    /// The instruction was done: go on after it.
+    Done,
+    /// Go on where the guest left.
+    Again,
+    /// The guest gets an exception.
+    Exception(u64),
+}
+
+/// Called by the exit's entry with the guest's registers.
+#[unsafe(no_mangle)]
+extern "C" fn handle_exit(registers: &mut Registers) {
+    // SAFETY: once for each exit.
+    let Some(hypervisor) = (unsafe { Hypervisor::get() }) else {
+        stop(format_args!("an exit before there is a guest"))
+    };
+    let whole = vmcs::read(vmcs::EXIT_REASON);
+    let reason = whole as u16;
+    if let Some(count) = hypervisor.counts.get_mut(usize::from(reason)) {
+        *count += 1;
+    }
+    if whole >> 31 & 1 != 0 {
+        stop(format_args!(
+            "the guest's state is not one that can be: {}",
+            exit::name(reason)
+        ));
+    }
+    // An event that was being delivered when the guest left is delivered again, unless something else comes of it.
+    let vectoring = vmcs::read(vmcs::VECTORING_EVENT);
+    if vectoring & VALID != 0 {
+        vmcs::write(vmcs::ENTRY_EVENT, vectoring & !(1 << 12));
+        vmcs::write(vmcs::ENTRY_ERROR_CODE, vmcs::read(vmcs::VECTORING_ERROR_CODE));
+        if WITH_LENGTH.contains(&(vectoring & KIND)) {
+            vmcs::write(
+                vmcs::ENTRY_INSTRUCTION_LENGTH,
+                vmcs::read(vmcs::INSTRUCTION_LENGTH),
+            );
+        }
+    }
+    let outcome = if vmcs::read(vmcs::EPT_POINTER) == hypervisor.guest.pointer() {
+        handle(hypervisor, registers, reason)
+    } else {
+        hypervisor.recover(registers)
+    };
+    match outcome {
+        Outcome::Done => {
+            vmcs::write(
+                vmcs::GUEST_RIP,
+                vmcs::read(vmcs::GUEST_RIP) + vmcs::read(vmcs::INSTRUCTION_LENGTH),
+            );
+            // An instruction that was done ends the shadow of the one before it.
+            vmcs::write(
+                vmcs::GUEST_INTERRUPTIBILITY,
+                vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
+            );
+        }
+        Outcome::Again => {}
+        Outcome::Exception(vector) => {
+            let with_code = matches!(vector, DOUBLE_FAULT | PROTECTION);
+            let code = if with_code { HAS_ERROR_CODE } else { 0 };
+            vmcs::write(vmcs::ENTRY_EVENT, VALID | HARDWARE_EXCEPTION | code | vector);
+            vmcs::write(vmcs::ENTRY_ERROR_CODE, 0);
+        }
+    }
+    // SAFETY: a counter that only the NMI's entry and this change, each in one step.
+    let nmis = unsafe { &host_nmis };
+    if vmcs::read(vmcs::ENTRY_EVENT) & VALID == 0 && nmis.swap(0, Ordering::Relaxed) != 0 {
+        vmcs::write(vmcs::ENTRY_EVENT, NMI);
+        vmcs::write(
+            vmcs::GUEST_INTERRUPTIBILITY,
+            vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
+        );
+    }
+}
+
+fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -> Outcome {
+    match reason {
+        exit::CPUID => cpuid(registers),
+        exit::VMCALL => calls::handle(hypervisor, registers),
+        exit::EPT_VIOLATION => violation(hypervisor),
+        exit::CONTROL_REGISTER => control_register(registers),
+        exit::RDMSR => match msrs::read(registers.rcx as u32) {
+            Some(value) => {
+                (registers.rax, registers.rdx) = (value & 0xffff_ffff, value >> 32);
+                Outcome::Done
+            }
+            None => Outcome::Exception(PROTECTION),
+        },
+        exit::WRMSR => {
+            let value = registers.rdx << 32 | registers.rax & 0xffff_ffff;
+            match msrs::write(registers.rcx as u32, value) {
+                Some(()) => Outcome::Done,
+                None => Outcome::Exception(PROTECTION),
+            }
+        }
+        exit::XSETBV => xsetbv(registers),
+        // Without writing back, INVD would lose what the hypervisor wrote.
+        exit::INVD | exit::WBINVD => {
+            machine::wbinvd();
+            Outcome::Done
+        }
+        exit::EXCEPTION_OR_NMI => exception(),
+        exit::VMFUNC => Outcome::Exception(INVALID_OPCODE),
+        _ if exit::is_hidden_instruction(reason) => Outcome::Exception(INVALID_OPCODE),
+        exit::TRIPLE_FAULT => shutdown(),
+        // With no other processor to send it, what comes from a keyboard controller that is told to reset the machine.
+        exit::INIT => machine::reset(),
+        _ => stop(format_args!(
+            "{} ({reason}) at {:#x}, qualification {:#x}",
+            exit::name(reason),
+            vmcs::read(vmcs::GUEST_RIP),
+            vmcs::read(vmcs::QUALIFICATION)
+        )),
+    }
+}
+
+impl Hypervisor {
+    /// The guest left out of another view than its own. Whatever it was, it goes on in its own, with nothing armed: at the
+    /// hook, as if the handler had returned, or out of the gate, which nobody but an attacker leaves unless for an NMI or a
+    /// machine check, with an invalid opcode.
+    fn recover(&mut self, registers: &mut Registers) -> Outcome {
+        let Some(views) = &self.views else {
+            return Outcome::Exception(INVALID_OPCODE);
+        };
+        let in_monitor = vmcs::read(vmcs::EPT_POINTER) == views.sim.pointer();
+        views.disarm(&mut self.pool);
+        vmcs::write(vmcs::EPT_POINTER, self.guest.pointer());
+        vmcs::write(vmcs::GUEST_INTERRUPTIBILITY, 0);
+        if vmcs::read(vmcs::GUEST_CR3) & !0xfff == views.cr3 {
+            // The gate keeps the guest's in R11. An attacker may have another value there, but not one that cannot be.
+            vmcs::write(vmcs::GUEST_CR3, registers.r11 & physical_mask());
+        }
+        let event = nobodys_fault();
+        if !in_monitor && event.is_none() {
+            return Outcome::Exception(INVALID_OPCODE);
+        }
+        let stack = views.header.base + views.header.text + views.header.data;
+        let own = stack - views.header.data..=stack;
+        if in_monitor
+            && own.contains(&vmcs::read(vmcs::GUEST_RSP))
+            && let Some(kept) = views.state(&mut self.pool, offset_of!(State, stack))
+        {
+            vmcs::write(vmcs::GUEST_RSP, core::mem::replace(kept, stack));
+        }
+        if in_monitor && vmcs::read(vmcs::GUEST_IDTR_LIMIT) == 0 {
+            let mut words = [0u64; 2];
+            for (n, word) in words.iter_mut().enumerate() {
+                *word = views
+                    .state(&mut self.pool, offset_of!(State, idtr) + n * 8)
+                    .map_or(0, |w| *w);
+            }
+            let [low, high] = words;
+            vmcs::write(vmcs::GUEST_IDTR_LIMIT, low & 0xffff);
+            vmcs::write(vmcs::GUEST_IDTR_BASE, low >> 16 | high << 48);
+        }
+        vmcs::write(vmcs::GUEST_RFLAGS, 2);
+        vmcs::write(vmcs::GUEST_RIP, views.address + gate::RETURNING as u64);
+        vmcs::write(vmcs::ENTRY_EVENT, event.unwrap_or(0));
+        Outcome::Again
+    }
+}
+
+/// The NMI or the machine check for which the guest left.
+fn nobodys_fault() -> Option<u64> {
+    let event = vmcs::read(vmcs::EXIT_EVENT);
+    let left_for_it = vmcs::read(vmcs::EXIT_REASON) as u16 == exit::EXCEPTION_OR_NMI && event & VALID != 0;
+    let nmi = event & KIND == NMI & KIND;
+    let machine_check = event & (KIND | 0xff) == HARDWARE_EXCEPTION | MACHINE_CHECK;
+    match left_for_it {
+        true if nmi => Some(NMI),
+        true if machine_check => Some(VALID | HARDWARE_EXCEPTION | MACHINE_CHECK),
+        _ => None,
+    }
+}
+
+/// Bits that a physical address has.
+fn physical_mask() -> u64 {
+    let bits = __cpuid_count(0x8000_0008, 0).eax & 0xff;
+    (1u64 << bits.clamp(32, 52)) - 1
+}
+
+fn exception() -> Outcome {
+    let event = vmcs::read(vmcs::EXIT_EVENT);
+    if event & KIND == NMI & KIND {
+        vmcs::write(vmcs::ENTRY_EVENT, NMI);
+        // An NMI cannot be delivered in the shadow of STI or MOV SS, in which it would not have come.
+        vmcs::write(
+            vmcs::GUEST_INTERRUPTIBILITY,
+            vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
+        );
+        return Outcome::Again;
+    }
+    match event & 0xff {
+        DEBUG => {
+            // As the processor would have left it: the conditions met, B0 to B3, BD, BS.
+            let met = vmcs::read(vmcs::QUALIFICATION) & 0x600f;
+            // SAFETY: bits that the processor itself sets.
+            unsafe { machine::set_dr6(machine::dr6() & !0xf | met) };
+            Outcome::Exception(DEBUG)
+        }
+        MACHINE_CHECK => Outcome::Exception(MACHINE_CHECK),
+        vector => stop(format_args!("an exception {vector} which was not asked for")),
+    }
+}
+
+fn cpuid(registers: &mut Registers) -> Outcome {
+    let (leaf, part) = (registers.rax as u32, registers.rcx as u32);
+    let mut result = __cpuid_count(leaf, part);
+    let cr4 = vmcs::read(vmcs::GUEST_CR4);
+    let set = |word: &mut u32, bit: u32, on: bool| *word = *word & !(1 << bit) | u32::from(on) << bit;
+    match leaf {
+        1 => {
+            // No VMX, no branch trace store; there is a hypervisor; what mirrors CR4 mirrors the guest's.
+            set(&mut result.ecx, 5, false);
+            set(&mut result.ecx, 2, false);
+            set(&mut result.edx, 21, false);
+            set(&mut result.ecx, 31, true);
+            set(&mut result.ecx, 27, cr4 & CR4_OSXSAVE != 0);
+        }
+        7 if part == 0 => {
+            // No SGX, no processor trace, no shadow stacks, no UMWAIT, no indirect-branch tracking.
+            set(&mut result.ebx, 2, false);
+            set(&mut result.ebx, 25, false);
+            set(&mut result.ecx, 7, false);
+            set(&mut result.ecx, 5, false);
+            set(&mut result.edx, 20, false);
+            set(&mut result.ecx, 4, cr4 & CR4_PKE != 0);
+        }
+        SIGNATURE_LEAF => {
+            let [b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3] = SIGNATURE;
+            result.eax = SIGNATURE_LEAF;
+            result.ebx = u32::from_le_bytes([b0, b1, b2, b3]);
+            result.ecx = u32::from_le_bytes([c0, c1, c2, c3]);
+            result.edx = u32::from_le_bytes([d0, d1, d2, d3]);
+        }
+        _ => {}
+    }
+    registers.rax = result.eax.into();
+    registers.rbx = result.ebx.into();
+    registers.rcx = result.ecx.into();
+    registers.rdx = result.edx.into();
+    Outcome::Done
+}
+
+/// What a processor does after a triple fault.
+fn shutdown() -> ! {
+    let rip = vmcs::read(vmcs::GUEST_RIP);
+    let _ = writeln!(
+        Console,
+        "vmsight-hypervisor: triple fault of the guest at {rip:#x}: the machine is reset"
+    );
+    machine::reset()
+}
+
+/// The guest touched memory that it does not have, or not in this way.
+fn violation(hypervisor: &mut Hypervisor) -> Outcome {
+    let gpa = vmcs::read(vmcs::GUEST_PHYSICAL);
+    let ours = Hypervisor::own().contains(&gpa);
+    if ours || hypervisor.guest.translate(&mut hypervisor.pool, gpa).is_some() {
+        // While an exception is being delivered, it is one fault too many: else the guest would never stop faulting here.
+        let vectoring = vmcs::read(vmcs::VECTORING_EVENT);
+        return match vectoring & (VALID | KIND) == VALID | HARDWARE_EXCEPTION {
+            false => Outcome::Exception(PROTECTION),
+            true if vectoring & 0xff == DOUBLE_FAULT => shutdown(),
+            true => Outcome::Exception(DOUBLE_FAULT),
+        };
+    }
+    // A device above all RAM.
+    let mapped = hypervisor.guest.map_large(
+        &mut hypervisor.pool,
+        gpa,
+        Permissions::ALL,
+        MemoryType::Uncacheable,
+    );
+    match mapped {
+        Ok(()) if gpa < physical_mask() => Outcome::Again,
+        _ => stop(format_args!("no page tables left for the device at {gpa:#x}")),
+    }
+}
+
+/// A write to CR0 or CR4 that changes a bit which is kept.
+fn control_register(registers: &mut Registers) -> Outcome {
+    let qualification = vmcs::read(vmcs::QUALIFICATION);
+    let value = match qualification >> 8 & 15 {
+        0 => registers.rax,
+        1 => registers.rcx,
+        2 => registers.rdx,
+        3 => registers.rbx,
+        4 => vmcs::read(vmcs::GUEST_RSP),
+        5 => registers.rbp,
+        6 => registers.rsi,
+        7 => registers.rdi,
+        8 => registers.r8,
+        9 => registers.r9,
+        10 => registers.r10,
+        11 => registers.r11,
+        12 => registers.r12,
+        13 => registers.r13,
+        14 => registers.r14,
+        _ => registers.r15,
+    };
+    let is_write_of_cr0 = qualification & 0x3f == 0;
+    let (mask, shadow) = (vmcs::read(vmcs::CR0_MASK), vmcs::read(vmcs::CR0_SHADOW));
+    // CR0.NE, which VMX operation wants set: the guest sees what it wrote. Nothing else that is kept may change.
+    const NE: u64 = 1 << 5;
+    let only_ne = (value ^ shadow) & mask == NE;
+    let same_mode = (value ^ vmcs::read(vmcs::GUEST_CR0)) & 0x8000_0001 == 0;
+    if !is_write_of_cr0 || !only_ne || !same_mode || value >> 32 != 0 {
+        return Outcome::Exception(PROTECTION);
+    }
+    vmcs::write(vmcs::CR0_SHADOW, value);
+    vmcs::write(vmcs::GUEST_CR0, value | NE);
+    Outcome::Done
+}
+
+fn xsetbv(registers: &Registers) -> Outcome {
+    let value = registers.rdx << 32 | registers.rax & 0xffff_ffff;
+    let leaf = __cpuid_count(0xd, 0);
+    let known = u64::from(leaf.edx) << 32 | u64::from(leaf.eax);
+    let parts = |bits: u64| value & bits == 0 || value & bits == bits;
+    // SDM vol. 1, 13.3: x87 always; AVX with SSE; MPX's two, AVX-512's three and AMX's two each together, AVX-512 with AVX.
+    let valid = value & !known == 0
+        && value & 1 != 0
+        && (value & 4 == 0 || value & 2 != 0)
+        && parts(3 << 3)
+        && parts(7 << 5)
+        && (value & 7 << 5 == 0 || value & 4 != 0)
+        && parts(3 << 17);
+    if registers.rcx as u32 != 0 || !valid {
+        return Outcome::Exception(PROTECTION);
+    }
+    // SAFETY: checked above; OSXSAVE is a bit of the hypervisor's own CR4, which every exit loads anew.
+    unsafe {
+        let cr4 = machine::cr4();
+        machine::set_cr4(cr4 | CR4_OSXSAVE);
+        machine::xsetbv(value);
+        machine::set_cr4(cr4);
+    }
+    Outcome::Done
+}
+
+/// The privilege level of the guest's code.
+pub(crate) fn privilege() -> u64 {
+    vmcs::read(vmcs::GUEST_SS_ACCESS) >> 5 & 3
+}
+
+/// Whether the guest is in long mode.
+pub(crate) fn long_mode() -> bool {
+    vmcs::read(vmcs::GUEST_EFER) & EFER_LMA != 0
+}

@@ -1,0 +1,102 @@
+//! The processor's instructions. Whoever calls these owns the machine: there is nobody else.
+
+use core::arch::asm;
+
+/// Reads an MSR, which must exist.
+pub(crate) fn rdmsr(number: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: reading an MSR changes nothing; one that does not exist ends in our own exception handler.
+    unsafe { asm!("rdmsr", in("ecx") number, out("eax") low, out("edx") high, options(nomem, nostack)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Writes an MSR.
+///
+/// # Safety
+/// The value must be one that the register takes, and what it does to the hypervisor must be wanted.
+pub(crate) unsafe fn wrmsr(number: u32, value: u64) {
+    let (low, high) = (value as u32, (value >> 32) as u32);
+    // SAFETY: the caller's promise.
+    unsafe { asm!("wrmsr", in("ecx") number, in("eax") low, in("edx") high, options(nostack)) };
+}
+
+macro_rules! register {
+    ($read:ident, $write:ident, $name:literal) => {
+        #[doc = concat!("Reads ", $name, ".")]
+        pub(crate) fn $read() -> u64 {
+            let value;
+            // SAFETY: reading it changes nothing.
+            unsafe { asm!(concat!("mov {}, ", $name), out(reg) value, options(nomem, nostack)) };
+            value
+        }
+
+        #[doc = concat!("Writes ", $name, ".")]
+        ///
+        /// # Safety
+        /// The value must be a valid one, under which the hypervisor goes on.
+        pub(crate) unsafe fn $write(value: u64) {
+            // SAFETY: the caller's promise.
+            unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value, options(nostack)) };
+        }
+    };
+}
+
+register!(cr0, set_cr0, "cr0");
+register!(cr4, set_cr4, "cr4");
+register!(dr6, set_dr6, "dr6");
+
+/// Writes a byte to a port.
+///
+/// # Safety
+/// What the device does then must be wanted.
+pub(crate) unsafe fn outb(port: u16, value: u8) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) };
+}
+
+/// Reads a byte from a port.
+///
+/// # Safety
+/// As for [`outb`].
+pub(crate) unsafe fn inb(port: u16) -> u8 {
+    let value;
+    // SAFETY: the caller's promise.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack)) };
+    value
+}
+
+/// Sets XCR0.
+///
+/// # Safety
+/// The value must be one that the processor takes, and CR4.OSXSAVE set.
+pub(crate) unsafe fn xsetbv(value: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nomem, nostack));
+    }
+}
+
+/// Writes all caches back.
+pub(crate) fn wbinvd() {
+    // SAFETY: costs time and changes nothing else.
+    unsafe { asm!("wbinvd", options(nostack)) };
+}
+
+/// Stops for good.
+pub(crate) fn halt() -> ! {
+    loop {
+        // SAFETY: interrupts are masked; after an NMI it halts again.
+        unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
+    }
+}
+
+/// Resets the machine: by the chipset, or else by the keyboard controller.
+pub(crate) fn reset() -> ! {
+    // SAFETY: a reset is what is wanted.
+    unsafe {
+        outb(0xcf9, 2);
+        outb(0xcf9, 6);
+        outb(0x64, 0xfe);
+    }
+    halt()
+}

@@ -1,0 +1,556 @@
+//! The views of the gate and of the monitor: their page tables, and the extended page tables under them.
+//!
+//! In the view of the gate one page of tables serves as all levels, and is what every guest-physical page is but for the
+//! gate and the list of EPT pointers. Whatever CR3 says, the walk begins in that page, and wherever its entries lead, it
+//! goes on there: three virtual pages exist, and no attacker's table is ever read.
+
+use core::mem::offset_of;
+use core::ops::Range;
+
+use vmsight_sim_abi::{Header, MAGIC, State, VERSION, WINDOW};
+
+use crate::ept::{ENTRIES, Ept, Exhausted, MemoryType, Permissions, Pool};
+use crate::gate::{self, Addresses};
+use crate::{LARGE, PAGE};
+
+/// An entry of a guest's table: present, writable, accessed, dirty; for the kernel. What may be done is up to the EPT.
+const PRESENT: u64 = 0x63;
+const IS_LARGE: u64 = 1 << 7;
+
+/// A monitor's text and data have no more pages than this each.
+const MOST: u64 = 64;
+/// What the monitor lies above, so that address 0 means nothing, and below: the window.
+const BASE: Range<u64> = PAGE..1 << 31;
+
+/// Why there is no monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// The image is not one, or of another version, or does not fit.
+    Image,
+    /// The stub's address is not that of two pages in the upper half, or its page number is of use to the tables.
+    Stub,
+    /// No memory for tables.
+    Memory,
+}
+
+impl From<Exhausted> for Refused {
+    fn from(_: Exhausted) -> Self {
+        Self::Memory
+    }
+}
+
+/// A monitor in its views.
+#[derive(Debug)]
+pub struct Views {
+    /// Page of the list of EPT pointers.
+    pub list: u64,
+    /// The gate's EPT.
+    pub gate: Ept,
+    /// The monitor's EPT.
+    pub sim: Ept,
+    /// Our CR3.
+    pub cr3: u64,
+    /// Virtual address of the gate's page.
+    pub address: u64,
+    /// What the image says.
+    pub header: Header,
+    /// Pages that nobody changes after this: gate, landing, tables.
+    fixed: Pages,
+    /// Nor the monitor's text.
+    text: Pages,
+    /// Pages of the monitor's data.
+    data: Pages,
+}
+
+/// A list of pages, by their physical addresses.
+#[derive(Debug)]
+struct Pages {
+    list: [u64; 2 * MOST as usize],
+    used: usize,
+}
+
+impl Pages {
+    const NONE: Self = Self {
+        list: [0; 2 * MOST as usize],
+        used: 0,
+    };
+
+    fn add(&mut self, page: u64) -> Result<u64, Exhausted> {
+        *self.list.get_mut(self.used).ok_or(Exhausted)? = page;
+        self.used += 1;
+        Ok(page)
+    }
+
+    fn all(&self) -> &[u64] {
+        self.list.get(..self.used).unwrap_or_default()
+    }
+}
+
+/// Reads and checks the head of an image.
+pub fn header(image: &[u8]) -> Result<Header, Refused> {
+    let mut words = [0u64; 7];
+    for (word, bytes) in words.iter_mut().zip(image.chunks_exact(8)) {
+        *word = u64::from_le_bytes(bytes.try_into().map_err(|_| Refused::Image)?);
+    }
+    let [magic, version, base, text, data, entry, state] = words;
+    let aligned = [base, text, data].iter().all(|n| n.is_multiple_of(PAGE));
+    let fits = (PAGE..=MOST * PAGE).contains(&text) && (PAGE..=MOST * PAGE).contains(&data);
+    let length = image.len() as u64;
+    if magic != MAGIC || version != VERSION || !aligned || !fits || length > text || !BASE.contains(&base) {
+        return Err(Refused::Image);
+    }
+    let (text_at, data_at) = (base..base + text, base + text..base + text + data);
+    let state_fits = state.is_multiple_of(PAGE) && data_at.contains(&state);
+    if data_at.end > BASE.end || !text_at.contains(&entry) || !state_fits {
+        return Err(Refused::Image);
+    }
+    Ok(Header {
+        magic,
+        version,
+        base,
+        text,
+        data,
+        entry,
+        state,
+    })
+}
+
+fn index(address: u64, level: u32) -> usize {
+    (address >> (12 + 9 * (level - 1)) & 511) as usize
+}
+
+impl Views {
+    /// Makes the views for a monitor. `guest` is the guest's own EPT, of which the monitor gets the RAM, and `ram_end` its
+    /// end; `own` is the hypervisor's memory in it; `stub` is the guest-virtual address of the stub's two pages.
+    pub fn new(
+        pool: &mut Pool<'_>,
+        image: &[u8],
+        guest: Ept,
+        ram_end: u64,
+        own: Range<u64>,
+        stub: u64,
+    ) -> Result<Self, Refused> {
+        let header = header(image)?;
+        let address = stub.checked_add(PAGE).ok_or(Refused::Stub)?;
+        let [at1, at2, at3, at4] = [1, 2, 3, 4].map(|level| index(address, level));
+        // In the upper half neither the monitor's own addresses nor code of 32 bits can be in the way.
+        let upper = stub >> 47 == 0x1_ffff && stub.is_multiple_of(PAGE);
+        if !upper || [at2, at3, at4].contains(&at1) {
+            return Err(Refused::Stub);
+        }
+        let list_at = (0..ENTRIES)
+            .rev()
+            .find(|n| ![at1, at2, at3, at4].contains(n))
+            .ok_or(Refused::Stub)?;
+        let mut fixed = Pages::NONE;
+        let gate_page = fixed.add(pool.allocate()?)?;
+        let list = pool.allocate()?;
+        let root = fixed.add(pool.allocate()?)?;
+        let landing = fixed.add(pool.allocate()?)?;
+        if gate_page / LARGE != list / LARGE {
+            return Err(Refused::Memory);
+        }
+
+        let tables = pool.page(root).ok_or(Exhausted)?;
+        for (at, to) in [
+            (at4, root),
+            (at3, root),
+            (at2, root),
+            (at1, gate_page),
+            (list_at, list),
+        ] {
+            *tables.get_mut(at).ok_or(Exhausted)? = to | PRESENT;
+        }
+        let gate = Ept::everywhere(pool, root, Permissions::READ)?;
+        let two = [
+            (gate_page, gate_page, Permissions::EXECUTE),
+            (list, list, Permissions::READ_WRITE),
+        ];
+        gate.replace(pool, &two)?;
+
+        let sim = guest.copy(pool, Permissions::READ_WRITE)?;
+        let mut tables = Tables {
+            root: fixed.add(pool.allocate()?)?,
+            fixed: &mut fixed,
+            sim,
+        };
+        // The same CR3 means the monitor's own tables in its view.
+        sim.map(pool, root, tables.root, Permissions::READ, MemoryType::WriteBack)?;
+        let list_address = address & !(511 * PAGE) | (list_at as u64 * PAGE);
+        tables.map(pool, address, landing, Permissions::READ_EXECUTE)?;
+        tables.map(pool, list_address, list, Permissions::READ_WRITE)?;
+        let (mut text, mut data) = (Pages::NONE, Pages::NONE);
+        for at in (0..header.text + header.data).step_by(PAGE as usize) {
+            let page = pool.allocate()?;
+            let permissions = if at < header.text {
+                text.add(page)?;
+                let bytes = image.get(at as usize..).unwrap_or_default();
+                fill(pool.page(page).ok_or(Exhausted)?, bytes);
+                Permissions::READ_EXECUTE
+            } else {
+                data.add(page)?;
+                Permissions::READ_WRITE
+            };
+            tables.map(pool, header.base + at, page, permissions)?;
+        }
+        // Not the hypervisor's: its pages are in the monitor's view under the same addresses, some of them to be written.
+        let whole = own.start / LARGE * LARGE..own.end.next_multiple_of(LARGE);
+        for gpa in (0..ram_end)
+            .step_by(LARGE as usize)
+            .filter(|gpa| !whole.contains(gpa))
+        {
+            tables.map_large(pool, WINDOW + gpa, gpa)?;
+        }
+
+        let low = |value: u64| u32::try_from(value).map_err(|_| Refused::Memory);
+        let addresses = Addresses {
+            sim_pointer: low(sim.pointer())?,
+            cr3: low(root)?,
+            list: (list_address as i64 - address as i64) as i32,
+            entry: header.entry,
+        };
+        write(pool, gate_page, |page| gate::gate(page, &addresses))?;
+        write(pool, landing, |page| gate::landing(page, &addresses))?;
+        let entered = entered(pool, gate, sim, &fixed, [text.all(), &[list], data.all()])?;
+        // The monitor's view is armed by the gate alone.
+        let [first, second, ..] = pool.page(list).ok_or(Exhausted)?;
+        (*first, *second) = (guest.pointer(), entered.pointer());
+        let views = Self {
+            list,
+            gate,
+            sim,
+            cr3: root,
+            address,
+            header,
+            fixed,
+            text,
+            data,
+        };
+        let stack = header.base + header.text + header.data;
+        for (offset, value) in [
+            (offset_of!(State, stack), stack),
+            (offset_of!(State, memory_end), ram_end),
+            (offset_of!(State, own_start), whole.start),
+            (offset_of!(State, own_end), whole.end),
+            (offset_of!(State, leave), address + gate::LEAVING as u64),
+        ] {
+            *views.state(pool, offset).ok_or(Exhausted)? = value;
+        }
+        Ok(views)
+    }
+
+    /// Takes the monitor's view out of the list, in case that the guest was stopped while it was in.
+    pub fn disarm(&self, pool: &mut Pool<'_>) {
+        if let Some(entry) = pool
+            .page(self.list)
+            .and_then(|l| l.get_mut(vmsight_sim_abi::view::SIM))
+        {
+            *entry = 0;
+        }
+    }
+
+    /// Physical addresses of the pages that nobody may change: gate, landing, tables, and last the monitor's text.
+    pub fn fixed(&self) -> impl Iterator<Item = u64> {
+        self.fixed.all().iter().chain(self.text.all()).copied()
+    }
+
+    /// Physical address of page `n` of all that the monitor consists of.
+    pub fn page(&self, n: usize) -> Option<u64> {
+        let list = [self.list];
+        self.fixed()
+            .chain(list)
+            .chain(self.data.all().iter().copied())
+            .nth(n)
+    }
+
+    /// The word at `offset` bytes from the begin of the monitor's state.
+    pub fn state<'a>(&self, pool: &'a mut Pool<'_>, offset: usize) -> Option<&'a mut u64> {
+        let offset = self.header.state - self.header.base - self.header.text + offset as u64;
+        let page = *self.data.all().get((offset / PAGE) as usize)?;
+        pool.page(page)?.get_mut((offset % PAGE / 8) as usize)
+    }
+}
+
+/// What VMFUNC(1) leads to: the gate. The builds that serve as controls have the monitor there: in the guest's own page
+/// tables, or under its own whatever CR3 says.
+fn entered(
+    pool: &mut Pool<'_>,
+    gate: Ept,
+    sim: Ept,
+    fixed: &Pages,
+    others: [&[u64]; 3],
+) -> Result<Ept, Exhausted> {
+    if cfg!(feature = "two-views") {
+        return Ok(sim);
+    }
+    if cfg!(feature = "two-views-apt") {
+        let [_, root, _, tables, ..] = fixed.all() else {
+            return Err(Exhausted);
+        };
+        let anywhere = Ept::everywhere(pool, *tables, Permissions::READ)?;
+        let all = [fixed.all()].into_iter().chain(others).flatten();
+        for &page in all.filter(|&page| page != root) {
+            if let Some((_, permissions)) = sim.translate(pool, page) {
+                anywhere.replace(pool, &[(page, page, permissions)])?;
+            }
+        }
+        return Ok(anywhere);
+    }
+    Ok(gate)
+}
+
+/// Fills a page with bytes, and zeros where there are no more.
+fn fill(page: &mut [u64; ENTRIES], bytes: &[u8]) {
+    for (word, eight) in page.iter_mut().zip(bytes.chunks(8)) {
+        let mut value = [0; 8];
+        for (to, from) in value.iter_mut().zip(eight) {
+            *to = *from;
+        }
+        *word = u64::from_le_bytes(value);
+    }
+}
+
+fn write(pool: &mut Pool<'_>, at: u64, make: impl FnOnce(&mut gate::Page)) -> Result<(), Exhausted> {
+    let mut bytes = [0; 4096];
+    make(&mut bytes);
+    fill(pool.page(at).ok_or(Exhausted)?, &bytes);
+    Ok(())
+}
+
+/// The monitor's own page tables.
+struct Tables<'a> {
+    root: u64,
+    fixed: &'a mut Pages,
+    sim: Ept,
+}
+
+impl Tables<'_> {
+    fn table(&mut self, pool: &mut Pool<'_>, address: u64, to: u32) -> Result<u64, Exhausted> {
+        let mut table = self.root;
+        for level in (to + 1..=4).rev() {
+            let entry = *entry(pool, table, index(address, level))?;
+            table = if entry == 0 {
+                let next = self.fixed.add(pool.allocate()?)?;
+                self.sim
+                    .map(pool, next, next, Permissions::READ, MemoryType::WriteBack)?;
+                *self::entry(pool, table, index(address, level))? = next | PRESENT;
+                next
+            } else {
+                entry & !0xfff
+            };
+        }
+        Ok(table)
+    }
+
+    fn map(
+        &mut self,
+        pool: &mut Pool<'_>,
+        address: u64,
+        page: u64,
+        permissions: Permissions,
+    ) -> Result<(), Exhausted> {
+        let table = self.table(pool, address, 1)?;
+        *entry(pool, table, index(address, 1))? = page | PRESENT;
+        self.sim.map(pool, page, page, permissions, MemoryType::WriteBack)
+    }
+
+    fn map_large(&mut self, pool: &mut Pool<'_>, address: u64, gpa: u64) -> Result<(), Exhausted> {
+        let table = self.table(pool, address, 2)?;
+        *entry(pool, table, index(address, 2))? = gpa | PRESENT | IS_LARGE;
+        Ok(())
+    }
+}
+
+fn entry<'a>(pool: &'a mut Pool<'_>, table: u64, at: usize) -> Result<&'a mut u64, Exhausted> {
+    pool.page(table).and_then(|t| t.get_mut(at)).ok_or(Exhausted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::vec::Vec;
+
+    use vmsight_arch::paging::{self, PagingMode, TableMemory};
+    use vmsight_arch::{Dtb, Gpa, Gva};
+    use vmsight_sim_abi::view;
+
+    use super::*;
+    use crate::ept::Table;
+
+    const POOL: u64 = 0x820_0000;
+    const OWN: Range<u64> = 0x100_0000..0x110_0000;
+    const STUB: u64 = 0xffff_ffff_8122_f000;
+    const GATE: u64 = STUB + PAGE;
+
+    fn image() -> Vec<u8> {
+        let header: [u64; 7] = [
+            MAGIC,
+            VERSION,
+            0x1000_0000,
+            PAGE,
+            2 * PAGE,
+            0x1000_0040,
+            0x1000_1000,
+        ];
+        let mut image: Vec<u8> = header.iter().flat_map(|w| w.to_le_bytes()).collect();
+        image.extend([0x90; 64]);
+        image
+    }
+
+    fn with(test: impl FnOnce(&mut Pool<'_>, Views)) {
+        let mut tables = std::vec![Table::EMPTY; 512];
+        let mut pool = Pool::new(POOL, &mut tables);
+        let guest = Ept::new(&mut pool).unwrap();
+        for gpa in (0..64 << 20).step_by(LARGE as usize) {
+            guest
+                .map_large(&mut pool, gpa, Permissions::ALL, MemoryType::WriteBack)
+                .unwrap();
+        }
+        let views = Views::new(&mut pool, &image(), guest, 64 << 20, OWN, STUB).unwrap();
+        test(&mut pool, views);
+    }
+
+    /// Memory as a view shows it to a page walk.
+    struct Seen<'a, 'b>(core::cell::RefCell<&'a mut Pool<'b>>, Ept);
+
+    impl TableMemory for Seen<'_, '_> {
+        fn entry_u64(&self, gpa: Gpa) -> Option<u64> {
+            let pool = &mut **self.0.borrow_mut();
+            let (hpa, permissions) = self.1.translate(pool, gpa.0)?;
+            if permissions == Permissions::EXECUTE {
+                return None;
+            }
+            pool.page(hpa & !0xfff)?.get((hpa % PAGE / 8) as usize).copied()
+        }
+
+        fn entry_u32(&self, _: Gpa) -> Option<u32> {
+            None
+        }
+    }
+
+    fn walk(pool: &mut Pool<'_>, ept: Ept, cr3: u64, address: u64) -> Option<u64> {
+        let seen = Seen(core::cell::RefCell::new(pool), ept);
+        let found = paging::walk(PagingMode::X86Level4, &seen, Dtb(cr3), Gva(address)).ok()?;
+        Some(found.gpa.0)
+    }
+
+    #[test]
+    fn in_the_gate_every_cr3_gives_one_translation() {
+        with(|pool, views| {
+            let gate_page = views.fixed.all()[0];
+            // Guest memory, other memory of ours, beyond all memory; PCIDs.
+            for cr3 in [
+                0,
+                0x1000,
+                0x100_0003,
+                POOL + 0x1f_f000,
+                views.cr3,
+                views.cr3 | 0xfff,
+                1 << 39,
+                (1 << 48) - PAGE,
+            ] {
+                assert_eq!(walk(pool, views.gate, cr3, GATE), Some(gate_page), "{cr3:#x}");
+            }
+            // What is not the tables cannot be taken for them: the gate cannot be read, the list has nothing there.
+            assert_eq!(walk(pool, views.gate, gate_page, GATE), None);
+            assert_eq!(walk(pool, views.gate, views.list, GATE), None);
+        });
+    }
+
+    #[test]
+    fn the_gate_sees_three_pages() {
+        with(|pool, views| {
+            let mut seen = Vec::new();
+            for at in 0..512u64 {
+                let address = GATE & !(511 * PAGE) | at << 12;
+                seen.extend(walk(pool, views.gate, 0, address));
+            }
+            seen.sort_unstable();
+            seen.dedup();
+            let mut three = [views.fixed.all()[0], views.list, views.cr3];
+            three.sort_unstable();
+            assert_eq!(seen, three);
+            assert_eq!(walk(pool, views.gate, 0, 0x1000), None);
+            let (_, gate) = views.gate.translate(pool, views.fixed.all()[0]).unwrap();
+            let (_, tables) = views.gate.translate(pool, views.cr3).unwrap();
+            assert_eq!((gate, tables), (Permissions::EXECUTE, Permissions::READ));
+        });
+    }
+
+    #[test]
+    fn the_monitor_sees_itself_and_the_guest() {
+        with(|pool, views| {
+            let landing = views.fixed.all()[2];
+            assert_eq!(walk(pool, views.sim, views.cr3, GATE), Some(landing));
+            assert_eq!(
+                views.sim.translate(pool, landing),
+                Some((landing, Permissions::READ_EXECUTE))
+            );
+            assert_eq!(
+                walk(pool, views.sim, views.cr3, WINDOW + 0x12_3456),
+                Some(0x12_3456)
+            );
+            assert_eq!(
+                views.sim.translate(pool, 0x12_3456),
+                Some((0x12_3456, Permissions::READ_WRITE))
+            );
+            // Not what is the hypervisor's, though it is below the end of RAM.
+            for (gpa, there) in [
+                (OWN.start - 1, true),
+                (OWN.start, false),
+                (OWN.end, false),
+                (0x120_0000, true),
+            ] {
+                assert_eq!(
+                    walk(pool, views.sim, views.cr3, WINDOW + gpa).is_some(),
+                    there,
+                    "{gpa:#x}"
+                );
+            }
+            let text = walk(pool, views.sim, views.cr3, 0x1000_0000).unwrap();
+            assert_eq!(
+                views.sim.translate(pool, text),
+                Some((text, Permissions::READ_EXECUTE))
+            );
+            assert_eq!(pool.page(text).unwrap()[0], MAGIC);
+            let data = walk(pool, views.sim, views.cr3, 0x1000_1000).unwrap();
+            assert_eq!(
+                views.sim.translate(pool, data),
+                Some((data, Permissions::READ_WRITE))
+            );
+            *views.state(pool, 8).unwrap() = 7;
+            assert_eq!(pool.page(data).unwrap()[1], 7);
+            // Only text, landing and gate can be executed, each in its view alone.
+            assert_eq!(views.sim.translate(pool, views.fixed.all()[0]), None);
+        });
+    }
+
+    #[test]
+    fn the_list_holds_the_monitors_view_only_while_armed() {
+        with(|pool, views| {
+            let list = *pool.page(views.list).unwrap();
+            assert_eq!(list[view::GATE], views.gate.pointer());
+            assert!(list[view::SIM..].iter().all(|&e| e == 0));
+            pool.page(views.list).unwrap()[view::SIM] = views.sim.pointer();
+            views.disarm(pool);
+            assert_eq!(pool.page(views.list).unwrap()[view::SIM], 0);
+        });
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let mut tables = std::vec![Table::EMPTY; 64];
+        let mut pool = Pool::new(POOL, &mut tables);
+        let guest = Ept::new(&mut pool).unwrap();
+        let mut refused = |image: &[u8], stub| Views::new(&mut pool, image, guest, 0, OWN, stub).unwrap_err();
+        assert_eq!(refused(&image()[..32], STUB), Refused::Image);
+        let mut other = image();
+        other[8] = 2;
+        assert_eq!(refused(&other, STUB), Refused::Image);
+        let mut outside = image();
+        outside[40..48].copy_from_slice(&0x1000_1000u64.to_le_bytes());
+        assert_eq!(refused(&outside, STUB), Refused::Image);
+        // The lower half, and a page number that the upper levels have too.
+        assert_eq!(refused(&image(), 0x40_0000), Refused::Stub);
+        assert_eq!(refused(&image(), 0xffff_ffff_803f_e000), Refused::Stub);
+    }
+}

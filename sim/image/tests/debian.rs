@@ -1,0 +1,88 @@
+//! An unmodified Debian kernel under the hypervisor.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::time::Duration;
+
+use vmsight_lab::Kernel;
+use vmsight_lab::cpio::Archive;
+use vmsight_sim_image::bochs::WITH_VMX;
+use vmsight_sim_image::{Image, Machine, user};
+
+/// For a machine that has others to run too; alone it takes three minutes.
+const LIMIT: Duration = Duration::from_secs(900);
+/// `Call::Report`.
+const REPORT: u32 = 0x7369_6d02;
+const INIT: &str = "\
+#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /tmp
+/bin/busybox mount -t proc proc /proc
+echo \"guest: $(/bin/busybox cat /proc/sys/kernel/osrelease)\"
+/bin/busybox insmod /dummy.ko && echo \"guest: module $(/bin/busybox grep -c '^dummy ' /proc/modules)\"
+for n in 1 2 3; do /bin/busybox sh -c \"echo $n > /tmp/$n\"; done
+echo \"guest: files $(/bin/busybox cat /tmp/1 /tmp/2 /tmp/3 | /bin/busybox tr -d '\\n')\"
+echo \"guest: vmx $(/bin/busybox grep -c -w vmx /proc/cpuinfo)\"
+/report; echo \"guest: report $?\"
+/bin/busybox poweroff -f
+";
+
+fn initrd(kernel: &vmsight_lab::kernel::Fetched) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.folder("dev");
+    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").unwrap());
+    archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("report", 0o755, &user::vmcall(REPORT));
+    for module in kernel.modules(&[("dummy", "")]).unwrap() {
+        archive.file(&format!("{}.ko", module.name), 0o644, &module.read().unwrap());
+    }
+    archive.finish()
+}
+
+#[test]
+fn an_unmodified_debian_boots_works_and_powers_off() {
+    let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}"));
+    let image =
+        Image::new(fs::read(kernel.vmlinuz()).unwrap(), "console=ttyS0 quiet").initrd(initrd(&kernel));
+    let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    let run = machine.wait(LIMIT).unwrap();
+    let serial = run.serial.replace('\r', "");
+    let release = format!("guest: {}", kernel.release);
+    for line in [
+        &release,
+        "guest: module 1",
+        "guest: files 123",
+        "guest: vmx 0",
+        "guest: report 0",
+    ] {
+        assert!(serial.contains(line), "not found: {line}\n{serial}");
+    }
+    let exits = |name: &str| -> Option<u64> {
+        let line = serial
+            .lines()
+            .find(|l| l.starts_with("vmsight-hypervisor: exits ") && l.contains(name))?;
+        line.split_whitespace().last()?.parse().ok()
+    };
+    assert!(exits("CPUID").is_some_and(|n| n > 0), "{serial}");
+    // Nothing happens at every interrupt, system call or page fault: the rest is a handful, whatever the guest does.
+    for name in [
+        "external interrupt",
+        "exception or NMI",
+        "triple fault",
+        "EPT misconfiguration",
+        "VMFUNC",
+    ] {
+        assert_eq!(exits(name), None, "{name}\n{serial}");
+    }
+    for (name, most) in [
+        ("RDMSR", 100),
+        ("WRMSR", 100),
+        ("control register", 10),
+        ("XSETBV", 10),
+        ("EPT violation", 20),
+    ] {
+        assert!(exits(name).unwrap_or(0) <= most, "{name}\n{serial}");
+    }
+    assert!(run.off, "it did not power off\n{serial}");
+    println!("{serial}");
+}
