@@ -55,7 +55,12 @@ impl Moment<'_> {
             Delivery::Told { .. } => (false, ROOM),
             Delivery::Held { deadline, .. } => (true, deadline),
         };
-        let (Some(session), Some(place)) = (self.front.session(), self.front.place(self.vcpu)) else {
+        let Some(session) = self.front.session() else {
+            return;
+        };
+        let Some(place) = self.front.place(self.vcpu) else {
+            // There are more vCPUs than rings.
+            self.lose(&session, armed, held);
             return;
         };
         let start = Instant::now();

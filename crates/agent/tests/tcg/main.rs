@@ -30,6 +30,8 @@ fn with_qemu_7() {
     life::a_killed_monitor_leaves_no_trace(&watched);
     life::a_held_vcpu_and_its_verdicts(&watched);
     life::hooks_come_and_go_under_load(&watched);
+    // The stub has registers, which most of what is made of events takes.
+    life::backends(&watched, BackendKind::GdbStub);
     assert_eq!(watched.state(), before, "the guest is as it was");
 }
 
@@ -52,6 +54,7 @@ fn with_qemu_10() {
     life::a_killed_monitor_leaves_no_trace(&watched);
     life::a_held_vcpu_and_its_verdicts(&watched);
     life::hooks_come_and_go_under_load(&watched);
+    life::backends(&watched, BackendKind::AgentTcg);
     assert_eq!(watched.state(), before, "the guest is as it was");
 }
 
