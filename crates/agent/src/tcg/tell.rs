@@ -61,6 +61,8 @@ impl Moment<'_> {
         };
         let session = &armed.session;
         let Some(place) = self.front.place(self.vcpu) else {
+            // There are more vCPUs than rings.
+            self.lose(session, armed, held);
             return;
         };
         let start = Instant::now();

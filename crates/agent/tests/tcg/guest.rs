@@ -9,7 +9,7 @@ use vmsight_events::{Monitor, Occurrence};
 use vmsight_hooks::{Delivery, Expiry, Overflow, Verdict};
 use vmsight_lab::orders::checksum;
 use vmsight_lab::{Account, Guest, Kernel, Memory, Qemu, Spec, Work};
-use vmsight_target::{AttachOptions, TargetSpec};
+use vmsight_target::{AttachOptions, Target, TargetSpec};
 
 /// How long after the guest's answer events may still be on their way.
 const SETTLING: Duration = Duration::from_millis(300);
@@ -30,6 +30,7 @@ pub(crate) const TOLD: Delivery = Delivery::Told {
 pub(crate) struct Watched {
     pub(crate) guest: Guest,
     pub(crate) kernel: vmsight_linux::Kernel,
+    pub(crate) target: Target,
 }
 
 impl Watched {
@@ -46,9 +47,13 @@ impl Watched {
         let spec = TargetSpec::Qmp(guest.qmp_path().unwrap());
         let target =
             vmsight_target::attach(&spec, &AttachOptions::default()).unwrap_or_else(|e| panic!("{e}"));
-        let kernel = vmsight_linux::Kernel::attach(target.memory, Default::default())
+        let kernel = vmsight_linux::Kernel::attach(target.memory.clone(), Default::default())
             .unwrap_or_else(|e| panic!("{e}"));
-        Self { guest, kernel }
+        Self {
+            guest,
+            kernel,
+            target,
+        }
     }
 
     pub(crate) fn agent(&self) -> AgentBackend {

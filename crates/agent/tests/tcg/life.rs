@@ -9,8 +9,8 @@ use std::time::Duration;
 use serde_json::json;
 use vmsight_arch::Gva;
 use vmsight_events::agent::AgentBackend;
-use vmsight_events::{EventError, Monitor};
-use vmsight_hooks::{Delivery, Expiry, Hook, Verdict};
+use vmsight_events::{EventError, Monitor, OpenOptions, open};
+use vmsight_hooks::{BackendKind, Delivery, Expiry, Hook, Verdict};
 use vmsight_lab::{Order, Work};
 
 use crate::guest::{HELD, TOLD, Watched};
@@ -134,6 +134,22 @@ pub(crate) fn a_held_vcpu_and_its_verdicts(watched: &Watched) {
     drop((held, guard));
     qmp.execute("cont", json!({})).unwrap();
     assert_eq!(sent.wait(PATIENCE).unwrap().failed, 0);
+}
+
+/// Which backend is taken where none is named, and where one is.
+pub(crate) fn backends(watched: &Watched, best: BackendKind) {
+    let open = |backend| {
+        let timeout = PATIENCE;
+        open(&watched.target, OpenOptions { backend, timeout })
+    };
+    assert_eq!(open(None).unwrap().backend(), best);
+    let named = open(Some(BackendKind::AgentTcg)).unwrap();
+    assert_eq!(named.backend(), BackendKind::AgentTcg);
+    drop(named);
+    let Err(EventError::NoBackend { why, .. }) = open(Some(BackendKind::AgentKvm)) else {
+        panic!("it is no KVM");
+    };
+    assert!(why.contains("agent-tcg"), "{why}");
 }
 
 /// Hooks are armed and taken out while both vCPUs run into them: none is told of that is not armed, and what is
