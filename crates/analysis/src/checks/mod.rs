@@ -2,6 +2,7 @@
 
 mod callbacks;
 mod entry;
+mod golden;
 mod pointers;
 mod sites;
 mod switch;
@@ -36,7 +37,14 @@ pub const ALL: &[&Check] = &[
     &callbacks::BPF,
 ];
 
+pub use golden::GOLDEN;
+
+/// Those of [`ALL`], and [`GOLDEN`], which needs a baseline.
+pub fn known() -> impl Iterator<Item = &'static Check> {
+    ALL.iter().copied().chain([&GOLDEN])
+}
+
 /// The check of this name.
 pub fn named(name: &str) -> Option<&'static Check> {
-    ALL.iter().copied().find(|check| check.name == name)
+    known().find(|check| check.name == name)
 }
