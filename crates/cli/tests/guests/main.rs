@@ -7,6 +7,7 @@
 mod active;
 mod agent;
 mod changing;
+mod check;
 mod debug;
 mod kvm;
 mod lies;
