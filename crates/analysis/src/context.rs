@@ -9,7 +9,7 @@ use vmsight_memory::AddressSpace;
 
 use crate::code;
 use crate::owner::Owners;
-use crate::{Evidence, Object, Owner};
+use crate::{Baseline, Evidence, Object, Owner};
 
 /// One guest as checks see it. What is read of it in common (modules, the owners of addresses) is read once.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ pub struct Context {
     kernel: Kernel,
     still: bool,
     registers: Result<Vec<Registers>, String>,
+    baseline: Option<Arc<Baseline>>,
     owners: OnceLock<Owners>,
     symbols: OnceLock<Vec<ModuleSymbol>>,
 }
@@ -28,6 +29,7 @@ impl Context {
             still: !kernel.memory().is_live(),
             kernel,
             registers: Err("nobody asked for the vCPUs' registers".to_owned()),
+            baseline: None,
             owners: OnceLock::new(),
             symbols: OnceLock::new(),
         }
@@ -38,6 +40,18 @@ impl Context {
     pub fn with_registers(mut self, registers: Result<Vec<Registers>, String>) -> Self {
         self.registers = registers;
         self
+    }
+
+    /// With a trusted copy of the kernel's code, for the check `golden`.
+    #[must_use]
+    pub fn with_baseline(mut self, baseline: Baseline) -> Self {
+        self.baseline = Some(Arc::new(baseline));
+        self
+    }
+
+    /// The trusted copy of the kernel's code.
+    pub fn baseline(&self) -> Option<&Baseline> {
+        self.baseline.as_deref()
     }
 
     /// Of a guest that is paused as long as checks run: nothing changes.
@@ -53,6 +67,7 @@ impl Context {
             kernel: self.kernel.clone(),
             still: self.still,
             registers: self.registers.clone(),
+            baseline: self.baseline.clone(),
             owners: OnceLock::new(),
             symbols: OnceLock::new(),
         }

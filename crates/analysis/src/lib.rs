@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod baseline;
 mod check;
 pub mod checks;
 mod code;
@@ -17,7 +18,9 @@ mod findings;
 mod object;
 mod owner;
 mod run;
+mod text;
 
+pub use baseline::Baseline;
 pub use check::{Check, Technique};
 pub use context::Context;
 pub use finding::{Certainty, Evidence, Finding, Severity};

@@ -181,6 +181,8 @@ pub(crate) enum Command {
     Types(types::Cmd),
     /// Check the integrity of a guest's kernel: tampering, hooks, what it hides
     Check(check::Cmd),
+    /// Make a trusted copy of a kernel's code, for `vmsight check --golden`
+    Baseline(check::baseline::Cmd),
     /// What can be hooked in a VM, and by which means
     Hooks(hooks::Cmd),
     /// What happens in a running guest, as it happens
@@ -209,6 +211,7 @@ impl Command {
     pub(crate) fn can_repeat(&self) -> bool {
         match self {
             Command::Write(_)
+            | Command::Baseline(_)
             | Command::Trace(_)
             | Command::Guard(_)
             | Command::Launch(_)

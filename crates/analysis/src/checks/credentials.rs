@@ -11,9 +11,11 @@ use crate::{Check, Context, Evidence, Finding, Findings, Object, Severity, Techn
 pub(crate) const CREDENTIALS: Check = Check {
     name: "credentials",
     summary: "Processes have the rights that the kernel itself would have given them",
-    compares: "the user id in each process's cred with that of the user it is accounted to; its capabilities with each other; creds that \
-               several processes share; the kernel's own cred; root processes with their parents",
-    why: "Whoever can write to the kernel's memory makes a process root by changing its cred, or by giving it another's.",
+    compares: "the user id in each process's cred with that of the user it is accounted to; its capabilities \
+               with each other; creds that several processes share; the kernel's own cred; root processes with \
+               their parents",
+    why: "Whoever can write to the kernel's memory makes a process root by changing its cred, or by giving it \
+          another's.",
     techniques: &[Technique::PRIVILEGE_ESCALATION],
     blind_spots: &[
         "A cred that was made by commit_creds(prepare_kernel_cred()): it is as whole as one that was come by honestly.",

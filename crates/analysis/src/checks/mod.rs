@@ -3,6 +3,7 @@
 mod callbacks;
 mod credentials;
 mod entry;
+mod golden;
 mod hidden;
 mod kernel_state;
 mod memory;
@@ -51,7 +52,14 @@ pub const ALL: &[&Check] = &[
     &kernel_state::TAINT,
 ];
 
+pub use golden::GOLDEN;
+
+/// Those of [`ALL`], and [`GOLDEN`], which needs a baseline.
+pub fn known() -> impl Iterator<Item = &'static Check> {
+    ALL.iter().copied().chain([&GOLDEN])
+}
+
 /// The check of this name.
 pub fn named(name: &str) -> Option<&'static Check> {
-    ALL.iter().copied().find(|check| check.name == name)
+    known().find(|check| check.name == name)
 }

@@ -129,6 +129,42 @@ fn static_calls_of(
     }
 }
 
+/// The instructions of static keys: a NOP or a jump, as the key says (`struct jump_entry`; include/linux/jump_label.h).
+pub(super) fn static_keys(context: &Context, findings: &mut Findings) -> Result<FxHashSet<u64>, LinuxError> {
+    let mut sites = FxHashSet::default();
+    let entry = context.object("jump_entry", Gva(0))?;
+    let (code, size) = (entry.member("code")?.0, entry.size().max(4));
+    let symbol = |name| context.kernel().find_symbol(&[name]);
+    let mut tables = Vec::new();
+    if let (Some(start), Some(stop)) = (symbol("__start___jump_table"), symbol("__stop___jump_table")) {
+        tables.push((start, stop.0.saturating_sub(start.0) / size));
+    }
+    for module in context.modules() {
+        let object = context.object("module", module.address)?;
+        tables.push((
+            object.pointer("jump_entries")?,
+            object.number("num_jump_entries")?,
+        ));
+    }
+    for (table, count) in tables {
+        for index in 0..count.min(MAX_CALLS) {
+            if !findings.go_on() {
+                return Ok(sites);
+            }
+            let at = table.wrapping_add(index * size + code);
+            match context.space().read_u32(at) {
+                // Place-relative.
+                Ok(offset) => sites.insert(at.0.wrapping_add(i64::from(offset as i32) as u64)),
+                Err(error) => {
+                    findings.note(format!("static keys: {error}"));
+                    break;
+                }
+            };
+        }
+    }
+    Ok(sites)
+}
+
 /// The addresses that have a kprobe, with the address of one `struct kprobe` each (kernel/kprobes.c).
 pub(super) fn probed(context: &Context, findings: &mut Findings) -> Result<Vec<(Gva, Gva)>, LinuxError> {
     let mut probes = Vec::new();

@@ -8,6 +8,7 @@ use vmsight_linux::LinuxError;
 
 use super::sites;
 use crate::code;
+use crate::text::{self, Region};
 use crate::{Check, Context, Evidence, Finding, Findings, Owner, Severity, Technique};
 
 pub(super) const TEXT: Check = Check {
@@ -23,11 +24,9 @@ pub(super) const TEXT: Check = Check {
         "An indirect jump in the middle of a function, unless an absolute address is loaded for it.",
         "Functions without a symbol are decoded with the one before them, as far as that makes sense.",
     ],
-    run: text,
+    run: check,
 };
 
-/// Text that is read of the kernel at most, and of all modules together.
-const MAX_TEXT: u64 = 256 << 20;
 /// Functions that one thread decodes in one go.
 const TOGETHER: usize = 512;
 /// Instructions at a function's begin in which a hook may jump by other means than a direct jump.
@@ -35,27 +34,6 @@ const HEAD: usize = 5;
 
 /// The first address of the kernel's half.
 const KERNEL_HALF: u64 = 0xff00_0000_0000_0000;
-
-/// A stretch of code of one owner.
-struct Region {
-    owner: Owner,
-    start: u64,
-    bytes: Vec<u8>,
-    /// Where functions begin, ascending, the end last.
-    functions: Vec<u64>,
-}
-
-impl Region {
-    fn end(&self) -> u64 {
-        self.start.saturating_add(self.bytes.len() as u64)
-    }
-
-    fn slice(&self, from: u64, to: u64) -> &[u8] {
-        let from = from.saturating_sub(self.start) as usize;
-        let to = (to.saturating_sub(self.start) as usize).min(self.bytes.len());
-        self.bytes.get(from..to).unwrap_or(&[])
-    }
-}
 
 /// Places that the kernel patches.
 struct Patched {
@@ -70,7 +48,7 @@ struct Suspicion {
     how: &'static str,
 }
 
-fn text(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
+fn check(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     let patched = Patched {
         calls: sites::static_calls(context, findings).sites,
         probes: sites::probed(context, findings)?
@@ -78,93 +56,14 @@ fn text(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             .map(|(at, _)| at.0)
             .collect(),
     };
-    let kernel = kernel(context)?;
-    decode(context, findings, &kernel, &patched);
-    let mut left = MAX_TEXT;
-    for module in context.modules() {
-        for range in code_of(context, &module.name, &module.ranges) {
-            // Modules that all claim the same memory cost no more than honest ones.
-            let Some(rest) = left.checked_sub(range.1) else {
-                findings.note("modules claim more code than there can be: the rest was not looked at");
-                return Ok(());
-            };
-            left = rest;
-            match module_region(context, &module.name, range) {
-                Ok(region) => decode(context, findings, &region, &patched),
-                Err(why) => findings.note(format!("module {}: {why}", module.name)),
-            }
+    decode(context, findings, &text::kernel(context)?, &patched);
+    for (module, region) in text::modules(context) {
+        match region {
+            Ok(region) => decode(context, findings, &region, &patched),
+            Err(why) => findings.note(format!("module {}: {why}", module.name)),
         }
     }
     Ok(())
-}
-
-/// The ranges of a module's code: base and length.
-fn code_of(context: &Context, name: &str, ranges: &[vmsight_linux::module::ModuleRange]) -> Vec<(u64, u64)> {
-    let is_code =
-        |at: u64| matches!(context.owner(Gva(at)), Owner::Module { name: n, code: true } if *n == *name);
-    ranges
-        .iter()
-        .filter(|r| r.kind != "percpu" && is_code(r.base.0))
-        .map(|r| {
-            // Before 6.4 code and data are one range, the code first; pages are whole.
-            let mut length = r.size.min(MAX_TEXT);
-            while length > 4096 && !is_code(r.base.0.saturating_add(length - 1)) {
-                length = (length - 1) / 4096 * 4096;
-            }
-            (r.base.0, length)
-        })
-        .collect()
-}
-
-fn kernel(context: &Context) -> Result<Region, LinuxError> {
-    let start = context.symbol(&["_stext", "_text"])?.0;
-    let end = context.symbol(&["_etext"])?.0;
-    let length = end.saturating_sub(start).min(MAX_TEXT);
-    let bytes = code::read(context, Gva(start), length as usize)?;
-    let image = context.kernel().image();
-    let linked = image.link_time(Gva(start));
-    let mut functions: Vec<u64> = context
-        .kernel()
-        .profile()
-        .symbols
-        .range(linked..linked.saturating_add(length))
-        .filter(|s| matches!(s.kind, b't' | b'T' | b'w' | b'W'))
-        .map(|s| image.runtime(s.address).0)
-        .collect();
-    functions.dedup();
-    functions.push(start.saturating_add(length));
-    Ok(Region {
-        owner: Owner::Kernel,
-        start,
-        bytes,
-        functions,
-    })
-}
-
-fn module_region(context: &Context, name: &str, (start, length): (u64, u64)) -> Result<Region, LinuxError> {
-    let bytes = code::read(context, Gva(start), length as usize)?;
-    let end = start.saturating_add(length);
-    let symbols = context.module_symbols();
-    let from = symbols.partition_point(|s| s.address.0 < start);
-    let mut functions: Vec<u64> = symbols
-        .get(from..)
-        .unwrap_or(&[])
-        .iter()
-        .take_while(|s| s.address.0 < end)
-        .filter(|s| matches!(s.kind, 't' | 'T' | 'w' | 'W'))
-        .map(|s| s.address.0)
-        .collect();
-    functions.dedup();
-    functions.push(end);
-    Ok(Region {
-        owner: Owner::Module {
-            name: name.into(),
-            code: true,
-        },
-        start,
-        bytes,
-        functions,
-    })
 }
 
 fn decode(context: &Context, findings: &mut Findings, region: &Region, patched: &Patched) {

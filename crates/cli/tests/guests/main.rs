@@ -8,6 +8,7 @@ mod active;
 mod agent;
 mod bench;
 mod changing;
+mod check;
 mod debug;
 mod kvm;
 mod lies;

@@ -12,9 +12,11 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const MODULES: Check = Check {
     name: "hidden-modules",
     summary: "Every loaded module is in the kernel's list and in sysfs",
-    compares: "the list of modules (lsmod), the kset behind /sys/module, the tree that finds a module by an address, the lists of \
-               modules with bug tables and with type data, and what looks like a struct module in the memory where modules lie",
-    why: "A rootkit that is a module takes itself out of the list first: no tool in the guest shows it, and it cannot be unloaded.",
+    compares: "the list of modules (lsmod), the kset behind /sys/module, the tree that finds a module by an \
+               address, the lists of modules with bug tables and with type data, and what looks like a struct \
+               module in the memory where modules lie",
+    why: "A rootkit that is a module takes itself out of the list first: no tool in the guest shows it, and it \
+          cannot be unloaded.",
     techniques: &[Technique::ROOTKIT, Technique::KERNEL_MODULE],
     blind_spots: &[
         "Code that was copied elsewhere by a module that was then unloaded: see the checks of function pointers and of memory.",

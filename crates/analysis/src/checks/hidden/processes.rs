@@ -15,9 +15,10 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const PROCESSES: Check = Check {
     name: "hidden-processes",
     summary: "Every process is in all of the kernel's lists of processes",
-    compares: "the list of tasks (ps from outside), the table of pids (ps and kill inside the guest) of the initial namespace and of \
-               every other, the lists of children, the tasks of control groups, what stands in the run queues of the CPUs, and what lives in the \
-               memory that tasks are made in; the page tables that vCPUs use, of a guest that stands still, with those of tasks",
+    compares: "the list of tasks (ps from outside), the table of pids (ps and kill inside the guest) of the \
+               initial namespace and of every other, the lists of children, the tasks of control groups, what \
+               stands in the run queues of the CPUs, and what lives in the memory that tasks are made in; the \
+               page tables that vCPUs use, of a guest that stands still, with those of tasks",
     why: "A process that is taken out of one of them runs on, and whoever asks by that way does not see it.",
     techniques: &[Technique::ROOTKIT, Technique::HIDE_ARTIFACTS],
     blind_spots: &[

@@ -9,9 +9,10 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const SOCKETS: Check = Check {
     name: "hidden-sockets",
     summary: "Every bound TCP and UDP socket that somebody holds is in its protocol's tables",
-    compares: "the sockets that file descriptors lead to with the hash tables of TCP and UDP in all network namespaces, which is what \
-               /proc/net, ss and netstat show",
-    why: "A socket that is taken out of the tables is shown by no tool in the guest, and its process can hold it for later.",
+    compares: "the sockets that file descriptors lead to with the hash tables of TCP and UDP in all network \
+               namespaces, which is what /proc/net, ss and netstat show",
+    why: "A socket that is taken out of the tables is shown by no tool in the guest, and its process can hold it \
+          for later.",
     techniques: &[Technique::ROOTKIT, Technique::HIDE_ARTIFACTS],
     blind_spots: &[
         "A socket of the kernel's own, which no process holds.",

@@ -25,8 +25,8 @@ struct Shape {
     leader: u64,
 }
 
-/// The processes that live in slabs of tasks: each page that is of them has a descriptor that names the cache (`task_struct_cachep`,
-/// kernel/fork.c).
+/// The processes that live in slabs of tasks: each page that is of them has a descriptor that names the cache
+/// (`task_struct_cachep`, kernel/fork.c).
 pub(super) fn processes(context: &Context) -> Result<Vec<Gva>, LinuxError> {
     let kernel = context.kernel();
     let missing = |what: &str| LinuxError::NotFound(format!("{what} is not known"));

@@ -8,9 +8,10 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const HELPERS: Check = Check {
     name: "kernel-helpers",
     summary: "The programs that the kernel starts as root are the system's own",
-    compares: "modprobe_path, core_pattern, the helper of device events and that of switching off with where a system has such programs",
-    why: "Whoever can write to one of them has his program started as root, outside all containers, by a file of unknown kind or a \
-          process that crashes.",
+    compares: "modprobe_path, core_pattern, the helper of device events and that of switching off with where a \
+               system has such programs",
+    why: "Whoever can write to one of them has his program started as root, outside all containers, by a file of \
+          unknown kind or a process that crashes.",
     techniques: &[
         Technique::PRIVILEGE_ESCALATION,
         Technique::new("T1611", "Escape to Host"),

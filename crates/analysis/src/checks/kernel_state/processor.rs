@@ -8,10 +8,10 @@ use crate::{Check, Context, Evidence, Finding, Findings, Object, Severity, Techn
 pub(crate) const PROCESSOR: Check = Check {
     name: "processor",
     summary: "Write protection, SMEP, SMAP, UMIP and NX are on in every vCPU that the kernel has turned them on for",
-    compares: "CR0, CR4 and EFER of each vCPU with the features that the kernel uses; without registers, what the kernel has written to \
-               CR4 last (cpu_tlbstate)",
-    why: "With write protection off the kernel's code and tables can be written to; with SMEP and SMAP off, a pointer into a \
-          program is enough to take the kernel over.",
+    compares: "CR0, CR4 and EFER of each vCPU with the features that the kernel uses; without registers, what \
+               the kernel has written to CR4 last (cpu_tlbstate)",
+    why: "With write protection off the kernel's code and tables can be written to; with SMEP and SMAP off, a \
+          pointer into a program is enough to take the kernel over.",
     techniques: &[Technique::PRIVILEGE_ESCALATION, Technique::IMPAIR_DEFENSES],
     blind_spots: &[
         "A bit that is off for a moment only.",

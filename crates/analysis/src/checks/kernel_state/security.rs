@@ -9,7 +9,8 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const SECURITY_MODULES: Check = Check {
     name: "security-modules",
     summary: "SELinux, AppArmor and lockdown are on where the kernel was booted with them",
-    compares: "the state of each with the list of security modules that the kernel started, and with the command line",
+    compares: "the state of each with the list of security modules that the kernel started, and with the command \
+               line",
     why: "Switched off in memory, they allow everything, and the guest's files still say that they are on.",
     techniques: &[Technique::IMPAIR_DEFENSES],
     blind_spots: &[

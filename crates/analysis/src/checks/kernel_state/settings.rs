@@ -9,8 +9,8 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const SETTINGS: Check = Check {
     name: "kernel-settings",
     summary: "Settings that harden the kernel are as they were booted, and none is off that should be on",
-    compares: "the enforcement of module signatures with the command line; a kernel that is loaded for kexec; settings of hardening with \
-               what is weak",
+    compares: "the enforcement of module signatures with the command line; a kernel that is loaded for kexec; \
+               settings of hardening with what is weak",
     why: "An attacker who has the kernel turns off what is in his way.",
     techniques: &[Technique::IMPAIR_DEFENSES],
     blind_spots: &[

@@ -8,8 +8,10 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const TAINT: Check = Check {
     name: "taint",
     summary: "The kernel's marks of what has been done to it, and whether somebody has taken them away",
-    compares: "tainted_mask with the marks of the modules in the list, which the kernel sets together and never takes away",
-    why: "A module from outside marks the kernel for good. Whoever does not want to be asked about it clears the mark.",
+    compares: "tainted_mask with the marks of the modules in the list, which the kernel sets together and never \
+               takes away",
+    why: "A module from outside marks the kernel for good. Whoever does not want to be asked about it clears the \
+          mark.",
     techniques: &[Technique::KERNEL_MODULE, Technique::HIDE_ARTIFACTS],
     blind_spots: &["A mark that was cleared, of a module that is not in the list any more."],
     run,

@@ -10,9 +10,11 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const KERNEL_PAGES: Check = Check {
     name: "kernel-pages",
     summary: "No kernel page is writable and executable, and the kernel's code is writable nowhere",
-    compares: "every page that the kernel's page tables map with what such pages may be: not writable and executable at once, not \
-               writable where the kernel's code lies, also by another address, and not open to user mode",
-    why: "Code that is to be changed as it runs, and the kernel's code where it is to be changed, must be writable.",
+    compares: "every page that the kernel's page tables map with what such pages may be: not writable and \
+               executable at once, not writable where the kernel's code lies, also by another address, and not \
+               open to user mode",
+    why: "Code that is to be changed as it runs, and the kernel's code where it is to be changed, must be \
+          writable.",
     techniques: &[Technique::ROOTKIT, Technique::PRIVILEGE_ESCALATION],
     blind_spots: &[
         "A page that is writable only while somebody writes to it.",

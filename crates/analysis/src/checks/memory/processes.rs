@@ -12,8 +12,9 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub(crate) const PROCESS_MEMORY: Check = Check {
     name: "process-memory",
     summary: "Processes execute files that can be seen, and nothing makes system calls from elsewhere",
-    compares: "every executable mapping with the file that it is of; the places from which threads made the system call that they are \
-               in; the program of each process; LD_PRELOAD; who traces whom; userfaultfd",
+    compares: "every executable mapping with the file that it is of; the places from which threads made the \
+               system call that they are in; the program of each process; LD_PRELOAD; who traces whom; \
+               userfaultfd",
     why: "Code that is put into a process, or that never was in a file, leaves nothing on disk to be found.",
     techniques: &[
         Technique::PROCESS_INJECTION,
