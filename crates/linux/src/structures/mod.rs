@@ -5,7 +5,7 @@
 pub mod hlist;
 pub mod list;
 pub(crate) mod maple;
-pub(crate) mod rbtree;
+pub mod rbtree;
 pub mod xarray;
 
 use rustc_hash::FxHashSet;

@@ -13,7 +13,7 @@ const MAX_DEPTH: usize = 128;
 const RIGHT: u64 = 8;
 
 /// The `rb_node`s of the tree whose `rb_root` (one pointer) lies at `root`, leftmost first. At most `limit` nodes.
-pub(crate) fn walk(space: &AddressSpace, root: Gva, limit: usize) -> Walk {
+pub fn walk(space: &AddressSpace, root: Gva, limit: usize) -> Walk {
     match space.read_u64(root) {
         Ok(top) => walk_from(space, Gva(top), limit),
         Err(error) => Walk {
@@ -24,7 +24,7 @@ pub(crate) fn walk(space: &AddressSpace, root: Gva, limit: usize) -> Walk {
 }
 
 /// Like [`walk`], from the topmost node itself; null is the empty tree.
-pub(crate) fn walk_from(space: &AddressSpace, top: Gva, limit: usize) -> Walk {
+pub fn walk_from(space: &AddressSpace, top: Gva, limit: usize) -> Walk {
     let mut out = Walk::new();
     let mut seen = Seen::default();
     // Nodes whose left half is being walked, with their right child: in order, each is emitted when its left half is done.

@@ -1,6 +1,7 @@
 //! Serves orders on the third serial port (see `vmsight_workload::orders`).
 
 mod child;
+mod keep;
 mod page;
 mod poke;
 mod raw;

@@ -18,7 +18,7 @@ use vmsight_workload::Text;
 use vmsight_workload::orders::{Account, Work, checksum};
 
 use super::page::{Page, frame, touch, untouched};
-use super::{poke, raw};
+use super::{keep, poke, raw};
 use crate::sys::{self, Side};
 
 /// Where modules are: ours first.
@@ -188,6 +188,15 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
                     )
                 }))
             })
+        }
+        Work::Keep { memory, aes, key } => {
+            let kept = keep::keep(&memory, &aes, key.as_ref())?;
+            let mut ready = Ready::new(move || {
+                drop(kept.socket);
+                Ok(Account::default())
+            });
+            ready.account.values = kept.addresses;
+            ready
         }
         Work::Compute { rounds } => Ready::new(move || {
             let (nanoseconds, sum) = timed(|| checksum(rounds));
