@@ -28,11 +28,11 @@ fn mixed(mib: usize) -> GuestMemory {
         state
     };
     let words = [
-        "0x02, the key of ",
-        "-----BEGIN CERTIFICATE-----\n",
-        "ssh-rsa is ",
+        "the key of ",
+        "0x02000100, ",
         "struct crypto_tfm *",
-        "CLIENT_ ",
+        "SSH version 2 of a CLIENT ",
+        "----------\n",
     ];
     let mut bytes = Vec::with_capacity(mib << 20);
     while bytes.len() < mib << 20 {

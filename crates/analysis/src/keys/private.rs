@@ -82,6 +82,8 @@ const ED25519: &[u8] = &[0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0
 /// Bytes of a PKCS#8 Ed25519 key before [`ED25519`]: the SEQUENCE's header and the version.
 const ED25519_BEFORE: usize = 5;
 const SSH_TYPES: [&[u8]; 3] = [b"ssh-rsa", b"ssh-ed25519", b"ecdsa-sha2-nistp"];
+/// One of these is in each of the types' names, at its beginning.
+const SSH_WORDS: [&[u8]; 2] = [b"ssh-", b"ecdsa-sha2-nistp"];
 /// What a line of a key log begins with (draft-ietf-tls-keylogfile).
 const LABELS: [&[u8]; 6] = [
     b"CLIENT_RANDOM ",
@@ -92,46 +94,40 @@ const LABELS: [&[u8]; 6] = [
     b"EXPORTER_SECRET ",
 ];
 /// One of these is in each of the labels.
-const LOG_WORDS: [&[u8]; 3] = [b"CLIENT_RANDOM ", b"_TRAFFIC_SECRET", b"EXPORTER_SECRET "];
+const LOG_WORDS: [&[u8]; 2] = [b"CLIENT_RANDOM ", b"_SECRET"];
 
 /// What to search for, made once.
 pub(super) struct Finders {
-    rsa: memmem::Finder<'static>,
-    ec: memmem::Finder<'static>,
+    /// The version and the next value's header, of RSA and of elliptic curves.
+    version: memmem::Finder<'static>,
     ed25519: memmem::Finder<'static>,
     pem: memmem::Finder<'static>,
-    ssh: [memmem::Finder<'static>; 3],
-    log: [memmem::Finder<'static>; 3],
+    ssh: [memmem::Finder<'static>; 2],
+    log: [memmem::Finder<'static>; 2],
 }
 
 impl Finders {
     pub(super) fn new() -> Self {
         Self {
-            // The version, 0, and the header of the modulus, which has at least 128 bytes.
-            rsa: memmem::Finder::new(b"\x02\x01\x00\x02"),
-            // The version, 1, and the private number's tag.
-            ec: memmem::Finder::new(b"\x02\x01\x01\x04"),
+            version: memmem::Finder::new(b"\x02\x01"),
             ed25519: memmem::Finder::new(ED25519),
             pem: memmem::Finder::new(PEM),
-            ssh: SSH_TYPES.map(memmem::Finder::new),
+            ssh: SSH_WORDS.map(memmem::Finder::new),
             log: LOG_WORDS.map(memmem::Finder::new),
         }
     }
 
     /// Everything in `bytes` that may be a key, by kinds.
     pub(super) fn leads(&self, bytes: &[u8], found: &mut dyn FnMut(usize, Lead)) {
-        for at in self.rsa.find_iter(bytes) {
-            if matches!(bytes.get(at + 4), Some(0x81 | 0x82))
-                && let Some(start) = sequence_before(bytes, at)
-            {
-                found(start, Lead::Rsa);
-            }
-        }
-        for at in self.ec.find_iter(bytes) {
-            if matches!(bytes.get(at + 4), Some(0x20 | 0x30 | 0x42))
-                && let Some(start) = sequence_before(bytes, at)
-            {
-                found(start, Lead::Ec);
+        for at in self.version.find_iter(bytes) {
+            // A modulus has at least 128 bytes; a private number as many as its curve.
+            let lead = match bytes.get(at + 2..at + 5) {
+                Some([0, INTEGER, 0x81 | 0x82]) => Lead::Rsa,
+                Some([1, OCTETS, 0x20 | 0x30 | 0x42]) => Lead::Ec,
+                _ => continue,
+            };
+            if let Some(start) = sequence_before(bytes, at) {
+                found(start, lead);
             }
         }
         for at in self.ed25519.find_iter(bytes) {
@@ -144,9 +140,13 @@ impl Finders {
         for at in self.pem.find_iter(bytes) {
             found(at, Lead::Pem);
         }
-        for (finder, name) in self.ssh.iter().zip(SSH_TYPES) {
+        for finder in &self.ssh {
             for at in finder.find_iter(bytes) {
                 let Some(start) = at.checked_sub(4) else { continue };
+                let rest = bytes.get(at..).unwrap_or_default();
+                let Some(name) = SSH_TYPES.iter().find(|name| rest.starts_with(name)) else {
+                    continue;
+                };
                 let length = bytes
                     .get(start..at)
                     .and_then(|b| b.try_into().ok())
@@ -158,10 +158,6 @@ impl Finders {
                 }
             }
         }
-        self.key_log(bytes, found);
-    }
-
-    fn key_log(&self, bytes: &[u8], found: &mut dyn FnMut(usize, Lead)) {
         for (finder, word) in self.log.iter().zip(LOG_WORDS) {
             for at in finder.find_iter(bytes) {
                 let label = LABELS.iter().find_map(|label| {
