@@ -29,6 +29,9 @@ const MODULES: &[(&str, &str)] = &[
     ("ext4", ""),
 ];
 
+/// Modules that go along and are loaded where a test orders it: the crypto API for programs, and AES by instructions.
+const ALONG: &[(&str, &str)] = &[("algif_skcipher", ""), ("aesni_intel?", "")];
+
 /// Programs of the host which go along: static ones, by where Debian puts them.
 const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];
 const BASH: &[&str] = &["/bin/bash-static", "/usr/bin/bash-static"];
@@ -55,6 +58,9 @@ pub fn build_with(kernel: &Fetched, modules: &[PathBuf]) -> Result<PathBuf> {
         archive.file(&path, 0o644, &module.read()?);
         order.push_str(format!("/{path} {}", module.parameters).trim_end());
         order.push('\n');
+    }
+    for module in kernel.modules(ALONG)? {
+        archive.file(&format!("lib/modules/{}.ko", module.name), 0o644, &module.read()?);
     }
     archive.file("lib/modules/order", 0o644, order.as_bytes());
     for module in modules {

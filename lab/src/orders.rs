@@ -178,6 +178,11 @@ impl Prepared<'_> {
         self.account.address.unwrap_or_default()
     }
 
+    /// The virtual addresses of what it keeps ([`Work::Keep`]).
+    pub fn addresses(&self) -> Vec<u64> {
+        self.account.values.clone()
+    }
+
     /// The number of the physical page at that address; 0 if it works on no memory, or on pages that are not there yet.
     pub fn frame(&self) -> u64 {
         self.account.frame.unwrap_or_default()

@@ -15,6 +15,8 @@ mod code;
 mod context;
 mod finding;
 mod findings;
+pub mod frames;
+pub mod keys;
 mod object;
 mod owner;
 mod run;

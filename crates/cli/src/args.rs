@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings,
-    symbols, trace, translate, types, write,
+    bench, check, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, recover, regs, shell,
+    strings, symbols, trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -183,6 +183,8 @@ pub(crate) enum Command {
     Check(check::Cmd),
     /// Make a trusted copy of a kernel's code, for `vmsight check --golden`
     Baseline(check::baseline::Cmd),
+    /// Get back what is in a guest's memory
+    Recover(recover::Cmd),
     /// What can be hooked in a VM, and by which means
     Hooks(hooks::Cmd),
     /// What happens in a running guest, as it happens
@@ -220,6 +222,7 @@ impl Command {
             | Command::Completions(_)
             | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),
+            Command::Recover(c) => c.can_repeat(),
             _ => true,
         }
     }

@@ -240,6 +240,20 @@ pub enum Work {
         /// How many rounds.
         rounds: u64,
     },
+    /// Keeps secrets: bytes in memory of its own, where `values` say, an AES key in a socket of the kernel's crypto API
+    /// (`cbc(aes)`), and one in its user's keyring. Prepared, it has them; then it lets go of them.
+    Keep {
+        /// Bytes, and at which offset of a page they begin. What goes on in further pages lies in frames that are no neighbours,
+        /// as far as the kernel has such.
+        #[serde(default)]
+        memory: Vec<(Text, u64)>,
+        /// 16, 24 or 32 bytes.
+        #[serde(default)]
+        aes: Text,
+        /// Type, description and payload as in add_key(2).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        key: Option<(String, String, Text)>,
+    },
     /// Loads a kernel module: of this name, of our own or of those of every guest, or from a path.
     Load {
         /// The name, or a path with a slash.

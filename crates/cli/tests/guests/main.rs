@@ -10,6 +10,7 @@ mod bench;
 mod changing;
 mod check;
 mod debug;
+mod keys;
 mod kvm;
 mod lies;
 mod listings;

@@ -2,6 +2,7 @@
 
 mod child;
 mod inject;
+mod keep;
 mod page;
 mod poke;
 mod raw;

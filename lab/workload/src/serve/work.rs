@@ -21,7 +21,7 @@ use vmsight_workload::Text;
 use vmsight_workload::orders::{Account, Work, checksum};
 
 use super::page::{Page, frame, touch, untouched};
-use super::{inject, poke, raw, tamper};
+use super::{inject, keep, poke, raw, tamper};
 use crate::sys::{self, Side};
 
 /// Where modules are: ours first.
@@ -204,6 +204,15 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
                     )
                 }))
             })
+        }
+        Work::Keep { memory, aes, key } => {
+            let kept = keep::keep(&memory, &aes, key.as_ref())?;
+            let mut ready = Ready::new(move || {
+                drop(kept.socket);
+                Ok(Account::default())
+            });
+            ready.account.values = kept.addresses;
+            ready
         }
         Work::Compute { rounds } => Ready::new(move || {
             let (nanoseconds, sum) = timed(|| checksum(rounds));
