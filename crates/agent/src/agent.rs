@@ -151,7 +151,8 @@ impl Agent {
         sessions.push(session);
     }
 
-    /// A monitor is gone: each of its hooks comes out. Without a good-bye the VM stands still where one of them asks for that.
+    /// A monitor is gone: each of its hooks comes out. Without a good-bye the VM stands still where one of them
+    /// asks for that.
     pub(crate) fn end_session(&self, session: &Session, in_good_order: bool) {
         let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
         sessions.retain(|s| s.id != session.id);

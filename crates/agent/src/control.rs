@@ -68,8 +68,8 @@ fn run(agent: &'static Agent) {
     for id in 1.. {
         match accept(&listener) {
             Ok(monitor) => begin(agent, monitor, id),
-            // Somebody else's connection, or one that ended at once, is no reason to stop listening; a system that has no
-            // descriptor left is one to wait.
+            // Somebody else's connection, or one that ended at once, is no reason to stop listening; a system that
+            // has no descriptor left is one to wait.
             Err(_) => std::thread::sleep(AGAIN),
         }
     }
@@ -95,7 +95,8 @@ impl Drop for Place {
     }
 }
 
-/// Starts a thread for a monitor: each has its own, so that none waits for another. No signal reaches it, as none reaches this one.
+/// Starts a thread for a monitor: each has its own, so that none waits for another. No signal reaches it, as none
+/// reaches this one.
 fn begin(agent: &'static Agent, monitor: UnixStream, id: u64) {
     let Some(place) = Place::take() else {
         let why = format!("{MOST_MONITORS} monitors are connected");
