@@ -1,5 +1,5 @@
-//! Filters made of any bytes: a program that is accepted ends, in bounds, says the same twice and the contrary when negated, and is
-//! the same after a round trip.
+//! Filters made of any bytes: a program that is accepted ends, in bounds, says the same twice and the contrary when
+//! negated, and is the same after a round trip.
 #![no_main]
 
 use std::cell::Cell;

@@ -176,8 +176,8 @@ pub(crate) fn conclude(
     }
 }
 
-/// What a processor checks of a guest's WRMSR, and KVM not of a write from outside: LME does not change while paging is on
-/// (SDM vol. 3A 4.1.1).
+/// What a processor checks of a guest's WRMSR, and KVM not of a write from outside: LME does not change while
+/// paging is on (SDM vol. 3A 4.1.1).
 fn allowed(registers: &Registers, index: u32, value: u64) -> bool {
     let paging = registers.cr0 & control::CR0_PG != 0;
     index != msr::EFER || !paging || (registers.efer ^ value) & control::EFER_LME == 0

@@ -88,8 +88,8 @@ fn run(agent: &'static dyn Serve) {
     for id in 1.. {
         match accept(&listener) {
             Ok(monitor) => begin(agent, monitor, id),
-            // Somebody else's connection, or one that ended at once, is no reason to stop listening; a system that has no
-            // descriptor left is one to wait.
+            // Somebody else's connection, or one that ended at once, is no reason to stop listening; a system that
+            // has no descriptor left is one to wait.
             Err(_) => std::thread::sleep(AGAIN),
         }
     }

@@ -274,7 +274,8 @@ fn debug(
     Next::Again
 }
 
-/// The execution of the instruction at RIP, with what is on the stack where somebody wants to know of it as the begin of a handler.
+/// The execution of the instruction at RIP, with what is on the stack where somebody wants to know of it as the
+/// begin of a handler.
 fn execution(agent: &Agent, registers: &Registers, patch: Option<u64>, told: &[Told]) -> Subject {
     let rip = registers.rip;
     let handler = told.iter().any(|t| t.armed.vector_at(rip).is_some());

@@ -43,7 +43,8 @@ pub(crate) struct Frame {
 impl Frame {
     fn detail(self, vector: u8) -> Detail {
         const PAGE_FAULT: u8 = 14;
-        // #DF, #TS, #NP, #SS, #GP, #PF, #AC, #CP (SDM vol. 3A table 6-1), and AMD's #VC and #SX (APM vol. 2 table 8-1).
+        // #DF, #TS, #NP, #SS, #GP, #PF, #AC, #CP (SDM vol. 3A table 6-1), and AMD's #VC and #SX (APM vol. 2 table
+        // 8-1).
         let has_code = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
         let [first, second] = self.words;
         let (error_code, rip) = match has_code {
@@ -247,8 +248,9 @@ impl Pending {
         }
     }
 
-    /// Tells those who are still to be told, and waits until each verdict is there. Hooks of one monitor are told one after the
-    /// other, several monitors at the same time: the guest waits for the slowest, not for all in turn.
+    /// Tells those who are still to be told, and waits until each verdict is there. Hooks of one monitor are told
+    /// one after the other, several monitors at the same time: the guest waits for the slowest, not for all in
+    /// turn.
     pub(crate) fn advance(&mut self, agent: &'static Agent, vcpu: &Vcpu, own: &mut Own) -> Progress {
         loop {
             match self.turn(agent, vcpu, own) {

@@ -3,7 +3,8 @@
 //!
 //! A [`Hook`] is what a monitor asks to be told of. A backend (QEMU's gdb stub, the agent in the VMM) arms it and, when it
 //! happens, holds the vCPU and hands out an [`Event`]. Exactly one [`Verdict`] is given to each event that is held, and
-//! applied once. What a backend can do is asked of it: see [`Capability`]. A [`Filter`] says which events are wanted at all.
+//! applied once. What a backend can do is asked of it: see [`Capability`]. A [`Filter`] says which events are
+//! wanted at all.
 //!
 //! This crate holds no machinery. It is linked into the VMM's process with the agent, so it depends on little.
 

@@ -185,8 +185,8 @@ impl Verdict {
 }
 
 impl VerdictKind {
-    /// How strict it is, against others on the same event. What keeps the event from happening comes before what changes it, and
-    /// that before what only looks at it.
+    /// How strict it is, against others on the same event. What keeps the event from happening comes before what
+    /// changes it, and that before what only looks at it.
     const fn strictness(self) -> u8 {
         match self {
             Self::Continue | Self::Remove | Self::Pause => 0,
@@ -203,10 +203,10 @@ impl VerdictKind {
 
 /// What is done about an event on which several hooks, of one monitor or of several, gave a verdict.
 ///
-/// The strictest is applied, whole, and no other one: deny, inject, return, skip, data, registers, step, continue, in this order.
-/// Of two of a kind the one of the hook that was armed first is applied. "Pause" and "remove" do not compete: the VM is
-/// paused if one verdict says so, and the strictest of the others is applied when it is resumed; hooks whose verdict is "remove"
-/// are out, and the event goes on as the others say.
+/// The strictest is applied, whole, and no other one: deny, inject, return, skip, data, registers, step, continue,
+/// in this order. Of two of a kind the one of the hook that was armed first is applied. "Pause" and "remove" do not
+/// compete: the VM is paused if one verdict says so, and the strictest of the others is applied when it is resumed;
+/// hooks whose verdict is "remove" are out, and the event goes on as the others say.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Decision<T> {
     /// What is applied: never "pause" or "remove".

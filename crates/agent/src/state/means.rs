@@ -15,8 +15,8 @@ use crate::slots::{PAGE, Slot};
 const MOST_PAGES: usize = 1 << 16;
 /// Most vectors of one hook.
 const MOST_VECTORS: usize = 32;
-/// MSRs that cannot be written for the guest by the means that there are: KVM treats the host's writes of the time-stamp
-/// counter as a wish to synchronise it (Linux, arch/x86/kvm/x86.c, kvm_synchronize_tsc).
+/// MSRs that cannot be written for the guest by the means that there are: KVM treats the host's writes of the
+/// time-stamp counter as a wish to synchronise it (Linux, arch/x86/kvm/x86.c, kvm_synchronize_tsc).
 const UNWRITABLE: [u32; 3] = [0x10, 0x3b, 0x6e0];
 
 /// By which means a hook is armed.
@@ -228,8 +228,8 @@ impl State {
         agent.vcpus().iter().filter_map(read).collect()
     }
 
-    /// Where a virtual address lies: by the scope's page tables, or by those of the first vCPU that has it mapped. With
-    /// page-table isolation a vCPU in user mode has little of the kernel: then the kernel's own root is tried.
+    /// Where a virtual address lies: by the scope's page tables, or by those of the first vCPU that has it mapped.
+    /// With page-table isolation a vCPU in user mode has little of the kernel: then the kernel's own root is tried.
     fn translate(&self, agent: &Agent, gva: u64, scope: Scope) -> Option<u64> {
         const USER_ROOT: u64 = 1 << 12;
         let slots: Vec<Slot> = self.slots.values().copied().collect();

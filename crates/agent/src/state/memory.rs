@@ -146,7 +146,8 @@ impl State {
             return result;
         }
         let stopped = agent.stop();
-        // What is ours goes out of the slot before the VMM changes it, and all cuts with it: the VMM may use their numbers.
+        // What is ours goes out of the slot before the VMM changes it, and all cuts with it: the VMM may use their
+        // numbers.
         let old = self.slots.get(&slot.id).copied();
         let _ = self.cut(agent, &BTreeMap::new());
         let slots: Vec<Slot> = self.slots.values().copied().collect();

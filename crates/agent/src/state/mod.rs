@@ -1,7 +1,8 @@
 //! What is hooked and how: the desired state, what was made of it, and the way from one to the other.
 //!
-//! Every change goes the same way: all vCPUs are brought out of the guest, INT3s, slots and the filter are made what they
-//! should be, and a new [`Table`] is published. So a vCPU never meets a hook of which its table does not know.
+//! Every change goes the same way: all vCPUs are brought out of the guest, INT3s, slots and the filter are made
+//! what they should be, and a new [`Table`] is published. So a vCPU never meets a hook of which its table does not
+//! know.
 
 mod means;
 mod memory;

@@ -13,8 +13,8 @@ const BREAKPOINT: u8 = 0xcc;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patch {
     pub(super) original: u8,
-    /// What stood around it, 8 bytes at the aligned address, with the original: where that changed, the page has become
-    /// something else, and nothing is put back.
+    /// What stood around it, 8 bytes at the aligned address, with the original: where that changed, the page has
+    /// become something else, and nothing is put back.
     around: u64,
 }
 

@@ -112,7 +112,8 @@ fn what_is_only_told_holds_nobody() {
     scene.finish();
 }
 
-/// Longer than any of it may take. What it does take is printed: it should be below 100 ms, on a machine that has time for it.
+/// Longer than any of it may take. What it does take is printed: it should be below 100 ms, on a machine that has
+/// time for it.
 const SLACK: Duration = Duration::from_secs(5);
 
 /// How long it takes until `done`.

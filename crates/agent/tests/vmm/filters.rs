@@ -13,7 +13,8 @@ fn left() -> Value {
     Register::Gpr(3).into()
 }
 
-/// Calls of the first half, and of those every eighth. How many were made before lies in the guest's memory, where RSI points.
+/// Calls of the first half, and of those every eighth. How many were made before lies in the guest's memory, where
+/// RSI points.
 fn every_eighth_of_the_first_half() -> Condition {
     let done = Value::from(Register::RSI).load(8);
     left().masked(7).is(0).and(done.is_below(500))

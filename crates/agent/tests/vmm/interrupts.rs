@@ -1,5 +1,5 @@
-//! Exceptions, where their handlers begin. Interrupts are no other to the hooks: what differs is what makes the processor begin
-//! a handler.
+//! Exceptions, where their handlers begin. Interrupts are no other to the hooks: what differs is what makes the
+//! processor begin a handler.
 
 use vmsight_hooks::{Condition, Field, Filter, HookKind, Value, Vectors};
 

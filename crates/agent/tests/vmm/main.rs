@@ -1,8 +1,8 @@
-//! A tiny VMM of our own: real KVM, with the agent preloaded. It is this test binary once more, told by a variable which
-//! guest to run; the test proper is the monitor.
+//! A tiny VMM of our own: real KVM, with the agent preloaded. It is this test binary once more, told by a variable
+//! which guest to run; the test proper is the monitor.
 //!
-//! Each guest is a few instructions of real-mode or flat 64-bit code with counts that are known beforehand, so that what
-//! was told can be compared with what happened.
+//! Each guest is a few instructions of real-mode or flat 64-bit code with counts that are known beforehand, so that
+//! what was told can be compared with what happened.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,8 +24,8 @@ use vmsight_hooks::{
     Access, Delivery, Detail, Exception, Expiry, Hook, HookKind, Overflow, Range, Register, Verdict,
 };
 
-/// The VMM, when this binary is started as one. First by its name: the harness runs tests in that order, and this one only
-/// where the variable is set.
+/// The VMM, when this binary is started as one. First by its name: the harness runs tests in that order, and this
+/// one only where the variable is set.
 #[test]
 fn a_vmm() {
     support::vmm_if_asked();

@@ -47,7 +47,8 @@ impl Link {
         stream
             .set_read_timeout(Some(PATIENCE))
             .map_err(|e| at(ChannelError::io("set up the connection")(e)))?;
-        // An agent that has too many monitors says so and closes at once: its answer is there although ours was not taken.
+        // An agent that has too many monitors says so and closes at once: its answer is there although ours was not
+        // taken.
         let said = write(&stream, &Request::Hello { version: VERSION }, MAX_REQUEST);
         let hello = match read(&stream, MAX_REPLY)
             .map_err(|e| said.err().unwrap_or(e))

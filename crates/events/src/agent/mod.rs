@@ -41,7 +41,8 @@ impl AgentBackend {
     /// Connects to the agent that listens at `socket`.
     ///
     /// # Errors
-    /// [`EventError::Busy`] where too many monitors are connected; others where nobody listens there, or somebody who may not.
+    /// [`EventError::Busy`] where too many monitors are connected; others where nobody listens there, or somebody
+    /// who may not.
     pub fn open(socket: &Path) -> Result<Self, EventError> {
         let (link, shared, hello) = Link::open(socket)?;
         let (capabilities, lacks) = match link.ask(&Request::Capabilities)? {

@@ -1,4 +1,5 @@
-//! The stub knows no filters: they are evaluated here, while the VM stands still, on the memory that the VM has at that moment.
+//! The stub knows no filters: they are evaluated here, while the VM stands still, on the memory that the VM has at
+//! that moment.
 
 use std::cell::RefCell;
 

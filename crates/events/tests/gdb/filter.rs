@@ -7,7 +7,8 @@ use crate::execute::{next, patient};
 use crate::guest::{CALLS, upper};
 use crate::machine::Machine;
 
-/// As in the agent's own test: of a thousand calls every eighth of the first half, by a register and a word in memory.
+/// As in the agent's own test: of a thousand calls every eighth of the first half, by a register and a word in
+/// memory.
 #[test]
 fn only_what_a_filter_lets_through_is_told() {
     let vm = Machine::start(1);

@@ -1,4 +1,5 @@
-//! Running a program on what happened: in the VMM, or in the monitor where a backend cannot do it there. It is the same code.
+//! Running a program on what happened: in the VMM, or in the monitor where a backend cannot do it there. It is the
+//! same code.
 
 use vmsight_arch::paging::{PagingMode, TableMemory, resolve};
 use vmsight_arch::{Gpa, Gva, Registers};
@@ -17,11 +18,13 @@ const LONGEST: usize = 256;
 
 /// Guest memory, as it is at the moment of the event.
 pub trait FilterMemory: TableMemory {
-    /// Reads physical memory that lies on one page; whether all of it is there. Aligned numbers should be read in one piece.
+    /// Reads physical memory that lies on one page; whether all of it is there. Aligned numbers should be read in
+    /// one piece.
     fn read_physical(&self, gpa: Gpa, out: &mut [u8]) -> bool;
 
-    /// Reads virtual memory of the vCPU of the event, and returns how many bytes came before the first that is not there. With
-    /// page-table isolation a vCPU in user mode has little of the kernel's half mapped: that is read by the kernel's own root.
+    /// Reads virtual memory of the vCPU of the event, and returns how many bytes came before the first that is not
+    /// there. With page-table isolation a vCPU in user mode has little of the kernel's half mapped: that is read by
+    /// the kernel's own root.
     fn read_virtual(&self, registers: &Registers, gva: Gva, out: &mut [u8]) -> usize {
         self.walk(registers, gva, out)
     }

@@ -26,9 +26,9 @@ pub enum Field {
     FsBase,
     /// The base of GS, whoever's it is at the moment.
     GsBase,
-    /// The base of the kernel's per-CPU data (Linux on x86-64): GS's in the kernel, in user mode what SWAPGS would bring in. Between
-    /// the kernel's first instruction and its SWAPGS that is the program's own base, which it may choose: hooks there are not for
-    /// filters by process.
+    /// The base of the kernel's per-CPU data (Linux on x86-64): GS's in the kernel, in user mode what SWAPGS would
+    /// bring in. Between the kernel's first instruction and its SWAPGS that is the program's own base, which it may
+    /// choose: hooks there are not for filters by process.
     PerCpu,
     /// The number of the vCPU.
     Vcpu,
@@ -129,7 +129,8 @@ impl Value {
         self.with(Arithmetic::And, mask)
     }
 
-    /// What lies there in guest memory: a number of 1, 2, 4 or 8 bytes. `a.plus(8).load(8).plus(16).load(4)` is a chain of pointers.
+    /// What lies there in guest memory: a number of 1, 2, 4 or 8 bytes. `a.plus(8).load(8).plus(16).load(4)` is a
+    /// chain of pointers.
     #[must_use]
     pub fn load(self, size: u8) -> Self {
         Self::Load {
@@ -196,8 +197,8 @@ impl From<Register> for Value {
     }
 }
 
-/// Whether an event is wanted. What depends on an unknown number is unknown itself, unless the rest decides (so "false and
-/// unknown" is false, and "not unknown" is unknown).
+/// Whether an event is wanted. What depends on an unknown number is unknown itself, unless the rest decides (so
+/// "false and unknown" is false, and "not unknown" is unknown).
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Condition {
     /// A comparison of two numbers.
@@ -215,8 +216,8 @@ pub enum Condition {
 }
 
 impl Condition {
-    /// Whether these page tables are in CR3, in either of the two roots that a process has with page-table isolation (see
-    /// [`crate::Scope::Dtb`]).
+    /// Whether these page tables are in CR3, in either of the two roots that a process has with page-table
+    /// isolation (see [`crate::Scope::Dtb`]).
     pub fn dtb(dtb: Dtb) -> Self {
         const ROOT: u64 = 0x000f_ffff_ffff_e000;
         Value::from(Field::Cr3).masked(ROOT).is(dtb.0 & ROOT)

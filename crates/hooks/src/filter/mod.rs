@@ -1,10 +1,11 @@
-//! Filters: which of a hook's events are wanted. They are evaluated where the event happens, in the VMM with an agent there, so
-//! that what nobody wants never leaves it.
+//! Filters: which of a hook's events are wanted. They are evaluated where the event happens, in the VMM with an
+//! agent there, so that what nobody wants never leaves it.
 //!
-//! A [`Condition`] is compiled into a [`Program`], and a program is verified whenever it is made or received: it goes forward
-//! only, its values are of the right kinds on every way through it, and its reads of the guest are counted. Neither side has to
-//! believe the other. Running one ([`Sieve`]) is bounded by its length and cannot fail; what it does not find in the guest is
-//! unknown, and **an event whose condition is unknown is told**: a guest that makes its memory unreadable hides nothing by it.
+//! A [`Condition`] is compiled into a [`Program`], and a program is verified whenever it is made or received: it
+//! goes forward only, its values are of the right kinds on every way through it, and its reads of the guest are
+//! counted. Neither side has to believe the other. Running one ([`Sieve`]) is bounded by its length and cannot
+//! fail; what it does not find in the guest is unknown, and **an event whose condition is unknown is told**: a
+//! guest that makes its memory unreadable hides nothing by it.
 
 mod compile;
 mod evaluate;

@@ -1,5 +1,6 @@
-//! A filter in the form in which it crosses into the VMM: instructions for a machine with a stack. It only ever goes forward, so it
-//! ends after as many instructions as it has; what it may read of the guest is counted before it runs.
+//! A filter in the form in which it crosses into the VMM: instructions for a machine with a stack. It only ever
+//! goes forward, so it ends after as many instructions as it has; what it may read of the guest is counted before
+//! it runs.
 
 use serde::{Deserialize, Serialize};
 

@@ -8,8 +8,8 @@ use crate::event::{Counts, Detail};
 use crate::hook::Access;
 use crate::verdict::Register;
 
-/// Four pages at physical 0; the page tables map virtual pages 0x10 to 0x12 to 1, 2 and 3, and nothing else: the kernel's root in
-/// both halves of the address space, the user's only in the lower one.
+/// Four pages at physical 0; the page tables map virtual pages 0x10 to 0x12 to 1, 2 and 3, and nothing else: the
+/// kernel's root in both halves of the address space, the user's only in the lower one.
 struct Memory(Vec<u8>);
 
 const TABLES: u64 = 0x10_0000;

@@ -70,8 +70,8 @@ impl Kernel {
     }
 }
 
-/// Where the pid of the process that runs on a CPU lies, as a chain of pointers: for a filter that is to find it without this kernel's
-/// types.
+/// Where the pid of the process that runs on a CPU lies, as a chain of pointers: for a filter that is to find it
+/// without this kernel's types.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PidChain {
     /// What is added to the GS base: the pointer to the `task_struct` is there.

@@ -12,8 +12,8 @@ pub(crate) use machine::{Machine, monitor_if_asked};
 pub(crate) use scene::Scene;
 pub(crate) use vmm::{SLOT, vmm_if_asked};
 
-/// Whether an INT3 in the guest comes out of it. QEMU's emulation of SVM does not intercept it, so under a KVM on an emulated
-/// processor the guest gets it itself.
+/// Whether an INT3 in the guest comes out of it. QEMU's emulation of SVM does not intercept it, so under a KVM on
+/// an emulated processor the guest gets it itself.
 pub(crate) fn has_int3() -> bool {
     let without = std::env::var_os("VMSIGHT_TEST_NO_INT3").is_some();
     if without {
