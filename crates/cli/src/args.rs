@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings, symbols,
-    trace, translate, types, write,
+    bench, check, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings,
+    symbols, trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -179,6 +179,8 @@ pub(crate) enum Command {
     Symbols(symbols::Cmd),
     /// Kernel types with their members' offsets
     Types(types::Cmd),
+    /// Check the integrity of a guest's kernel: tampering, hooks, what it hides
+    Check(check::Cmd),
     /// What can be hooked in a VM, and by which means
     Hooks(hooks::Cmd),
     /// What happens in a running guest, as it happens
@@ -198,6 +200,11 @@ pub(crate) enum Command {
 }
 
 impl Command {
+    /// Whether it has results in SARIF.
+    pub(crate) fn has_sarif(&self) -> bool {
+        matches!(self, Command::Check(c) if c.has_sarif())
+    }
+
     /// Whether it may be run again and again: it shows something and changes nothing.
     pub(crate) fn can_repeat(&self) -> bool {
         match self {

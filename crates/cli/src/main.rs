@@ -28,6 +28,10 @@ pub(crate) enum Outcome {
     Fine,
     /// What was asked for is not there.
     Nothing,
+    /// A check found something.
+    Found,
+    /// A check could not be made; what and why has been said.
+    Failed,
 }
 
 fn main() -> ExitCode {
@@ -35,7 +39,8 @@ fn main() -> ExitCode {
     log_to_stderr(cli.global.verbose, cli.global.quiet);
     match run(&cli) {
         Ok(Outcome::Fine) => ExitCode::SUCCESS,
-        Ok(Outcome::Nothing) => ExitCode::from(1),
+        Ok(Outcome::Nothing | Outcome::Found) => ExitCode::from(1),
+        Ok(Outcome::Failed) => ExitCode::from(2),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
@@ -45,6 +50,10 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<Outcome> {
+    anyhow::ensure!(
+        cli.global.output != output::Format::Sarif || cli.command.has_sarif(),
+        "-o sarif is for findings: vmsight check TARGET"
+    );
     let Some(seconds) = cli.global.watch else {
         return once(cli);
     };
@@ -95,6 +104,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Strings(c) => c.run(global),
         Command::Symbols(c) => c.run(global),
         Command::Types(c) => c.run(global),
+        Command::Check(c) => c.run(global),
         Command::Hooks(c) => c.run(global),
         Command::Trace(c) => c.run(global),
         Command::Guard(c) => c.run(global),

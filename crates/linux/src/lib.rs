@@ -20,7 +20,7 @@ pub mod mount;
 pub mod path;
 mod percpu;
 pub mod socket;
-pub(crate) mod structures;
+pub mod structures;
 pub mod syscall;
 pub mod task;
 pub mod text;

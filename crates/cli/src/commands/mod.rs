@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod beside;
+pub(crate) mod check;
 pub(crate) mod columns;
 pub(crate) mod debug;
 pub(crate) mod disas;

@@ -31,6 +31,8 @@ pub(crate) enum Format {
     Jsonl,
     /// Comma-separated values with a header line
     Csv,
+    /// Findings as SARIF 2.1.0
+    Sarif,
 }
 
 /// Whether colours are used.
@@ -88,6 +90,11 @@ impl Style {
         Ok(out)
     }
 
+    /// Where more of the same results goes.
+    pub(crate) fn out_again(&self) -> Out {
+        io::BufWriter::with_capacity(1 << 16, io::stdout().lock())
+    }
+
     /// Prints a sheet to standard output, its warnings to standard error.
     pub(crate) fn print<R: Record>(&self, sheet: &Sheet<R>) -> Result<()> {
         // What is wrong with the columns asked for is said before anything is printed.
@@ -139,6 +146,7 @@ impl Style {
                 out.write_all(b"\n")
             })?,
             Format::Csv => self.csv(sheet, out)?,
+            Format::Sarif => anyhow::bail!("a listing has no form in SARIF; this is a bug in vmsight"),
         }
         Ok(0)
     }

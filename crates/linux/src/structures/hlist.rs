@@ -7,21 +7,21 @@ use vmsight_memory::AddressSpace;
 use super::{End, Seen, Walk};
 
 /// The longest hash chain that is followed. The kernel's tables grow long before; a longer one is an attack or a mistake.
-pub(crate) const MAX_CHAIN: usize = 1 << 16;
+pub const MAX_CHAIN: usize = 1 << 16;
 
 /// The nodes of the chain whose `hlist_head` (one pointer, `first`) lies at `head`.
-pub(crate) fn walk(space: &AddressSpace, head: Gva) -> Walk {
+pub fn walk(space: &AddressSpace, head: Gva) -> Walk {
     chain(space, head, |value| value == 0)
 }
 
 /// The nodes of the chain whose `hlist_nulls_head` lies at `head`. The end mark's upper bits say which chain it belongs to and are
 /// not looked at: an element that moved between chains while we read leads to another end, not to a wrong element.
-pub(crate) fn walk_nulls(space: &AddressSpace, head: Gva) -> Walk {
+pub fn walk_nulls(space: &AddressSpace, head: Gva) -> Walk {
     chain(space, head, |value| value == 0 || value & 1 == 1)
 }
 
 /// A plain null-terminated chain whose first element is `first` and whose links lie `next_offset` bytes into each element.
-pub(crate) fn walk_next(space: &AddressSpace, first: Gva, next_offset: u64, limit: usize) -> Walk {
+pub fn walk_next(space: &AddressSpace, first: Gva, next_offset: u64, limit: usize) -> Walk {
     let mut out = Walk::new();
     let mut seen = Seen::default();
     let mut at = first;

@@ -7,19 +7,19 @@ use super::{End, Walk};
 
 /// The walk of one list.
 #[derive(Clone, Debug)]
-pub(crate) struct ListWalk {
+pub struct ListWalk {
     /// Addresses of the `list_head`s in the elements, the head's own left out, and how the walk ended.
-    pub(crate) walk: Walk,
+    pub walk: Walk,
     /// How many elements' `prev` did not name the element that led to them. In a list at rest there are none: either the list was
     /// changed while it was read, or its links were tampered with.
-    pub(crate) uneven: usize,
+    pub uneven: usize,
 }
 
 /// Follows `next` from `head` until it comes back to `head`. At most `limit` elements.
 ///
 /// A cycle that leaves the head out needs an element with two predecessors, and `prev` can name only one of them. So elements are
 /// remembered only from the first disagreement on: an honest list pays nothing for the detection.
-pub(crate) fn walk(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
+pub fn walk(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
     walk_links(head, limit, |at| links(space, at))
 }
 

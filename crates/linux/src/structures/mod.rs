@@ -2,23 +2,22 @@
 //!
 //! A walk never fails as a whole: it returns what it found before the trouble, and the trouble.
 
-#[allow(dead_code)] // the socket and mount listings walk hash chains
-pub(crate) mod hlist;
-pub(crate) mod list;
+pub mod hlist;
+pub mod list;
 pub(crate) mod maple;
 pub(crate) mod rbtree;
-pub(crate) mod xarray;
+pub mod xarray;
 
 use rustc_hash::FxHashSet;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
 /// No container of the kernel that is listed here holds more: PID_MAX_LIMIT on 64-bit is 4 Mi (include/linux/threads.h).
-pub(crate) const MAX_OBJECTS: usize = 4 << 20;
+pub const MAX_OBJECTS: usize = 4 << 20;
 
 /// How a walk came to its end.
 #[derive(Clone, Debug, Default)]
-pub(crate) enum End {
+pub enum End {
     /// At the container's own end.
     #[default]
     Complete,
@@ -50,7 +49,7 @@ pub(crate) enum End {
 
 impl End {
     /// The sentence for a listing's warnings, `None` where the walk was complete. `what` names the container: "task list".
-    pub(crate) fn warning(&self, what: &str) -> Option<String> {
+    pub fn warning(&self, what: &str) -> Option<String> {
         match self {
             End::Complete => None,
             End::Cycle { at } => Some(format!("{what}: cut, it comes back to {at} (a cycle)")),
@@ -63,18 +62,18 @@ impl End {
     }
 
     /// Whether nothing is missing.
-    pub(crate) fn is_complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         matches!(self, End::Complete)
     }
 }
 
 /// What a walk found.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Walk<T = Gva> {
+pub struct Walk<T = Gva> {
     /// The elements in the container's order.
-    pub(crate) items: Vec<T>,
+    pub items: Vec<T>,
     /// How it ended.
-    pub(crate) end: End,
+    pub end: End,
 }
 
 impl<T> Walk<T> {

@@ -26,22 +26,22 @@ layout! {
 
 /// One entry: its index and what is stored there (a pointer with its tag bits, or a value entry, whose lowest bit is set).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub struct Entry {
     /// The index.
-    pub(crate) index: u64,
+    pub index: u64,
     /// The raw entry.
-    pub(crate) value: u64,
+    pub value: u64,
 }
 
 impl Entry {
     /// The pointer stored, without the two tag bits. `None` for value entries.
-    pub(crate) fn pointer(&self) -> Option<Gva> {
+    pub fn pointer(&self) -> Option<Gva> {
         (self.value & 1 == 0).then_some(Gva(self.value & !3))
     }
 }
 
 /// The entries of the `struct idr` at `at`, by rising id.
-pub(crate) fn walk_idr(kernel: &Kernel, at: Gva) -> Result<Walk<Entry>, LinuxError> {
+pub fn walk_idr(kernel: &Kernel, at: Gva) -> Result<Walk<Entry>, LinuxError> {
     let layout: Arc<IdrLayout> = kernel.layout()?;
     let head = layout
         .head
@@ -66,7 +66,7 @@ fn node(entry: u64) -> Option<Gva> {
 }
 
 /// The entries below a head (`xa_head`'s value). At most `limit`.
-pub(crate) fn walk_head(kernel: &Kernel, head: u64, limit: usize) -> Result<Walk<Entry>, LinuxError> {
+pub fn walk_head(kernel: &Kernel, head: u64, limit: usize) -> Result<Walk<Entry>, LinuxError> {
     let mut out = Walk::<Entry>::new();
     if head == 0 {
         return Ok(out);

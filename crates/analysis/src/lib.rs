@@ -1,0 +1,27 @@
+//! What a guest hides: checks that hold what its kernel says against what it must be.
+//!
+//! A [`Check`] looks at one kind of thing through a [`Context`], the kernel with the owners of its addresses, and puts what
+//! is wrong into [`Findings`], with the evidence; what it could not look at it notes there. [`run`] runs several side by
+//! side, looks again at what was found in a guest that runs, and keeps what is still so.
+//!
+//! All that is read was written by whoever owns the guest: walks are bounded, and a broken object costs a note.
+
+#![forbid(unsafe_code)]
+
+mod check;
+pub mod checks;
+mod code;
+mod context;
+mod finding;
+mod findings;
+mod object;
+mod owner;
+mod run;
+
+pub use check::{Check, Technique};
+pub use context::Context;
+pub use finding::{Certainty, Evidence, Finding, Severity};
+pub use findings::Findings;
+pub use object::Object;
+pub use owner::Owner;
+pub use run::{Outcome, run};

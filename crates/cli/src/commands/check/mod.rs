@@ -1,0 +1,201 @@
+//! `vmsight check`: whether a guest's kernel is what it claims to be.
+
+mod sarif;
+
+use std::io::Write;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use serde_json::{Map, Value};
+use vmsight_analysis::{Check, Context, Finding, Outcome as Checked, checks, run};
+
+use crate::{
+    Outcome,
+    args::Global,
+    output::{Format, Progress, Sheet, escape, to_map},
+    session::Session,
+};
+
+/// Check the integrity of a guest's kernel: tampering, hooks, what it hides.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Exit codes: 0 clean; 1 findings; 2 error, also where a check could not be made.
+What could not be looked at is said on standard error, and in SARIF as a notification. In a running guest what is found
+is read anew twice, and what is not there each time is no finding.")]
+pub(crate) struct Cmd {
+    /// What to look into
+    #[arg(required_unless_present_any = ["list", "explain"])]
+    target: Option<String>,
+    /// The checks to make, by name [default: all]
+    #[arg(value_name = "CHECK")]
+    checks: Vec<String>,
+    /// List the checks with what they find and what they cannot see
+    #[arg(long, conflicts_with_all = ["target", "explain"])]
+    list: bool,
+    /// Say of one check what it compares, why, and what it cannot see
+    #[arg(long, value_name = "CHECK", conflicts_with = "target")]
+    explain: Option<String>,
+}
+
+const COLUMNS: &[&str] = &["severity", "check", "subject", "module", "explanation"];
+const KEYS: &[&str] = &[
+    "check",
+    "severity",
+    "subject",
+    "explanation",
+    "address",
+    "module",
+    "evidence",
+    "certainty",
+];
+const LIST_KEYS: &[&str] = &["name", "summary", "techniques", "compares", "why", "blind_spots"];
+const LIST_COLUMNS: &[&str] = &["name", "techniques", "summary", "blind_spots"];
+
+impl Cmd {
+    /// Whether it prints SARIF where that is asked for.
+    pub(crate) fn has_sarif(&self) -> bool {
+        !self.list && self.explain.is_none()
+    }
+
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        if let Some(name) = &self.explain {
+            return explain(global, one(name)?);
+        }
+        let Some(target) = self.target.as_deref().filter(|_| !self.list) else {
+            return list(global);
+        };
+        let wanted: Vec<&Check> = match self.checks.is_empty() {
+            true => checks::ALL.to_vec(),
+            false => self.checks.iter().map(|name| one(name)).collect::<Result<_>>()?,
+        };
+        let session = Session::open(global, target)?;
+        let registers = session.registers(None).map_err(|e| e.to_string());
+        let mut context = Context::new(session.kernel()?.clone()).with_registers(registers);
+        if global.pause {
+            context = context.paused();
+        }
+        let progress = Progress::spinner(global.quiet, "checking");
+        let outcomes = run(&context, &wanted, &|_| {});
+        drop(progress);
+        self.show(&session, &wanted, &outcomes)?;
+        Ok(verdict(&outcomes))
+    }
+
+    fn show(&self, session: &Session, wanted: &[&Check], outcomes: &[Checked]) -> Result<()> {
+        let style = session.style();
+        let notes = || {
+            outcomes
+                .iter()
+                .flat_map(|o| o.notes.iter().map(move |note| format!("{}: {note}", o.check)))
+        };
+        if style.format == Format::Sarif {
+            let mut out = style.out()?;
+            sarif::write(&mut out, session.name(), wanted, outcomes)?;
+            out.flush()?;
+            drop(out);
+            notes().for_each(|note| style.warn(&note));
+            return session.finish(false);
+        }
+        let found: Vec<&Finding> = outcomes.iter().flat_map(|o| &o.findings).collect();
+        let for_people = style.format == Format::Table && style.columns.is_none();
+        if !(for_people && found.is_empty()) {
+            let sheet = Sheet {
+                rows: found.iter().map(to_map).collect::<Result<_>>()?,
+                ..Sheet::with_keys(KEYS, COLUMNS)
+            };
+            session.print(&sheet)?;
+        }
+        if for_people {
+            let mut out = style.out_again();
+            found.iter().try_for_each(|finding| details(&mut out, finding))?;
+            out.flush()?;
+        }
+        notes().for_each(|note| style.warn(&note));
+        if for_people {
+            let looked: u64 = outcomes.iter().map(|o| o.looked_at).sum();
+            style.note(&format!(
+                "{} checks looked at {looked} things; {} findings",
+                outcomes.len(),
+                found.len()
+            ));
+        }
+        session.finish(false)
+    }
+}
+
+/// Clean only where every check could be made.
+fn verdict(outcomes: &[Checked]) -> Outcome {
+    if outcomes.iter().any(|o| !o.findings.is_empty()) {
+        Outcome::Found
+    } else if outcomes.iter().any(|o| o.failed) {
+        Outcome::Failed
+    } else {
+        Outcome::Fine
+    }
+}
+
+/// What shows a finding, below the table.
+fn details(out: &mut dyn Write, finding: &Finding) -> std::io::Result<()> {
+    write!(out, "\n{}: {}", finding.check, escape(&finding.subject))?;
+    if let Some(at) = finding.address {
+        write!(out, " at {at}")?;
+    }
+    writeln!(out, " ({})", finding.certainty)?;
+    for evidence in &finding.evidence {
+        writeln!(out, "  {}", escape(&evidence.to_string()))?;
+    }
+    Ok(())
+}
+
+fn one(name: &str) -> Result<&'static Check> {
+    match checks::named(name) {
+        Some(check) => Ok(check),
+        None => {
+            let names: Vec<&str> = checks::ALL.iter().map(|c| c.name).collect();
+            bail!("there is no check {name:?}; there are: {}", names.join(", "))
+        }
+    }
+}
+
+fn techniques(check: &Check) -> Vec<String> {
+    let one = |t: &vmsight_analysis::Technique| format!("{} {}", t.id, t.name);
+    check.techniques.iter().map(one).collect()
+}
+
+fn list(global: &Global) -> Result<Outcome> {
+    let row = |check: &&Check| {
+        let ids: Vec<&str> = check.techniques.iter().map(|t| t.id).collect();
+        let mut row = Map::new();
+        row.insert("name".into(), check.name.into());
+        row.insert("summary".into(), check.summary.into());
+        row.insert("techniques".into(), ids.into());
+        row.insert("compares".into(), check.compares.into());
+        row.insert("why".into(), check.why.into());
+        row.insert("blind_spots".into(), check.blind_spots.to_vec().into());
+        row
+    };
+    let sheet: Sheet<Map<String, Value>> = Sheet {
+        rows: checks::ALL.iter().map(row).collect(),
+        ..Sheet::with_keys(LIST_KEYS, LIST_COLUMNS)
+    };
+    global.style().print(&sheet)?;
+    Ok(Outcome::Fine)
+}
+
+fn explain(global: &Global, check: &Check) -> Result<Outcome> {
+    let mut out = global.style().out()?;
+    writeln!(out, "{}: {}\n", check.name, check.summary)?;
+    writeln!(out, "Compares: {}\n", check.compares)?;
+    writeln!(out, "Why: {}\n", check.why)?;
+    writeln!(
+        out,
+        "Techniques (MITRE ATT&CK): {}\n",
+        techniques(check).join(", ")
+    )?;
+    writeln!(out, "Cannot see:")?;
+    for spot in check.blind_spots {
+        writeln!(out, "  - {spot}")?;
+    }
+    out.flush()?;
+    Ok(Outcome::Fine)
+}
