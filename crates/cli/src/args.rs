@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, regs, shell, strings,
-    symbols, trace, translate, types, write,
+    bench, check, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, recover, regs, shell,
+    strings, symbols, trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -181,6 +181,8 @@ pub(crate) enum Command {
     Types(types::Cmd),
     /// Check the integrity of a guest's kernel: tampering, hooks, what it hides
     Check(check::Cmd),
+    /// Get back what is in a guest's memory: files, and what people and programs left behind
+    Recover(recover::Cmd),
     /// What can be hooked in a VM, and by which means
     Hooks(hooks::Cmd),
     /// What happens in a running guest, as it happens
@@ -217,6 +219,7 @@ impl Command {
             | Command::Completions(_)
             | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),
+            Command::Recover(c) => c.can_repeat(),
             _ => true,
         }
     }

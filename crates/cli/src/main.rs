@@ -105,6 +105,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Symbols(c) => c.run(global),
         Command::Types(c) => c.run(global),
         Command::Check(c) => c.run(global),
+        Command::Recover(c) => c.run(global),
         Command::Hooks(c) => c.run(global),
         Command::Trace(c) => c.run(global),
         Command::Guard(c) => c.run(global),

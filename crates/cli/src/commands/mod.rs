@@ -14,6 +14,7 @@ pub(crate) mod launch;
 pub(crate) mod list;
 pub(crate) mod listing;
 pub(crate) mod raw;
+pub(crate) mod recover;
 pub(crate) mod regs;
 pub(crate) mod shell;
 pub(crate) mod stream;

@@ -13,5 +13,6 @@ mod kvm;
 mod lies;
 mod listings;
 mod memory;
+mod recover;
 mod support;
 mod trouble;

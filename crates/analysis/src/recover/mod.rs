@@ -1,0 +1,7 @@
+//! What can be got back out of a guest's memory: files, and what people and programs left behind.
+//!
+//! Unlike a check, a recovery has rows of its own kind. What is in them was written by the guest: texts are as the guest
+//! wrote them, and whoever prints them escapes them.
+
+pub mod files;
+mod member;

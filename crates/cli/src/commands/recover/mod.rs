@@ -1,0 +1,36 @@
+//! `vmsight recover`: what can be got back out of a guest's memory.
+
+mod files;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+use crate::{Outcome, args::Global};
+
+/// Get back what is in a guest's memory: files, and what people and programs left behind.
+#[derive(Args, Debug)]
+pub(crate) struct Cmd {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Files in the page cache, deleted ones too: list them, write them out
+    Files(files::Cmd),
+}
+
+impl Cmd {
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        match &self.what {
+            What::Files(c) => c.run(global),
+        }
+    }
+
+    /// Whether it shows something and writes nothing.
+    pub(crate) fn can_repeat(&self) -> bool {
+        match &self.what {
+            What::Files(c) => !c.writes(),
+        }
+    }
+}

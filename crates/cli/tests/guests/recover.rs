@@ -1,0 +1,40 @@
+//! `vmsight recover`: the listings' keys, what is written where, and how it ends.
+
+use std::fs;
+
+use crate::support::{ends_with, prepared, rows, text, utf8, vmsight};
+
+#[test]
+fn files_are_listed_shown_as_a_tree_and_written_to_a_new_folder() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let files = rows(&["recover", "files", t]);
+    let plain = files
+        .iter()
+        .find(|row| row["path"] == "/srv/data/plain.txt")
+        .unwrap();
+    assert_eq!((&plain["size"], &plain["cached"]), (&17.into(), &17.into()));
+    assert!(plain.values().filter(|v| v.is_null()).count() <= 1, "{plain:?}"); // it is no link
+    let deleted = rows(&["recover", "files", t, "--deleted", "--under", "/tmp"]);
+    assert!(deleted.iter().any(|row| row["path"] == "/tmp/deleted secret.bin"));
+    assert!(deleted.iter().all(|row| row["deleted"] == true));
+    let tree = vmsight(&["recover", "files", t, "--tree", "--under", "/srv/data/upper"]);
+    let tree = text(&tree.stdout);
+    assert!(tree.contains("  /srv/data/upper/\n"), "{tree}");
+    assert!(tree.contains("      changed.txt\n"), "{tree}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let into = folder.path().join("new");
+    let into = utf8(&into);
+    let write = ["recover", "files", t, "--into", into, "--extract"];
+    let missing = ends_with(1, &[&write[..], &["/not/there"]].concat());
+    assert!(missing.contains("/not/there"), "{missing}");
+    let written = rows(&[&write[..], &["/srv/data/plain.txt"]].concat());
+    let output = folder
+        .path()
+        .join("new")
+        .join(written[0]["output"].as_str().unwrap());
+    assert_eq!(fs::read(output).unwrap(), b"0123456789abcdef\n");
+    let again = ends_with(2, &[&write[..], &["/srv/data/plain.txt"]].concat());
+    assert!(again.contains("not empty"), "{again}");
+}
