@@ -4,4 +4,6 @@
 //! wrote them, and whoever prints them escapes them.
 
 pub mod files;
+mod heap;
+pub mod history;
 mod member;

@@ -3,5 +3,6 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod files;
+mod history;
 mod hostile;
 mod support;

@@ -1,6 +1,7 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
 mod files;
+mod history;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -18,12 +19,15 @@ pub(crate) struct Cmd {
 enum What {
     /// Files in the page cache, deleted ones too: list them, write them out
     Files(files::Cmd),
+    /// What was typed into shells, with times
+    History(history::Cmd),
 }
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         match &self.what {
             What::Files(c) => c.run(global),
+            What::History(c) => c.run(global),
         }
     }
 
@@ -31,6 +35,7 @@ impl Cmd {
     pub(crate) fn can_repeat(&self) -> bool {
         match &self.what {
             What::Files(c) => !c.writes(),
+            What::History(_) => true,
         }
     }
 }
