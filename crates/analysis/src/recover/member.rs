@@ -81,6 +81,22 @@ impl Member {
         Ok(self.field.extract(u64::from_le_bytes(bytes)))
     }
 
+    /// The integer in a structure whose bytes were read, without sign. `None` where they end before it.
+    pub(crate) fn of(&self, object: &[u8]) -> Option<u64> {
+        let offset = usize::try_from(self.field.offset).ok()?;
+        let size = usize::try_from(self.field.size).ok()?.min(8);
+        let mut bytes = [0; 8];
+        let from = object.get(offset..offset.checked_add(size)?)?;
+        bytes.get_mut(..size)?.copy_from_slice(from);
+        Some(self.field.extract(u64::from_le_bytes(bytes)))
+    }
+
+    /// The bytes of the member in a structure whose bytes were read.
+    pub(crate) fn bytes<'o>(&self, object: &'o [u8]) -> Option<&'o [u8]> {
+        let offset = usize::try_from(self.field.offset).ok()?;
+        object.get(offset..offset.checked_add(usize::try_from(self.field.size).ok()?)?)
+    }
+
     /// The pointer in the structure at `base`.
     pub(crate) fn pointer(&self, space: &AddressSpace, base: Gva) -> Result<Gva, ReadError> {
         self.number(space, base).map(Gva)

@@ -4,6 +4,9 @@
 //! wrote them, and whoever prints them escapes them.
 
 pub mod files;
+mod frames;
 mod heap;
 pub mod history;
 mod member;
+pub mod processes;
+mod slab;

@@ -1,77 +1,45 @@
 //! A guest that lies about its files: nothing is written outside the folder, nothing runs for ever.
 
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use vmsight_analysis::recover::files::{Extracted, extract, list};
 use vmsight_arch::Gva;
-use vmsight_linux::Kernel;
-use vmsight_memory::dump;
 
-use crate::support::{Subject, attach, subject};
+use crate::support::{Forgery, subject};
 
-/// A copy of the dump that is written to.
-struct Forgery {
-    path: PathBuf,
-    kernel: Kernel,
-    file: fs::File,
-    _folder: tempfile::TempDir,
-}
+/// Files that were tampered with.
+struct Files(Forgery);
 
-impl Forgery {
-    fn of(subject: &Subject) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("forged");
-        fs::copy(&subject.dump, &path).unwrap();
-        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
-        Self {
-            file: OpenOptions::new().write(true).open(&path).unwrap(),
-            path,
-            kernel: subject.dumped(),
-            _folder: folder,
-        }
-    }
-
-    fn put(&self, at: Gva, bytes: &[u8]) {
-        let gpa = self.kernel.space().translate(at).unwrap().gpa;
-        self.file.write_all_at(bytes, gpa.0).unwrap();
-    }
-
-    fn member(&self, structure: &str, path: &str, at: Gva) -> Gva {
-        at.wrapping_add(self.kernel.offset(structure, path).unwrap())
-    }
-
-    fn pointer(&self, at: Gva) -> Gva {
-        Gva(self.kernel.space().read_u64(at).unwrap())
-    }
-
+impl Files {
     fn inode(&self, path: &str) -> Gva {
-        let rows = list(&self.kernel).unwrap().rows;
+        let rows = list(&self.0.kernel).unwrap().rows;
         rows.iter().find(|row| row.is_called(path)).unwrap().address
     }
 
     /// Gives a file another name.
     fn rename(&self, path: &str, name: &[u8]) {
-        let alias = self.pointer(self.member("inode", "i_dentry.first", self.inode(path)));
-        let dentry = alias.wrapping_sub(self.kernel.offset("dentry", "d_u.d_alias").unwrap());
-        let text = self.pointer(self.member("dentry", "d_name.name", dentry));
-        self.put(text, name);
-        self.put(
-            self.member("dentry", "d_name.len", dentry),
+        let alias = self
+            .0
+            .pointer(self.0.member("inode", "i_dentry.first", self.inode(path)));
+        let dentry = alias.wrapping_sub(self.0.kernel.offset("dentry", "d_u.d_alias").unwrap());
+        let text = self.0.pointer(self.0.member("dentry", "d_name.name", dentry));
+        self.0.put(text, name);
+        self.0.put(
+            self.0.member("dentry", "d_name.len", dentry),
             &u32::try_from(name.len()).unwrap().to_le_bytes(),
         );
     }
 
     fn resize(&self, path: &str, size: u64) {
-        self.put(
-            self.member("inode", "i_size", self.inode(path)),
+        self.0.put(
+            self.0.member("inode", "i_size", self.inode(path)),
             &size.to_le_bytes(),
         );
     }
 
     fn extracted(&self, into: &Path) -> (Vec<Extracted>, Vec<String>) {
-        let kernel = attach(dump::open(&self.path, None).unwrap().memory);
+        let kernel = self.0.forged();
         let listing = list(&kernel).unwrap();
         let mut out = Vec::new();
         extract(&kernel, &listing.rows, into, |file| out.push(file.clone())).unwrap();
@@ -92,7 +60,7 @@ fn everything_below(folder: &Path, out: &mut Vec<PathBuf>) {
 #[test]
 fn names_lead_nowhere_and_sizes_fill_no_disk() {
     let subject = subject();
-    let forged = Forgery::of(&subject);
+    let forged = Files(Forgery::of(&subject));
     forged.rename("/srv/data/plain.txt", b"../../../../escaped");
     forged.rename("/etc/passwd", b"..");
     forged.rename("/etc/hostname", b"/absolute");
@@ -138,20 +106,24 @@ fn names_lead_nowhere_and_sizes_fill_no_disk() {
 #[test]
 fn lists_and_trees_that_lie_cost_a_row_or_a_warning() {
     let subject = subject();
-    let forged = Forgery::of(&subject);
-    let list_of = |path: &str| forged.member("inode", "i_sb_list", forged.inode(path));
+    let forged = Files(Forgery::of(&subject));
+    let list_of = |path: &str| forged.0.member("inode", "i_sb_list", forged.inode(path));
     // A list of inodes that never comes back to its head.
     let looped = list_of("/mnt/disk/on-disk.txt");
-    forged.put(looped, &looped.0.to_le_bytes());
+    forged.0.put(looped, &looped.0.to_le_bytes());
     // A file whose tree of pages is its own inode, and one that claims another file's pages.
     let head = |path: &str| {
-        let mapping = forged.pointer(forged.member("inode", "i_mapping", forged.inode(path)));
-        forged.member("address_space", "i_pages.xa_head", mapping)
+        let mapping = forged
+            .0
+            .pointer(forged.0.member("inode", "i_mapping", forged.inode(path)));
+        forged.0.member("address_space", "i_pages.xa_head", mapping)
     };
     let inode = forged.inode("/srv/data/mapped.bin");
-    forged.put(head("/srv/data/mapped.bin"), &(inode.0 | 2).to_le_bytes());
-    let stolen = forged.pointer(head("/etc/passwd"));
-    forged.put(head("/srv/data/plain.txt"), &stolen.0.to_le_bytes());
+    forged
+        .0
+        .put(head("/srv/data/mapped.bin"), &(inode.0 | 2).to_le_bytes());
+    let stolen = forged.0.pointer(head("/etc/passwd"));
+    forged.0.put(head("/srv/data/plain.txt"), &stolen.0.to_le_bytes());
     let folder = tempfile::tempdir().unwrap();
     let (files, warnings) = forged.extracted(folder.path());
     assert!(

@@ -5,4 +5,5 @@
 mod files;
 mod history;
 mod hostile;
+mod processes;
 mod support;

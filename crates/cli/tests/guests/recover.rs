@@ -38,3 +38,29 @@ fn files_are_listed_shown_as_a_tree_and_written_to_a_new_folder() {
     let again = ends_with(2, &[&write[..], &["/srv/data/plain.txt"]].concat());
     assert!(again.contains("not empty"), "{again}");
 }
+
+#[test]
+fn what_was_typed_and_who_has_ended() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let typed = rows(&["recover", "history", t]);
+    let token = typed
+        .iter()
+        .find(|row| row["command"] == "export TOKEN=s3cr3t-t0ken")
+        .unwrap();
+    assert_eq!((&token["name"], &token["number"]), (&"bash".into(), &3.into()));
+    assert!(token["time"].is_string() && token["address"].is_string());
+    let init = vmsight(&["recover", "history", t, "--pid", "1"]);
+    assert_eq!(init.status.code(), Some(1));
+    let ended = rows(&["recover", "processes", t, "--no-threads"]);
+    let last = ended.iter().find(|row| row["name"] == "collector").unwrap();
+    assert_eq!(
+        (&last["state"], &last["certainty"]),
+        (&"ended".into(), &"certain".into())
+    );
+    assert!(
+        last["task"].is_string() && last["start_time"].is_string(),
+        "{last:?}"
+    );
+    assert!(ended.iter().all(|row| row["pid"] == row["tgid"]));
+}

@@ -12,8 +12,9 @@ use vmsight_arch::{Gpa, Gva};
 use vmsight_linux::{Kernel, LinuxError, Problem};
 
 use super::name;
-use super::page_cache::{PAGE, PageCache, Pages, Stretch};
+use super::page_cache::{PageCache, Pages, Stretch};
 use super::{CachedFile, inode};
+use crate::recover::frames::PAGE;
 
 /// Longer files are made as long as their last byte in memory demands: ext4 ends at 16 TiB.
 const MAX_LENGTH: u64 = 1 << 44;

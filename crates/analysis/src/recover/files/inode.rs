@@ -11,8 +11,9 @@ use vmsight_memory::ReadError;
 use super::CachedFile;
 use super::mounts;
 use super::overlay::Overlay;
-use super::page_cache::{PAGE, PageCache, Pages};
+use super::page_cache::{PageCache, Pages};
 use super::superblock::SuperBlock;
+use crate::recover::frames::PAGE;
 use crate::recover::member::{Member, Structure};
 
 /// Names of one file that are shown.

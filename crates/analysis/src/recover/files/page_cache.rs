@@ -5,23 +5,15 @@ use vmsight_linux::structures::{End, xarray};
 use vmsight_linux::{Kernel, LinuxError};
 use vmsight_memory::ReadError;
 
+use crate::recover::frames::{Frames, PAGE};
 use crate::recover::member::{Member, Structure};
 
-/// The unit of the page cache.
-pub(crate) const PAGE: u64 = 4096;
 /// The largest folio is a huge page of 1 GiB.
 const MAX_FOLIO: u64 = 1 << 18;
-/// `VMEMMAP_START` of x86-64 where KASLR does not move it: with four and with five levels of tables
-/// (arch/x86/include/asm/pgtable_64_types.h).
-const VMEMMAP_4: u64 = 0xffff_ea00_0000_0000;
-const VMEMMAP_5: u64 = 0xffd4_0000_0000_0000;
-
 /// What is needed to follow a file to its pages.
 pub(super) struct PageCache<'k> {
     kernel: &'k Kernel,
-    /// Where the array of all `struct page`s begins.
-    vmemmap: Gva,
-    page_size: u64,
+    frames: Frames,
     xa_head: Member,
     flags: Member,
     mapping: Member,
@@ -60,19 +52,8 @@ pub(super) struct Pages {
 
 impl<'k> PageCache<'k> {
     pub(super) fn new(kernel: &'k Kernel) -> Result<Self, LinuxError> {
-        let page = Structure::of(kernel, "page")?;
         // The head of a large folio is one since 5.16; its members lie where the page's do.
         let head = Structure::of(kernel, "folio").or_else(|_| Structure::of(kernel, "page"))?;
-        let five = kernel.image().mode.levels() > 4;
-        let vmemmap = match kernel.find_symbol(&["vmemmap_base"]) {
-            Some(at) => kernel.space().read_u64(at).map_err(|source| LinuxError::Read {
-                what: "vmemmap_base".to_owned(),
-                at,
-                source,
-            })?,
-            None if five => VMEMMAP_5,
-            None => VMEMMAP_4,
-        };
         let flag = |name: &str| {
             let types = kernel.types();
             let bit = types
@@ -83,8 +64,7 @@ impl<'k> PageCache<'k> {
         };
         Ok(Self {
             kernel,
-            vmemmap: Gva(vmemmap),
-            page_size: page.size().max(1),
+            frames: Frames::new(kernel)?,
             xa_head: Structure::of(kernel, "address_space")?.member("i_pages.xa_head")?,
             flags: head.member("flags.f|flags")?,
             mapping: head.member("mapping")?,
@@ -92,15 +72,6 @@ impl<'k> PageCache<'k> {
             uptodate: flag("PG_uptodate"),
             dirty: flag("PG_dirty"),
         })
-    }
-
-    /// The page frame of a `struct page`.
-    fn frame(&self, page: Gva) -> Option<Gpa> {
-        let offset = page.0.checked_sub(self.vmemmap.0)?;
-        if offset % self.page_size != 0 {
-            return None;
-        }
-        (offset / self.page_size).checked_mul(PAGE).map(Gpa)
     }
 
     /// The pages of the `address_space` at `mapping`; at most `limit` entries are looked at.
@@ -147,7 +118,7 @@ impl<'k> PageCache<'k> {
         if self.uptodate.is_some_and(|bit| flags & bit == 0) {
             return Ok(None);
         }
-        let gpa = self.frame(page).ok_or(Astray)?;
+        let gpa = self.frames.frame(page).ok_or(Astray)?;
         let gpa = gpa.0.checked_add(within * PAGE).map(Gpa).ok_or(Astray)?;
         Ok(Some(Stretch {
             index,
@@ -162,7 +133,7 @@ impl<'k> PageCache<'k> {
     /// The flags of the `struct page`, if it says that it belongs to this mapping.
     fn own(&self, mapping: Gva, page: Gva) -> Result<Option<u64>, ReadError> {
         let space = self.kernel.space();
-        if self.frame(page).is_none() || self.mapping.pointer(space, page)? != mapping {
+        if self.frames.frame(page).is_none() || self.mapping.pointer(space, page)? != mapping {
             return Ok(None);
         }
         self.flags.number(space, page).map(Some)

@@ -2,6 +2,7 @@
 
 mod files;
 mod history;
+mod processes;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -21,6 +22,8 @@ enum What {
     Files(files::Cmd),
     /// What was typed into shells, with times
     History(history::Cmd),
+    /// Processes and threads that have ended, as far as their remains were not used again
+    Processes(processes::Cmd),
 }
 
 impl Cmd {
@@ -28,6 +31,7 @@ impl Cmd {
         match &self.what {
             What::Files(c) => c.run(global),
             What::History(c) => c.run(global),
+            What::Processes(c) => c.run(global),
         }
     }
 
@@ -35,7 +39,7 @@ impl Cmd {
     pub(crate) fn can_repeat(&self) -> bool {
         match &self.what {
             What::Files(c) => !c.writes(),
-            What::History(_) => true,
+            What::History(_) | What::Processes(_) => true,
         }
     }
 }
