@@ -9,4 +9,6 @@ mod heap;
 pub mod history;
 mod member;
 pub mod processes;
+pub mod screen;
 mod slab;
+pub mod tty;

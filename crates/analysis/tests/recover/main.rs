@@ -6,4 +6,6 @@ mod files;
 mod history;
 mod hostile;
 mod processes;
+mod screen;
 mod support;
+mod tty;

@@ -64,3 +64,31 @@ fn what_was_typed_and_who_has_ended() {
     );
     assert!(ended.iter().all(|row| row["pid"] == row["tgid"]));
 }
+
+#[test]
+fn terminals_and_consoles() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let waiting = rows(&["recover", "tty", t, "--waiting", "--tty", "pts/1"]);
+    let typed = waiting.iter().find(|row| row["buffer"] == "line").unwrap();
+    assert_eq!(typed["text"], "typed and never read\nnot yet \u{1b}[31mcomplete");
+    assert!(typed["address"].is_string() && typed["pids"].is_array());
+    let table = text(&vmsight(&["recover", "tty", t, "--waiting", "--tty", "pts/1"]).stdout);
+    assert!(
+        table.contains("never read") && !table.contains('\u{1b}'),
+        "{table}"
+    );
+    let none = vmsight(&["recover", "tty", t, "--tty", "pts/999"]);
+    assert_eq!(none.status.code(), Some(1));
+
+    let screen = vmsight(&["recover", "screen", t, "--tty", "tty2"]);
+    assert_eq!(
+        text(&screen.stdout),
+        "== tty2: 80x25\non the second console\n\n  and red, further down\n"
+    );
+    let second = &rows(&["recover", "screen", t, "--tty", "tty2"])[0];
+    assert_eq!(
+        (&second["foreground"], &second["cursor"]),
+        (&false.into(), &vec![0, 3].into())
+    );
+}

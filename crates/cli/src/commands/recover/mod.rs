@@ -3,6 +3,8 @@
 mod files;
 mod history;
 mod processes;
+mod screen;
+mod tty;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -24,6 +26,10 @@ enum What {
     History(history::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
+    /// What is on the virtual consoles, shown or not, as text
+    Screen(screen::Cmd),
+    /// What was typed at terminals and written to them, as far as it still is in their buffers
+    Tty(tty::Cmd),
 }
 
 impl Cmd {
@@ -32,6 +38,8 @@ impl Cmd {
             What::Files(c) => c.run(global),
             What::History(c) => c.run(global),
             What::Processes(c) => c.run(global),
+            What::Screen(c) => c.run(global),
+            What::Tty(c) => c.run(global),
         }
     }
 
@@ -39,7 +47,7 @@ impl Cmd {
     pub(crate) fn can_repeat(&self) -> bool {
         match &self.what {
             What::Files(c) => !c.writes(),
-            What::History(_) | What::Processes(_) => true,
+            What::History(_) | What::Processes(_) | What::Screen(_) | What::Tty(_) => true,
         }
     }
 }
