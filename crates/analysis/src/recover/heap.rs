@@ -4,10 +4,14 @@ use vmsight_arch::Gva;
 use vmsight_linux::{Kernel, LinuxError, Mapping};
 use vmsight_memory::AddressSpace;
 
+use super::frames::PAGE;
+
 /// Larger mappings are nobody's heap of small things.
 const MAX_MAPPING: u64 = 64 << 20;
 /// Bytes of one process that are copied.
 const MAX_TOTAL: u64 = 256 << 20;
+/// What a page that is not there costs of what may be looked at, in bytes: finding that out is quick.
+const ABSENT_PAGE: u64 = 64;
 
 /// Private writable memory of a process, without what is not there.
 #[derive(Debug, Default)]
@@ -21,8 +25,14 @@ pub(crate) struct Heap {
 }
 
 impl Heap {
-    /// The heap and the anonymous mappings of the process `pid`. `None` where it has no memory.
-    pub(crate) fn read(kernel: &Kernel, pid: i32, maps: &[Mapping]) -> Result<Option<Self>, LinuxError> {
+    /// The heap and the anonymous mappings of the process `pid`. `None` where it has no memory. `allowed` is how many bytes may still be
+    /// looked at, of all processes: those of a guest that lies may all have the same ones.
+    pub(crate) fn read(
+        kernel: &Kernel,
+        pid: i32,
+        maps: &[Mapping],
+        allowed: &mut u64,
+    ) -> Result<Option<Self>, LinuxError> {
         let Some(space) = kernel.process_space(pid)? else {
             return Ok(None);
         };
@@ -30,12 +40,16 @@ impl Heap {
         let mut left = MAX_TOTAL.min(kernel.memory().size());
         for map in maps.iter().filter(|map| is_heap(map)) {
             let size = map.end.0.saturating_sub(map.start.0);
-            if size > MAX_MAPPING || size > left {
+            if size > MAX_MAPPING || size > left || *allowed == 0 {
                 heap.left_out = heap.left_out.saturating_add(size);
                 continue;
             }
             left -= size;
+            let absent = heap.absent;
             heap.add(&space, map.start, size);
+            let absent = heap.absent - absent;
+            let cost = size.saturating_sub(absent) + absent / PAGE * ABSENT_PAGE;
+            *allowed = allowed.saturating_sub(cost);
         }
         heap.parts.sort_by_key(|(start, _)| start.0);
         Ok(Some(heap))

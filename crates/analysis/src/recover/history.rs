@@ -21,6 +21,8 @@ const MAX_ENTRIES: usize = 1 << 17;
 const MAX_ROWS: usize = 1 << 20;
 /// Bytes of lines in all.
 const MAX_BYTES: usize = 256 << 20;
+/// No more of processes is looked at than so many times the guest's memory.
+const MAX_COPIES: u64 = 4;
 /// The longest line that is believed.
 const MAX_LINE: usize = 64 << 10;
 /// Times that are believed: from 1990 to 2100.
@@ -54,13 +56,14 @@ pub fn history(kernel: &Kernel, pid: Option<i32>) -> Result<Listing<HistoryEntry
     let processes = kernel.all_maps()?;
     let mut out = Listing::new(Vec::new(), processes.warnings);
     let mut bytes = MAX_BYTES;
+    let mut allowed = kernel.memory().size().saturating_mul(MAX_COPIES);
     let mut there = false;
     for process in processes.rows {
         if pid.is_some_and(|pid| pid != process.pid) {
             continue;
         }
         there = true;
-        let heap = match Heap::read(kernel, process.pid, &process.maps.rows) {
+        let heap = match Heap::read(kernel, process.pid, &process.maps.rows, &mut allowed) {
             Ok(Some(heap)) => heap,
             Ok(None) => continue,
             Err(error) => {
@@ -91,6 +94,9 @@ pub fn history(kernel: &Kernel, pid: Option<i32>) -> Result<Listing<HistoryEntry
                 problems: Vec::new(),
             });
         }
+    }
+    if allowed == 0 {
+        out.warn("history: cut, the processes have more memory than the guest can have");
     }
     match pid {
         Some(pid) if !there => Err(LinuxError::NotFound(format!(

@@ -116,6 +116,7 @@ struct TaskReader<'k> {
     frames: Frames,
     slabs: Slabs,
     boot: Option<i64>,
+    init: Option<Gva>,
     size: usize,
     pid: Member,
     tgid: Member,
@@ -155,6 +156,7 @@ impl<'k> TaskReader<'k> {
             frames: Frames::new(kernel)?,
             slabs: Slabs::find(kernel, "task_struct_cachep")?,
             boot: boot_time(kernel).ok(),
+            init: kernel.find_symbol(&["init_task"]),
             size: size as usize,
             pid: task.member("pid")?,
             tgid: task.member("tgid")?,
@@ -284,7 +286,7 @@ impl<'k> TaskReader<'k> {
                     .frames
                     .behind(to)
                     .is_some_and(|gpa| self.slabs.is_object(gpa))
-                || self.kernel.symbol("init_task").is_ok_and(|init| init == to)
+                || self.init == Some(to)
         };
         let ended = number(&self.exit_state) != 0;
         let (cred, prev) = (number(&self.cred), number(&self.prev));

@@ -294,10 +294,12 @@ impl<'k> TtyReader<'k> {
             problems: Vec::new(),
         };
         let mut rows = Vec::new();
-        let mut add = |buffer, waiting, bytes: &[u8], problem: Option<Problem>| {
+        let mut add = |buffer, waiting: bool, bytes: &[u8], problem: Option<Problem>| {
             let bytes = bytes.get(..bytes.len().min(*left)).unwrap_or(bytes);
             *left -= bytes.len();
-            if !bytes.is_empty() || problem.is_some() {
+            // The kernel wipes flip buffers as it hands their bytes on.
+            let wiped = !waiting && buffer != "line" && bytes.iter().all(|&byte| byte == 0);
+            if !(bytes.is_empty() || wiped) || problem.is_some() {
                 rows.push(TerminalText {
                     buffer,
                     waiting,
@@ -321,15 +323,9 @@ impl<'k> TtyReader<'k> {
             for (buffer, first) in [("flip", &self.flip.head), ("free", &self.flip.free)] {
                 let (parts, error) = self.flips(first.pointer(space, port)?);
                 for held in parts {
-                    // The kernel wipes what it has handed on. What is in a free buffer waits for nobody.
-                    let wiped = |bytes: &[u8]| bytes.iter().all(|&byte| byte == 0);
-                    let in_use = buffer == "flip";
-                    if !wiped(&held.read) {
-                        add(buffer, false, &held.read, None);
-                    }
-                    if in_use || !wiped(&held.waiting) {
-                        add(buffer, in_use, &held.waiting, None);
-                    }
+                    add(buffer, false, &held.read, None);
+                    // What is in a free buffer waits for nobody.
+                    add(buffer, buffer == "flip", &held.waiting, None);
                 }
                 if let Some(error) = error {
                     add(buffer, false, &[], Some(Problem::new("text", error)));

@@ -28,7 +28,7 @@ fn what_was_typed_comes_back_in_order_with_times_and_nothing_else_does() {
             ],
             "{how}"
         );
-        let [first, last] = [truth.system.boot_time, truth.system.now].map(|seconds| {
+        let [first, last] = [truth.system.boot_time, truth.system.now + 1].map(|seconds| {
             vmsight_linux::clock::rfc3339(i64::try_from(seconds).unwrap() * 1_000_000_000).unwrap()
         });
         for row in &listing.rows {

@@ -15,6 +15,8 @@ use vmsight_target::TargetSpec;
 pub(crate) struct Subject {
     pub(crate) guest: Guest,
     pub(crate) dump: PathBuf,
+    /// Attached to once: QEMU serves one client at a time.
+    running: Kernel,
     _folder: tempfile::TempDir,
 }
 
@@ -30,7 +32,10 @@ pub(crate) fn subject() -> Arc<Subject> {
     let folder = tempfile::tempdir().unwrap();
     let dump = folder.path().join("memory");
     guest.dump(Format::Raw, &dump).unwrap_or_else(|e| panic!("{e:?}"));
+    let spec = TargetSpec::Qmp(guest.qmp_path().unwrap());
+    let target = vmsight_target::attach(&spec, &Default::default()).unwrap_or_else(|e| panic!("{e}"));
     let subject = Arc::new(Subject {
+        running: attach(target.memory),
         guest,
         dump,
         _folder: folder,
@@ -51,9 +56,7 @@ impl Subject {
 
     /// The kernel of the guest as it runs, and as it was dumped.
     pub(crate) fn both(&self) -> [(&'static str, Kernel); 2] {
-        let spec = TargetSpec::Qmp(self.guest.qmp_path().unwrap());
-        let target = vmsight_target::attach(&spec, &Default::default()).unwrap_or_else(|e| panic!("{e}"));
-        [("running", attach(target.memory)), ("dumped", self.dumped())]
+        [("running", self.running.clone()), ("dumped", self.dumped())]
     }
 }
 

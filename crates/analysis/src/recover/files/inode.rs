@@ -273,8 +273,11 @@ impl<'k> InodeReader<'k> {
     }
 
     fn names(&self, row: &mut CachedFile, block: &SuperBlock) {
-        let aliases = hlist::walk(self.kernel.space(), self.aliases.at(row.address));
-        let mut names = aliases.items.iter().take(MAX_LINKS).filter_map(|&node| {
+        // Many inodes of a guest that lies may share one endless chain: no more of it is followed than is shown.
+        let space = self.kernel.space();
+        let first = self.aliases.pointer(space, row.address).unwrap_or(Gva(0));
+        let aliases = hlist::walk_next(space, first, 0, MAX_LINKS);
+        let mut names = aliases.items.iter().filter_map(|&node| {
             let dentry = self.alias.container(node);
             let path = self.paths.within_filesystem(dentry).ok()?;
             if path.path == "/" && row.kind != "DIR" {
