@@ -4,6 +4,8 @@
 //! is wrong into [`Findings`], with the evidence; what it could not look at it notes there. [`run`] runs several side by
 //! side, looks again at what was found in a guest that runs, and keeps what is still so.
 //!
+//! What can be got back out of its memory is in [`recover`].
+//!
 //! All that is read was written by whoever owns the guest: walks are bounded, and a broken object costs a note.
 
 #![forbid(unsafe_code)]
@@ -19,6 +21,7 @@ pub mod frames;
 pub mod keys;
 mod object;
 mod owner;
+pub mod recover;
 mod run;
 mod text;
 

@@ -183,7 +183,7 @@ pub(crate) enum Command {
     Check(check::Cmd),
     /// Make a trusted copy of a kernel's code, for `vmsight check --golden`
     Baseline(check::baseline::Cmd),
-    /// Get back what is in a guest's memory
+    /// Get back what is in a guest's memory: files, and what people and programs left behind
     Recover(recover::Cmd),
     /// What can be hooked in a VM, and by which means
     Hooks(hooks::Cmd),

@@ -107,6 +107,14 @@ impl Clock {
     }
 }
 
+/// When the guest was booted, nanoseconds since 1970: what the start times of tasks (`start_boottime`) count from.
+///
+/// # Errors
+/// If the timekeeper cannot be found or read.
+pub fn boot_time(kernel: &Kernel) -> Result<i64, LinuxError> {
+    Clock::read(kernel).map(|clock| clock.boot)
+}
+
 /// Nanoseconds since 1970 as `2026-11-23T08:06:47.123Z`. `None` outside the years 0 to 9999.
 pub fn rfc3339(nanoseconds: i64) -> Option<String> {
     let seconds = nanoseconds.div_euclid(SECOND);

@@ -567,6 +567,34 @@ fn the_types_of_a_module_are_found_in_a_tree_of_any_depth() {
 }
 
 #[test]
+fn an_entry_of_an_xarray_counts_the_indices_that_it_stands_for() {
+    use vmsight_linux::structures::xarray::{Entry, walk_head};
+    let mut guest = Guest::new(8);
+    let sibling_of = |slot: u64| slot << 2 | 2;
+    let pages = [
+        (4, 0x1000),
+        (5, sibling_of(4)),
+        (6, sibling_of(4)),
+        (8, 0x2000),
+        (10, 7),
+    ];
+    let leaf = xa_node(&mut guest, 0, &pages);
+    // A folio of 128 pages is stored one level up; the sibling of nothing is no entry.
+    let folios = [(1, leaf), (3, sibling_of(0)), (4, 0x3000), (5, sibling_of(4))];
+    let head = xa_node(&mut guest, 6, &folios);
+    let walk = walk_head(&guest.kernel(), head, 100).unwrap();
+    assert!(walk.end.is_complete());
+    let entry = |index, value, count| Entry { index, value, count };
+    let expected = [
+        entry(68, 0x1000, 3),
+        entry(72, 0x2000, 1),
+        entry(74, 7, 1),
+        entry(256, 0x3000, 128),
+    ];
+    assert_eq!(walk.items, expected);
+}
+
+#[test]
 fn xarrays_that_lie_are_cut() {
     let own_child = module_types_of(|guest, _| {
         let node = xa_node(guest, 6, &[]);

@@ -15,6 +15,7 @@ mod kvm;
 mod lies;
 mod listings;
 mod memory;
+mod recover;
 mod support;
 mod tcg;
 mod trouble;

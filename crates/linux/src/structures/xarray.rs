@@ -31,6 +31,8 @@ pub struct Entry {
     pub index: u64,
     /// The raw entry.
     pub value: u64,
+    /// How many indices from `index` on it stands for: a large folio is stored once, for all its pages.
+    pub count: u64,
 }
 
 impl Entry {
@@ -76,6 +78,7 @@ pub fn walk_head(kernel: &Kernel, head: u64, limit: usize) -> Result<Walk<Entry>
             out.items.push(Entry {
                 index: 0,
                 value: head,
+                count: 1,
             });
         }
         return Ok(out);
@@ -120,14 +123,26 @@ pub fn walk_head(kernel: &Kernel, head: u64, limit: usize) -> Result<Walk<Entry>
             }
             match node(value) {
                 Some(child) if shift > 0 => below.push((child, index, shift)),
-                // Sibling, retry and zero entries (internal, not nodes) stand for no object of their own.
+                // A sibling entry lengthens the one before it (`xa_is_sibling`).
+                _ if value & 3 == 2 && value >> 2 < slots => {
+                    if let Some(last) = out.items.last_mut()
+                        && last.index.checked_add(last.count) == Some(index)
+                    {
+                        last.count = last.count.saturating_add(1 << shift);
+                    }
+                }
+                // Retry and zero entries (internal, not nodes) stand for no object of their own.
                 _ if value & 3 == 2 => {}
                 _ => {
                     if out.items.len() >= limit {
                         out.end = End::Bound { limit };
                         return Ok(out);
                     }
-                    out.items.push(Entry { index, value });
+                    out.items.push(Entry {
+                        index,
+                        value,
+                        count: 1 << shift,
+                    });
                 }
             }
         }

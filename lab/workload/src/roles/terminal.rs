@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -54,7 +55,32 @@ pub(super) fn master() -> Result<Held> {
             n => seen.extend_from_slice(&buffer[..n]),
         }
     }
-    Ok(Box::new((master, child)))
+    Ok(Box::new((master, child, unread()?, console()?)))
+}
+
+/// Both ends of a terminal at which somebody types and nobody reads: a line, and one that is not complete.
+fn unread() -> Result<Held> {
+    let mut master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let slave = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOCTTY)
+        .open(ptsname_r(&master)?)?;
+    master.write_all(b"typed and never read\nnot yet \x1b[31mcomplete")?;
+    Ok(Box::new((master, slave)))
+}
+
+/// A virtual console behind the one in front, with something on it.
+fn console() -> Result<Held> {
+    let mut console = File::options()
+        .write(true)
+        .custom_flags(libc::O_NOCTTY)
+        .open("/dev/tty2")
+        .context("open the second console")?;
+    console.write_all(b"on the second console\r\n\r\n  and \x1b[31mred\x1b[0m, further down\r\n")?;
+    Ok(Box::new(console))
 }
 
 /// Makes the terminal its own and becomes the user's shell: bash where the guest has one, else busybox.

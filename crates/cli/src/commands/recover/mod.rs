@@ -1,6 +1,11 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
+mod files;
+mod history;
 mod keys;
+mod processes;
+mod screen;
+mod tty;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -16,6 +21,16 @@ pub(crate) struct Cmd {
 
 #[derive(Subcommand, Debug)]
 enum What {
+    /// Files in the page cache, deleted ones too: list them, write them out
+    Files(files::Cmd),
+    /// What was typed into shells, with times
+    History(history::Cmd),
+    /// Processes and threads that have ended, as far as their remains were not used again
+    Processes(processes::Cmd),
+    /// What is on the virtual consoles, shown or not, as text
+    Screen(screen::Cmd),
+    /// What was typed at terminals and written to them, as far as it still is in their buffers
+    Tty(tty::Cmd),
     /// Cryptographic keys, each proven by its own mathematics
     Keys(keys::Cmd),
 }
@@ -23,6 +38,11 @@ enum What {
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         match &self.what {
+            What::Files(c) => c.run(global),
+            What::History(c) => c.run(global),
+            What::Processes(c) => c.run(global),
+            What::Screen(c) => c.run(global),
+            What::Tty(c) => c.run(global),
             What::Keys(c) => c.run(global),
         }
     }
@@ -30,6 +50,8 @@ impl Cmd {
     /// Whether it shows something and writes nothing.
     pub(crate) fn can_repeat(&self) -> bool {
         match &self.what {
+            What::Files(c) => !c.writes(),
+            What::History(_) | What::Processes(_) | What::Screen(_) | What::Tty(_) => true,
             What::Keys(c) => !c.writes(),
         }
     }

@@ -1,0 +1,14 @@
+//! What can be got back out of a guest's memory: files, and what people and programs left behind.
+//!
+//! Unlike a check, a recovery has rows of its own kind. What is in them was written by the guest: texts are as the guest
+//! wrote them, and whoever prints them escapes them.
+
+pub mod files;
+mod frames;
+mod heap;
+pub mod history;
+mod member;
+pub mod processes;
+pub mod screen;
+mod slab;
+pub mod tty;

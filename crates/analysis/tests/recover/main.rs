@@ -1,0 +1,11 @@
+//! What is recovered from a real guest is what its workload left there: while it runs, and from its dump.
+
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
+mod files;
+mod history;
+mod hostile;
+mod processes;
+mod screen;
+mod support;
+mod tty;

@@ -1,0 +1,94 @@
+//! `vmsight recover`: the listings' keys, what is written where, and how it ends.
+
+use std::fs;
+
+use crate::support::{ends_with, objects, prepared, rows, text, utf8, vmsight};
+
+#[test]
+fn files_are_listed_shown_as_a_tree_and_written_to_a_new_folder() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let files = rows(&["recover", "files", t]);
+    let plain = files
+        .iter()
+        .find(|row| row["path"] == "/srv/data/plain.txt")
+        .unwrap();
+    assert_eq!((&plain["size"], &plain["cached"]), (&17.into(), &17.into()));
+    assert!(plain.values().filter(|v| v.is_null()).count() <= 1, "{plain:?}"); // it is no link
+    let deleted = rows(&["recover", "files", t, "--deleted", "--under", "/tmp"]);
+    assert!(deleted.iter().any(|row| row["path"] == "/tmp/deleted secret.bin"));
+    assert!(deleted.iter().all(|row| row["deleted"] == true));
+    let tree = vmsight(&["recover", "files", t, "--tree", "--under", "/srv/data/upper"]);
+    let tree = text(&tree.stdout);
+    assert!(tree.contains("  /srv/data/upper/\n"), "{tree}");
+    assert!(tree.contains("      changed.txt\n"), "{tree}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let into = folder.path().join("new");
+    let into = utf8(&into);
+    let write = ["recover", "files", t, "--into", into, "--extract"];
+    let missing = ends_with(1, &[&write[..], &["/not/there"]].concat());
+    assert!(missing.contains("/not/there"), "{missing}");
+    let written = rows(&[&write[..], &["/srv/data/plain.txt"]].concat());
+    let output = folder
+        .path()
+        .join("new")
+        .join(written[0]["output"].as_str().unwrap());
+    assert_eq!(fs::read(output).unwrap(), b"0123456789abcdef\n");
+    let again = ends_with(2, &[&write[..], &["/srv/data/plain.txt"]].concat());
+    assert!(again.contains("not empty"), "{again}");
+}
+
+#[test]
+fn what_was_typed_and_who_has_ended() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let typed = rows(&["recover", "history", t]);
+    let token = typed
+        .iter()
+        .find(|row| row["command"] == "export TOKEN=s3cr3t-t0ken")
+        .unwrap();
+    assert_eq!((&token["name"], &token["number"]), (&"bash".into(), &3.into()));
+    assert!(token["time"].is_string() && token["address"].is_string());
+    let init = vmsight(&["recover", "history", t, "--pid", "1"]);
+    assert_eq!(init.status.code(), Some(1));
+    // Others may have got the places of those that ended: then there is nothing, and the exit code is 1.
+    let ended = vmsight(&["recover", "processes", t, "--no-threads", "-o", "json"]);
+    let ended = objects(&ended.stdout).unwrap();
+    for row in &ended {
+        assert!(
+            row["task"].is_string() && row["start_time"].is_string(),
+            "{row:?}"
+        );
+        assert_eq!(row["state"], "ended", "{row:?}");
+    }
+    assert!(ended.iter().all(|row| row["pid"] == row["tgid"]));
+}
+
+#[test]
+fn terminals_and_consoles() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let waiting = rows(&["recover", "tty", t, "--waiting", "--tty", "pts/1"]);
+    let typed = waiting.iter().find(|row| row["buffer"] == "line").unwrap();
+    assert_eq!(typed["text"], "typed and never read\nnot yet \u{1b}[31mcomplete");
+    assert!(typed["address"].is_string() && typed["pids"].is_array());
+    let table = text(&vmsight(&["recover", "tty", t, "--waiting", "--tty", "pts/1"]).stdout);
+    assert!(
+        table.contains("never read") && !table.contains('\u{1b}'),
+        "{table}"
+    );
+    let none = vmsight(&["recover", "tty", t, "--tty", "pts/999"]);
+    assert_eq!(none.status.code(), Some(1));
+
+    let screen = vmsight(&["recover", "screen", t, "--tty", "tty2"]);
+    assert_eq!(
+        text(&screen.stdout),
+        "== tty2: 80x25\non the second console\n\n  and red, further down\n"
+    );
+    let second = &rows(&["recover", "screen", t, "--tty", "tty2"])[0];
+    assert_eq!(
+        (&second["foreground"], &second["cursor"]),
+        (&false.into(), &vec![0, 3].into())
+    );
+}
