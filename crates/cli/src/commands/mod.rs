@@ -5,6 +5,7 @@ pub(crate) mod beside;
 pub(crate) mod columns;
 pub(crate) mod debug;
 pub(crate) mod disas;
+pub(crate) mod dump;
 pub(crate) mod guard;
 pub(crate) mod hooks;
 pub(crate) mod info;
