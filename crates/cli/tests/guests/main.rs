@@ -9,6 +9,7 @@ mod agent;
 mod bench;
 mod changing;
 mod debug;
+mod dump;
 mod kvm;
 mod lies;
 mod listings;
