@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, debug, disas, guard, hooks, info, kmsg, launch, list, listing, raw, recover, regs, shell,
-    strings, symbols, trace, translate, types, write,
+    bench, check, debug, disas, dump, guard, hooks, info, kmsg, launch, list, listing, raw, recover, regs,
+    shell, strings, symbols, trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -25,8 +25,9 @@ TARGET is what to look into:
   pid:N                a running VM by the process id of its VMM
   qmp:PATH             a QEMU by its QMP socket
   gdb:HOST:PORT|PATH   anything that speaks QEMU's gdb protocol
-  FILE                 a memory dump; raw, LiME and ELF core are told apart by content,
-                       raw:FILE, lime:FILE, elf:FILE force it
+  FILE                 a memory dump; raw, LiME, AVML, ELF core, kdump, QEMU migration streams and VMware
+                       states are told apart by content; raw:FILE, lime:, avml:, elf:, kdump:, migration:,
+                       vmware: force it
 
 Exit codes: 0 fine; 1 nothing found where something was asked for, such as a process; 2 error.")]
 pub(crate) struct Cli {
@@ -169,6 +170,8 @@ pub(crate) enum Command {
     Read(raw::Read),
     /// Write memory of a live VM
     Write(write::Write),
+    /// Write the guest's memory as a dump, or a dump in another format
+    Dump(dump::Cmd),
     /// Virtual to physical, with every table entry on the way
     Translate(translate::Cmd),
     /// Disassemble, with symbols
@@ -214,6 +217,7 @@ impl Command {
         match self {
             Command::Write(_)
             | Command::Baseline(_)
+            | Command::Dump(_)
             | Command::Trace(_)
             | Command::Guard(_)
             | Command::Launch(_)

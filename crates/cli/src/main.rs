@@ -99,6 +99,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Regs(c) => c.run(global),
         Command::Read(c) => c.run(global),
         Command::Write(c) => c.run(global),
+        Command::Dump(c) => c.run(global),
         Command::Translate(c) => c.run(global),
         Command::Disas(c) => c.run(global),
         Command::Strings(c) => c.run(global),

@@ -44,6 +44,7 @@ const COMMANDS: &[&str] = &[
     "regs",
     "read",
     "write",
+    "dump",
     "translate",
     "disas",
     "strings",

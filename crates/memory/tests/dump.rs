@@ -577,7 +577,7 @@ fn what_is_no_dump_is_refused_with_the_reason() {
     let refused = |bytes: &[u8]| open(bytes).unwrap_err().to_string();
     let mut kdump = b"KDUMP   ".to_vec();
     kdump.resize(8192, 0);
-    assert!(refused(&kdump).contains("compressed kdump"));
+    assert!(refused(&kdump).contains("kdump file with pages of 0 bytes"));
     let load = || vec![Load::new(0, vec![0; 0x2000])];
     assert!(
         refused(
@@ -690,10 +690,7 @@ fn formats_of_other_programs_are_refused_by_name() {
         (&b"LibvirtQemudPart"[..], "libvirt", "virsh dump --memory-only"),
         (b"LibvirtQemudSave", "libvirt", "virsh dump --memory-only"),
         (b"\x7fVirtualBox SavedState V2.0\n", "VirtualBox", "dumpvmcore"),
-        (b"\xd2\xbe\xd2\xbe\x08\0\0\0", "VMware", ".vmem"),
-        (b"\xd3\xbe\xd3\xbe\x08\0\0\0", "VMware", ".vmem"),
-        (b"KDUMP   ", "kdump", "ELF core"),
-        (b"AVML\x02\0\0\0", "AVML", "avml-convert"),
+        (b"DISKDUMP", "diskdump", "ELF core"),
     ] {
         let mut bytes = magic.to_vec();
         bytes.resize(0x2000, 0);

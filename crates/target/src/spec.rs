@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use vmsight_memory::dump::DumpFormat;
+
 use crate::TargetError;
 
 /// What a user called a target.
@@ -18,7 +20,7 @@ pub enum TargetSpec {
     Qmp(PathBuf),
     /// `gdb:HOST:PORT` or `gdb:PATH`: the VM behind a gdb stub.
     Gdb(GdbAddress),
-    /// A dump. `format` is what a prefix (`raw:`, `lime:`, `elf:`) forces.
+    /// A dump. `format` is what a prefix (`raw:`, `kdump:`, …) forces.
     File {
         /// The file.
         path: PathBuf,
@@ -41,8 +43,10 @@ pub enum GdbAddress {
     Unix(PathBuf),
 }
 
-/// The prefixes that force a dump's format.
-const FORMATS: [&str; 3] = ["raw", "lime", "elf"];
+/// Whether a prefix forces a dump's format.
+fn is_format(prefix: &str) -> bool {
+    DumpFormat::NAMED.iter().any(|(name, _)| *name == prefix)
+}
 
 impl FromStr for TargetSpec {
     type Err = TargetError;
@@ -58,7 +62,7 @@ impl FromStr for TargetSpec {
             ));
         }
         if let Some((prefix, rest)) = text.split_once(':') {
-            let known = ["pid", "qmp", "gdb"].contains(&prefix) || FORMATS.contains(&prefix);
+            let known = ["pid", "qmp", "gdb"].contains(&prefix) || is_format(prefix);
             if known && rest.is_empty() {
                 return Err(bad("something is missing after the colon"));
             }
@@ -227,6 +231,8 @@ mod tests {
             "gdb:/run/g",
             "/d",
             "lime:/d",
+            "kdump:/d",
+            "migration:/d",
         ] {
             assert_eq!(parse(text).to_string(), text);
         }

@@ -6,6 +6,7 @@ pub(crate) mod check;
 pub(crate) mod columns;
 pub(crate) mod debug;
 pub(crate) mod disas;
+pub(crate) mod dump;
 pub(crate) mod guard;
 pub(crate) mod hooks;
 pub(crate) mod info;

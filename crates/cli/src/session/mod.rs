@@ -158,6 +158,11 @@ impl Session {
         self.tell(ended, ended && sheet.is_doubtful()?)
     }
 
+    /// Lets a VM that was paused for this go on: all has been read.
+    pub(crate) fn resume(&self) {
+        self.pause.take();
+    }
+
     /// Is done with rows that were printed. The program ends soon, and with it all its memory: only where it goes on
     /// (`--watch`) is what they hold given back, piece by piece.
     pub(crate) fn let_go<T>(&self, rows: Vec<T>) {

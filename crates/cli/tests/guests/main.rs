@@ -10,6 +10,7 @@ mod bench;
 mod changing;
 mod check;
 mod debug;
+mod dump;
 mod keys;
 mod kvm;
 mod lies;

@@ -144,7 +144,7 @@ impl Cover {
 }
 
 /// The first few of the regions in words, and how many more there are.
-fn list(regions: &[Region], count: u64) -> String {
+pub(crate) fn list(regions: &[Region], count: u64) -> String {
     let shown: Vec<String> = regions.iter().take(LISTED).map(Region::to_string).collect();
     let more = count.saturating_sub(shown.len() as u64);
     let tail = if more > 0 {

@@ -8,17 +8,18 @@ use super::DumpError;
 use super::bytes::{slice, u16_at, u32_at, u64_at};
 use super::cover::Cover;
 use super::notes::{self, Notes};
+use super::xen;
 
 pub(super) const MAGIC: [u8; 4] = *b"\x7fELF";
 
 const CLASS_32: u8 = 1;
 const CLASS_64: u8 = 2;
 const LITTLE_ENDIAN: u8 = 1;
-const ET_CORE: u16 = 4;
-const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
+pub(super) const ET_CORE: u16 = 4;
+pub(super) const PT_LOAD: u32 = 1;
+pub(super) const PT_NOTE: u32 = 4;
 /// e_phnum when the real number is in `sh_info` of the first section header.
-const PN_XNUM: u16 = 0xffff;
+pub(super) const PN_XNUM: u16 = 0xffff;
 /// Segments read at most: a bound on work. VirtualBox writes at most 65,535.
 const MAX_SEGMENTS: u64 = 1 << 20;
 /// Bytes of notes read at most.
@@ -78,7 +79,7 @@ pub(super) fn parse(data: &[u8], cover: &mut Cover, remarks: &mut Vec<String>) -
         return Err(DumpError::broken("the ELF header is cut"));
     };
     let smallest = if wide { 56 } else { 32 };
-    if entry < smallest {
+    if count > 0 && entry < smallest {
         return Err(DumpError::broken(&format!(
             "program headers of {entry} bytes, {smallest} are needed"
         )));
@@ -99,6 +100,10 @@ pub(super) fn parse(data: &[u8], cover: &mut Cover, remarks: &mut Vec<String>) -
         count = MAX_SEGMENTS;
     }
 
+    // Xen's cores have their memory in sections, and no segments.
+    if xen::parse(data, wide, sections, cover, remarks) {
+        return Ok(Notes::new(machine));
+    }
     let mut notes = Notes::new(machine);
     let mut loads = Loads::default();
     let mut note_budget = MAX_NOTES;

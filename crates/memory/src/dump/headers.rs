@@ -1,11 +1,12 @@
 //! What the headers of a dump say: pure functions of its bytes.
 
 use super::bytes::u32_at;
-use super::cover::{Cover, Segment};
+use super::cover::{Cover, Segment, list};
+use super::pages::{Index, Pages, Unit};
 use super::raw::RawLayout;
-use super::{DumpError, DumpFormat, elf, lime, raw};
+use super::{DumpError, DumpFormat, avml, elf, kdump, lime, migration, raw, vmware};
 use crate::Region;
-use vmsight_arch::Registers;
+use vmsight_arch::{Gpa, Registers};
 
 /// Everything about a dump but its memory.
 #[derive(Debug)]
@@ -14,6 +15,8 @@ pub struct Headers {
     pub format: DumpFormat,
     /// Where guest memory is in the file: sorted, disjoint, all within the file.
     pub segments: Vec<Segment>,
+    /// Memory whose bytes must be looked up or unpacked, and how: sorted, disjoint, and in no segment.
+    pub paged: Option<(Vec<Region>, Pages)>,
     /// Guest memory the file should have and has not: sorted.
     pub missing: Vec<Region>,
     /// What the vCPUs held, where the file says.
@@ -24,23 +27,9 @@ pub struct Headers {
     pub notes: Vec<String>,
 }
 
-const VMWARE: &str = "a suspended state or snapshot of VMware (.vmss, .vmsn)";
-const VMWARE_INSTEAD: &str = "give the .vmem file beside it, with raw:";
-
 /// Formats that are known but not read here: their first bytes, their name, what to do instead.
 const FOREIGN: &[(&[u8], &str, &str)] = &[
-    (
-        b"KDUMP   ",
-        "a compressed kdump file",
-        "make an ELF core: dump-guest-memory without a compressed format",
-    ),
     (b"DISKDUMP", "a diskdump file", "make an ELF core of it"),
-    (
-        b"makedumpfile\0",
-        "a flattened makedumpfile stream",
-        "make a file of it: makedumpfile -R",
-    ),
-    (b"AVML", "a compressed AVML file", "make LiME of it: avml-convert"),
     (
         b"PAGEDU",
         "a Windows crash dump",
@@ -61,11 +50,6 @@ const FOREIGN: &[(&[u8], &str, &str)] = &[
         "a saved state of VirtualBox",
         "make an ELF core: VBoxManage debugvm VM dumpvmcore",
     ),
-    (b"\xd0\xbe\xd2\xbe", VMWARE, VMWARE_INSTEAD),
-    (b"\xd1\xba\xd1\xba", VMWARE, VMWARE_INSTEAD),
-    (b"\xd2\xbe\xd2\xbe", VMWARE, VMWARE_INSTEAD),
-    (b"\xd3\xbe\xd3\xbe", VMWARE, VMWARE_INSTEAD),
-    (b"QEVM", "a QEMU migration stream", "use dump-guest-memory"),
     (b"QFI\xfb", "a qcow2 disk image", "give a memory dump"),
     (b"\x1f\x8b", "a gzip file", "unpack it first"),
     (b"\xfd7zXZ\0", "an xz file", "unpack it first"),
@@ -84,6 +68,18 @@ pub fn sniff(start: &[u8]) -> Result<DumpFormat, DumpError> {
     }
     if u32_at(start, 0) == Some(lime::MAGIC) {
         return Ok(DumpFormat::Lime);
+    }
+    if u32_at(start, 0) == Some(avml::MAGIC) {
+        return Ok(DumpFormat::Avml);
+    }
+    if kdump::is_kdump(start) {
+        return Ok(DumpFormat::Kdump);
+    }
+    if start.starts_with(migration::MAGIC) {
+        return Ok(DumpFormat::Migration);
+    }
+    if vmware::is_state(start) {
+        return Ok(DumpFormat::Vmware);
     }
     match FOREIGN.iter().find(|(magic, ..)| start.starts_with(magic)) {
         Some(&(_, what, instead)) => Err(DumpError::Foreign { what, instead }),
@@ -106,6 +102,8 @@ pub fn parse_headers(data: &[u8], file_len: u64, format: Option<DumpFormat>) -> 
     };
     let mut cover = Cover::new(file_len);
     let (mut registers, mut vmcoreinfo) = (Vec::new(), None);
+    let mut paged = None;
+    let mut lacking = Vec::new();
     match format {
         DumpFormat::Raw(layout) => {
             if !matches!(sniff(data), Ok(DumpFormat::Raw(_))) {
@@ -127,9 +125,140 @@ pub fn parse_headers(data: &[u8], file_len: u64, format: Option<DumpFormat>) -> 
             vmcoreinfo = found.vmcoreinfo.take();
             registers = found.registers(&mut notes);
         }
+        DumpFormat::Kdump => {
+            let mut found = kdump::parse(data, file_len, &mut notes)?;
+            vmcoreinfo = found.notes.vmcoreinfo.take();
+            registers = found.notes.registers(&mut notes);
+            lacking = found.missing;
+            let index = Index::Kdump(found.kdump);
+            paged = Some((found.runs, Pages { index }));
+        }
+        DumpFormat::Avml => {
+            if u32_at(data, 0) != Some(avml::MAGIC) {
+                return Err(DumpError::broken("no AVML header at the beginning"));
+            }
+            let mut units = avml::parse(data, file_len, &mut lacking, &mut notes);
+            units.sort_by_key(|unit| unit.gpa);
+            paged = Some(of_units(units, &mut notes));
+            let there = paged.as_ref().map_or(&[][..], |(runs, _)| runs);
+            lacking = without(lacking, there);
+        }
+        DumpFormat::Migration => {
+            let found = migration::parse(data, &mut notes)?;
+            let (runs, pages) = of_units(found.units, &mut notes);
+            lacking = without(found.regions, &runs);
+            if !lacking.is_empty() {
+                let lacking = list(&lacking, lacking.len() as u64);
+                notes.push(format!("the stream lacks {lacking}"));
+            }
+            paged = Some((runs, pages));
+        }
+        DumpFormat::Vmware => {
+            let state = vmware::parse(data, &mut notes)?;
+            if !state.has_memory() {
+                return Err(DumpError::Foreign {
+                    what: "a suspended state or snapshot of VMware without the memory",
+                    instead: "put the .vmem file of the same name beside it",
+                });
+            }
+            state.cover(None, &mut cover);
+        }
     }
-    let (segments, missing) = cover.finish(&mut notes);
-    if segments.is_empty() {
+    finish(format, cover, paged, lacking, registers, vmcoreinfo, notes)
+}
+
+/// The headers of a VMware dump whose memory is in a file of its own, of `memory_len` bytes; `state` is the other file.
+///
+/// # Errors
+/// A state that is none, or has no memory.
+pub fn parse_vmware(state: &[u8], memory_len: u64) -> Result<Headers, DumpError> {
+    let mut notes = Vec::new();
+    let mut cover = Cover::new(memory_len);
+    vmware::parse(state, &mut notes)?.cover(Some(memory_len), &mut cover);
+    finish(
+        DumpFormat::Vmware,
+        cover,
+        None,
+        Vec::new(),
+        Vec::new(),
+        None,
+        notes,
+    )
+}
+
+/// Units (sorted) as runs without gaps. Of two that overlap the first counts.
+fn of_units(mut units: Vec<Unit>, notes: &mut Vec<String>) -> (Vec<Region>, Pages) {
+    let mut end = 0;
+    let all = units.len();
+    units.retain(|unit| {
+        let fits = unit.gpa >= end;
+        if fits {
+            end = unit.gpa.saturating_add(unit.len.into());
+        }
+        fits
+    });
+    if units.len() < all {
+        notes.push(format!(
+            "{} pieces describe memory that another one already describes: left out",
+            all - units.len()
+        ));
+    }
+    let mut runs: Vec<Region> = Vec::new();
+    for unit in &units {
+        match runs.last_mut() {
+            Some(last) if last.end().0 == unit.gpa => last.len += u64::from(unit.len),
+            _ => runs.push(Region {
+                start: Gpa(unit.gpa),
+                len: unit.len.into(),
+            }),
+        }
+    }
+    let index = Index::List(units);
+    (runs, Pages { index })
+}
+
+/// What of `regions` is not in `there`; both sorted, `there` disjoint.
+fn without(regions: Vec<Region>, there: &[Region]) -> Vec<Region> {
+    let mut rest = Vec::new();
+    for region in regions {
+        let mut at = region.start;
+        let first = there.partition_point(|run| run.end() <= region.start);
+        for run in there
+            .iter()
+            .skip(first)
+            .take_while(|run| run.start < region.end())
+        {
+            if run.start > at {
+                rest.push(Region {
+                    start: at,
+                    len: run.start.0 - at.0,
+                });
+            }
+            at = at.max(run.end());
+        }
+        if at < region.end() {
+            rest.push(Region {
+                start: at,
+                len: region.end().0 - at.0,
+            });
+        }
+    }
+    rest
+}
+
+fn finish(
+    format: DumpFormat,
+    cover: Cover,
+    paged: Option<(Vec<Region>, Pages)>,
+    lacking: Vec<Region>,
+    registers: Vec<Registers>,
+    vmcoreinfo: Option<String>,
+    mut notes: Vec<String>,
+) -> Result<Headers, DumpError> {
+    let (segments, mut missing) = cover.finish(&mut notes);
+    missing.extend(lacking);
+    let paged = paged.filter(|(runs, _)| !runs.is_empty());
+    if segments.is_empty() && paged.is_none() {
         let notes = if notes.is_empty() {
             String::new()
         } else {
@@ -142,6 +271,7 @@ pub fn parse_headers(data: &[u8], file_len: u64, format: Option<DumpFormat>) -> 
     Ok(Headers {
         format,
         segments,
+        paged,
         missing,
         registers,
         vmcoreinfo,

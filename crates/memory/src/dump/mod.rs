@@ -1,21 +1,34 @@
-//! Memory dumps: raw images, LiME files, ELF cores of QEMU, libvirt and VirtualBox.
+//! Memory dumps: raw images, LiME files and AVML's, ELF cores of QEMU, libvirt, VirtualBox and Xen, compressed kdump files,
+//! QEMU's migration streams, VMware's states. [`write`](mod@write) makes them.
 //!
-//! The file is mapped whole and read in place. What is missing of it is said in [`Dump::notes`] and by the error of a read
-//! there; the rest is read.
+//! The file is mapped whole and read in place; pages that are packed are unpacked when they are asked for. What is missing of it
+//! is said in [`Dump::notes`] and by the error of a read there; the rest is read.
 
+mod avml;
 mod bytes;
+mod coding;
 mod cover;
 mod elf;
 mod headers;
+mod kdump;
 mod lime;
+mod migration;
 mod notes;
+mod pages;
 mod raw;
+mod view;
+mod vmware;
+pub mod write;
+mod xen;
 
+pub use coding::Coding;
 pub use cover::Segment;
-pub use headers::{Headers, parse_headers, sniff};
+pub use headers::{Headers, parse_headers, parse_vmware, sniff};
+pub use pages::{Pages, Unit};
 pub use raw::{RawLayout, raw_layouts};
 
-use crate::{BuildError, GuestMemory, Mapping, MappingKind};
+use crate::{BuildError, GuestMemory, Mapping, MappingKind, Source};
+use pages::PageSource;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -38,6 +51,27 @@ pub enum DumpFormat {
     Lime,
     /// An ELF core file with physical addresses.
     Elf,
+    /// A compressed kdump file, flattened or not.
+    Kdump,
+    /// AVML's compressed LiME, version 2.
+    Avml,
+    /// A QEMU migration stream.
+    Migration,
+    /// A state of VMware and its memory.
+    Vmware,
+}
+
+impl DumpFormat {
+    /// The formats by the names that force them.
+    pub const NAMED: [(&'static str, Self); 7] = [
+        ("raw", Self::Raw(RawLayout::Flat)),
+        ("lime", Self::Lime),
+        ("elf", Self::Elf),
+        ("kdump", Self::Kdump),
+        ("avml", Self::Avml),
+        ("migration", Self::Migration),
+        ("vmware", Self::Vmware),
+    ];
 }
 
 impl fmt::Display for DumpFormat {
@@ -47,6 +81,10 @@ impl fmt::Display for DumpFormat {
             Self::Raw(layout) => write!(f, "raw image, {layout}"),
             Self::Lime => write!(f, "LiME"),
             Self::Elf => write!(f, "ELF core"),
+            Self::Kdump => write!(f, "kdump"),
+            Self::Avml => write!(f, "AVML"),
+            Self::Migration => write!(f, "QEMU migration stream"),
+            Self::Vmware => write!(f, "VMware state"),
         }
     }
 }
@@ -112,11 +150,54 @@ pub struct Dump {
 }
 
 /// Opens a dump. Without a format the file's first bytes tell; what has no signature is a raw image, laid out flat (see
-/// [`Dump::with_layout`]).
+/// [`Dump::with_layout`]), or a `.vmem` of VMware where its state lies beside it.
 ///
 /// # Errors
 /// A file that cannot be mapped, or that is no dump.
 pub fn open(path: &Path, format: Option<DumpFormat>) -> Result<Dump, DumpError> {
+    let failed = |source| DumpError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let (file, len) = open_file(path)?;
+    if len < SMALLEST {
+        return Err(DumpError::TooSmall {
+            path: path.to_owned(),
+            len,
+        });
+    }
+    let mut start = [0; 64];
+    file.read_exact_at(&mut start, 0).map_err(failed)?;
+    let sniffed = || match sniff(&start)? {
+        DumpFormat::Raw(layout) => Ok::<_, DumpError>(match vmware_state_of(path) {
+            Some(_) => DumpFormat::Vmware,
+            None => DumpFormat::Raw(layout),
+        }),
+        other => Ok(other),
+    };
+    let format = match format {
+        Some(format) => format,
+        None => sniffed()?,
+    };
+    if format == DumpFormat::Vmware {
+        // Whichever of the two was named: the state, and the file beside it that has the memory.
+        let (state, memory) = match vmware::is_state(&start) {
+            true => (Some(path.to_owned()), vmware::beside(path, &["vmem"])),
+            false => (vmware_state_of(path), Some(path.to_owned())),
+        };
+        let state = state
+            .ok_or_else(|| DumpError::broken("there is no .vmss or .vmsn of the same name beside it"))?;
+        if let Some(memory) = memory {
+            return open_vmware(&state, &memory);
+        }
+    }
+    open_one(&file, len, format).map_err(|error| match error {
+        OpenError::System(source) => failed(source),
+        OpenError::Dump(error) => error,
+    })
+}
+
+fn open_file(path: &Path) -> Result<(File, u64), DumpError> {
     let failed = |source| DumpError::Open {
         path: path.to_owned(),
         source,
@@ -129,27 +210,56 @@ pub fn open(path: &Path, format: Option<DumpFormat>) -> Result<Dump, DumpError> 
     let mut file = File::open(path).map_err(failed)?;
     // The length of a block device is not in its metadata.
     let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    if len < SMALLEST {
-        return Err(DumpError::TooSmall {
+    Ok((file, len))
+}
+
+/// The state beside a `.vmem` file.
+fn vmware_state_of(path: &Path) -> Option<PathBuf> {
+    let extension = path.extension()?;
+    extension
+        .eq_ignore_ascii_case("vmem")
+        .then(|| vmware::beside(path, &["vmss", "vmsn"]))?
+}
+
+/// Opens a state of VMware and the memory that it describes.
+fn open_vmware(state: &Path, memory: &Path) -> Result<Dump, DumpError> {
+    let map = |path: &Path| {
+        let (file, len) = open_file(path)?;
+        Mapping::frozen(&file, 0, len).map_err(|source| DumpError::Open {
             path: path.to_owned(),
-            len,
-        });
-    }
-    let mut start = [0; 64];
-    file.read_exact_at(&mut start, 0).map_err(failed)?;
-    let format = match format {
-        Some(format) => format,
-        None => sniff(&start)?,
+            source,
+        })
     };
-    let change = may_change(&file);
+    let (state, mapping) = (map(state)?, map(memory)?);
+    let whole = GuestMemory::builder()
+        .mapped(Gpa(0), state.len(), &state, 0)
+        .build()?;
+    let data = usize::try_from(state.len())
+        .ok()
+        .and_then(|len| whole.frozen(Gpa(0), len))
+        .unwrap_or_default();
+    let headers = parse_vmware(data, mapping.len())?;
+    assemble(headers, mapping)
+}
+
+/// Why a file could not be opened as a dump.
+enum OpenError {
+    System(io::Error),
+    Dump(DumpError),
+}
+
+/// Opens a dump that is one file.
+fn open_one(file: &File, len: u64, format: DumpFormat) -> Result<Dump, OpenError> {
+    let change = may_change(file);
     // A file with headers is no VM's memory: at worst it is still being written.
     let live = change.is_some() && matches!(format, DumpFormat::Raw(_));
     let mapping = if live {
-        Mapping::live(&file, 0, len, false)
+        Mapping::live(file, 0, len, false)
     } else {
-        Mapping::frozen(&file, 0, len)
+        Mapping::frozen(file, 0, len)
     };
-    let mut dump = read(mapping.map_err(failed)?, format)?;
+    let mapping = mapping.map_err(OpenError::System)?;
+    let mut dump = read(mapping, format).map_err(OpenError::Dump)?;
     match change {
         Some(Change::Written) if live => {
             dump.notes
@@ -217,9 +327,15 @@ fn read(mapping: Arc<Mapping>, format: DumpFormat) -> Result<Dump, DumpError> {
             parse_headers(&start, len, Some(format))?
         }
     };
+    assemble(headers, mapping)
+}
+
+/// Makes the memory that the headers describe of the file that has it.
+fn assemble(headers: Headers, mapping: Arc<Mapping>) -> Result<Dump, DumpError> {
     let Headers {
         format,
         segments,
+        paged,
         missing,
         registers,
         vmcoreinfo,
@@ -228,6 +344,15 @@ fn read(mapping: Arc<Mapping>, format: DumpFormat) -> Result<Dump, DumpError> {
     let mut builder = GuestMemory::builder();
     for segment in &segments {
         builder = builder.mapped(segment.gpa, segment.len, &mapping, segment.offset);
+    }
+    if let Some((runs, pages)) = paged {
+        let file = GuestMemory::builder()
+            .mapped(Gpa(0), mapping.len(), &mapping, 0)
+            .build()?;
+        let source: Arc<dyn Source> = Arc::new(PageSource::new(file, pages));
+        for run in runs {
+            builder = builder.custom(run.start, run.len, Arc::clone(&source), run.start.0);
+        }
     }
     for region in missing {
         builder = builder.missing(region);
@@ -265,7 +390,7 @@ impl Dump {
     pub fn layouts(&self) -> Vec<RawLayout> {
         match self.format {
             DumpFormat::Raw(_) => raw_layouts(self.mapping.len()),
-            DumpFormat::Lime | DumpFormat::Elf => Vec::new(),
+            _ => Vec::new(),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use vmsight_memory::dump::{self, Dump, DumpFormat, RawLayout};
+use vmsight_memory::dump::{self, Dump, DumpFormat};
 
 use super::AttachOptions;
 use crate::target::{Control, Target, TargetKind};
@@ -19,19 +19,19 @@ pub(super) fn attach(
             path: path.to_owned(),
         });
     }
-    let format = match prefix {
+    let known = |name: &str| DumpFormat::NAMED.iter().find(|(known, _)| *known == name);
+    let format = match prefix.map(|name| (name, known(name))) {
         None => None,
-        Some("raw") => Some(DumpFormat::Raw(RawLayout::Flat)),
-        Some("lime") => Some(DumpFormat::Lime),
-        Some("elf") => Some(DumpFormat::Elf),
-        Some(other) => {
+        Some((_, Some(&(_, format)))) => Some(format),
+        Some((name, None)) => {
             let spec = TargetSpec::File {
                 path: path.to_owned(),
-                format: Some(other.to_owned()),
+                format: Some(name.to_owned()),
             };
+            let names: Vec<_> = DumpFormat::NAMED.iter().map(|(name, _)| *name).collect();
             return Err(TargetError::BadSpec {
                 spec: spec.to_string(),
-                reason: "the formats are raw, lime and elf".to_owned(),
+                reason: format!("the formats are {}", names.join(", ")),
             });
         }
     };
