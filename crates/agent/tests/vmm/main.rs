@@ -14,6 +14,7 @@ mod interrupts;
 mod life;
 mod monitors;
 mod support;
+mod torture;
 
 use std::time::{Duration, Instant};
 
