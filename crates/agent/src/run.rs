@@ -35,7 +35,7 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
             }
         }
         if let Some(rip) = own.over {
-            match over(agent, vcpu, own, rip) {
+            let table = match over(agent, vcpu, own, rip) {
                 Over::Done { executed } => {
                     own.over = None;
                     if executed {
@@ -44,9 +44,11 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
                     continue;
                 }
                 Over::Interrupted => return interrupted(vcpu),
-                Over::Exit => own.over = None,
-            }
-            let table = agent.table();
+                Over::Exit(table) => {
+                    own.over = None;
+                    table
+                }
+            };
             match handle(agent, vcpu, own, &table) {
                 Next::Again => continue,
                 Next::ToVmm => return 0,

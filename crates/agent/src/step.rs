@@ -1,5 +1,7 @@
 //! Going on over a breakpoint: the instruction under it is executed once, and nobody else slips past.
 
+use std::sync::Arc;
+
 use vmsight_arch::paging::{PagingMode, walk};
 use vmsight_arch::registers::control::RFLAGS_TF;
 use vmsight_arch::{Gva, Registers};
@@ -22,14 +24,15 @@ pub(crate) const DR6_STEP: u64 = 1 << 14;
 pub(crate) const BREAKPOINT: u64 = 0xcc;
 
 /// How far it came.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Over {
     /// The instruction was executed, or there is no INT3 there any more.
     Done { executed: bool },
     /// The VMM wants its thread first.
     Interrupted,
-    /// The instruction needs something of the VMM, or of a hook: the exit is in the vCPU's page.
-    Exit,
+    /// The instruction needs something of the VMM, or of a hook: the exit is in the vCPU's page. With what was hooked when it
+    /// was executed, which may be out by now.
+    Exit(Arc<Table>),
 }
 
 /// The code at RIP as it is without our INT3s.
@@ -156,6 +159,8 @@ fn stepped(
         Err(_) => -1,
     };
     agent.with_guest(|guest, _| guest.write(gpa, 1, BREAKPOINT));
+    // As long as all are stopped it is the one with which the guest was entered.
+    let table = agent.table();
     drop(stopped);
     if result < 0 {
         // A signal, before the instruction or after it.
@@ -169,7 +174,7 @@ fn stepped(
             clean(agent, vcpu, before, decoded);
             Over::Done { executed: true }
         }
-        _ => Over::Exit,
+        _ => Over::Exit(table),
     }
 }
 

@@ -295,6 +295,7 @@ fn what_a_stub_cannot_do_names_who_can() {
             },
             access: Access::WRITE,
         },
+        HookKind::Cpuid,
     ] {
         let error = monitor.hook(&Hook::new(kind)).unwrap_err();
         let EventError::Unsupported { can, .. } = &error else {
@@ -302,9 +303,16 @@ fn what_a_stub_cannot_do_names_who_can() {
         };
         assert!(error.to_string().contains(can[0].name()), "{error}");
     }
-    let error = monitor.hook(&Hook::new(HookKind::Cpuid)).unwrap_err();
+    let code = HookKind::Memory {
+        range: Range::Physical {
+            start: vmsight_arch::Gpa(0x1000),
+            len: 8,
+        },
+        access: Access::EXECUTE,
+    };
+    let error = monitor.hook(&Hook::new(code)).unwrap_err();
     assert!(
-        error.to_string().contains("CPUID; no backend"),
+        error.to_string().contains("physical execute; no backend"),
         "who can, if anybody: {error}"
     );
     let error = monitor
