@@ -136,7 +136,11 @@ extern "C" fn on_execution(vcpu: c_uint, translated: *mut c_void) {
             return;
         }
         let vcpu = front.vcpu(vcpu);
-        let registers = registers(front, vcpu, translated);
+        // To read them all costs more than all the rest of what is only counted.
+        let wanted = !handled.is_empty()
+            || hooks.iter().any(|armed| armed.wants_registers())
+            || ranges().any(|watch| watch.hooked.armed.wants_registers());
+        let registers = wanted.then(|| registers(front, vcpu, translated)).flatten();
         let moment = Moment {
             front,
             vcpu,

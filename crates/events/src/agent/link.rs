@@ -206,6 +206,10 @@ fn refused(socket: &Path, backend: BackendKind, refusal: Refusal) -> EventError 
 fn others(backend: BackendKind, feature: Feature) -> &'static [BackendKind] {
     match (backend, feature) {
         (BackendKind::AgentTcg, Feature::Step) => &[BackendKind::GdbStub],
+        (
+            BackendKind::AgentTcg,
+            Feature::MsrRead | Feature::MsrWrite | Feature::Port | Feature::Interrupt,
+        ) => &[BackendKind::AgentKvm],
         // A newer QEMU's can more: see its capabilities.
         (BackendKind::AgentTcg, _) => &[],
         (

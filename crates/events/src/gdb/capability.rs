@@ -110,6 +110,7 @@ pub(super) fn instead(feature: Feature) -> &'static [BackendKind] {
         | Feature::PhysicalWrite
         | Feature::MsrWrite
         | Feature::MsrRead
+        | Feature::Interrupt
         | Feature::Port => &[BackendKind::AgentKvm, BackendKind::AgentTcg],
         Feature::VirtualExecute
         | Feature::ControlWrite
@@ -117,7 +118,6 @@ pub(super) fn instead(feature: Feature) -> &'static [BackendKind] {
         | Feature::Cr8Write
         | Feature::Xcr0Write
         | Feature::DebugWrite
-        | Feature::Interrupt
         | Feature::Cpuid
         | Feature::Hypercall
         | Feature::DescriptorTable => &[BackendKind::AgentTcg],
