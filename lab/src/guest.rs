@@ -368,11 +368,17 @@ fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: b
     if spec.qmp {
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp"))]);
     }
-    if let Some(agent) = &spec.agent {
-        command
-            .arg("-plugin")
-            .arg(agent)
-            .env("VMSIGHT_AGENT", agent_at(folder));
+    match (&spec.agent, &spec.launcher) {
+        (Some(agent), Some(_)) => {
+            command.env("VMSIGHT_AGENT_LIBRARY", agent);
+        }
+        (Some(agent), None) => {
+            command
+                .arg("-plugin")
+                .arg(agent)
+                .env("VMSIGHT_AGENT", agent_at(folder));
+        }
+        (None, _) => {}
     }
     let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "vmsight.lab"];
     if spec.orders {

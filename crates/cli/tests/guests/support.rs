@@ -8,6 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use serde_json::{Map, Value};
 use vmsight_lab::{Format, Guest, Kernel, Memory, Spec};
 
+/// The agent, which cargo built beside this test: beside the program there need be none.
+fn agent() -> PathBuf {
+    std::env::current_exe()
+        .expect("this test has a path")
+        .with_file_name("libvmsight_agent.so")
+}
+
 /// The program, with a profile cache of the tests' own.
 pub(crate) fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmsight"));
@@ -15,6 +22,7 @@ pub(crate) fn command(args: &[&str]) -> Command {
         .args(args)
         .env_remove("VMSIGHT_LOG")
         .env_remove("VMSIGHT_PROFILES")
+        .env("VMSIGHT_AGENT_LIBRARY", agent())
         .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     command
 }
