@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use vmsight_lab::{Guest, Kernel, Memory, Qemu, Spec, Work};
 
 /// How often each is done; the middle one counts.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 /// How much slower a guest that only computes may become.
 const COMPUTES: f64 = 1.02;
 
@@ -62,7 +62,7 @@ fn main() {
             None,
         );
         // Long enough for the timer's ticks to be many.
-        let computes = Work::Compute { rounds: 100_000_000 };
+        let computes = Work::Compute { rounds: 30_000_000 };
         measure(way, &guest, "computing", computes, Some(COMPUTES));
     }
 }
