@@ -1,14 +1,10 @@
 //! Instructions: as evidence, and where they lead.
 
-use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, OpKind, SymbolResolver,
-    SymbolResult,
-};
-use rustc_hash::FxHashMap;
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Formatter, Instruction, OpKind};
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
 
-use crate::{Context, Evidence, Owner};
+use crate::{Context, Evidence, Owner, assembly};
 
 /// The longest instruction.
 const MAX_INSTRUCTION: usize = 15;
@@ -27,30 +23,18 @@ pub(crate) fn evidence(context: &Context, what: &str, at: Gva, count: usize) -> 
         .into_iter()
         .take(count)
         .collect();
-    let mut names = Names::default();
-    for instruction in &decoded {
-        let operands = (0..instruction.op_count()).filter_map(|i| instruction.try_immediate(i).ok());
-        let places = [
-            instruction.near_branch_target(),
-            instruction.memory_displacement64(),
-        ];
-        for address in operands.chain(places) {
-            let owner = context.owner(Gva(address));
-            let name = match owner {
-                // Small negative numbers are offsets, and large ones are not always addresses.
-                Owner::Null | Owner::User | Owner::Memory => continue,
-                Owner::ModuleArea => Some(owner.to_string()),
-                _ => context.name(Gva(address)).or_else(|| Some(owner.to_string())),
-            };
-            names.0.extend(name.map(|name| (address, name)));
-        }
+    let mut names = Vec::new();
+    for address in decoded.iter().flat_map(assembly::addresses) {
+        let owner = context.owner(Gva(address));
+        let name = match owner {
+            // Small negative numbers are offsets, and large ones are not always addresses.
+            Owner::Null | Owner::User | Owner::Memory => continue,
+            Owner::ModuleArea => owner.to_string(),
+            _ => context.name(Gva(address)).unwrap_or_else(|| owner.to_string()),
+        };
+        names.push((address, name));
     }
-    let mut formatter = IntelFormatter::with_options(Some(Box::new(names)), None);
-    formatter.options_mut().set_space_after_operand_separator(true);
-    formatter.options_mut().set_hex_prefix("0x");
-    formatter.options_mut().set_hex_suffix("");
-    formatter.options_mut().set_uppercase_hex(false);
-    formatter.options_mut().set_branch_leading_zeros(false);
+    let mut formatter = assembly::formatter(names);
     formatter.options_mut().set_show_symbol_address(true);
     let instructions = decoded
         .iter()
@@ -64,24 +48,6 @@ pub(crate) fn evidence(context: &Context, what: &str, at: Gva, count: usize) -> 
         what: what.to_owned(),
         at,
         instructions,
-    }
-}
-
-#[derive(Default)]
-struct Names(FxHashMap<u64, String>);
-
-impl SymbolResolver for Names {
-    fn symbol(
-        &mut self,
-        _instruction: &iced_x86::Instruction,
-        _operand: u32,
-        _instruction_operand: Option<u32>,
-        address: u64,
-        _address_size: u32,
-    ) -> Option<SymbolResult<'_>> {
-        self.0
-            .get(&address)
-            .map(|name| SymbolResult::with_str(address, name))
     }
 }
 

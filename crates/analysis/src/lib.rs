@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod assembly;
 pub mod baseline;
 mod check;
 pub mod checks;

@@ -1,11 +1,10 @@
 //! `vmsight disas`: guest code with names on it.
 
-use std::collections::HashMap;
-
 use anyhow::{Context, Result};
 use clap::Args;
-use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter, SymbolResolver, SymbolResult};
+use iced_x86::{Decoder, DecoderOptions, Formatter};
 use serde_json::{Map, Value};
+use vmsight_analysis::assembly;
 use vmsight_arch::Gva;
 
 use crate::{
@@ -67,28 +66,11 @@ impl Cmd {
                 .warnings
                 .push(format!("only {readable} of {length} bytes could be read"));
         }
-        // The formatter wants names that it owns: those of the addresses that occur.
         let decode = || Decoder::with_ip(64, &code, start.0, DecoderOptions::NONE).into_iter();
-        let mut names = Names::default();
-        for instruction in decode().take(self.count.unwrap_or(usize::MAX)) {
-            let operands = (0..instruction.op_count()).filter_map(|i| instruction.try_immediate(i).ok());
-            for at in operands.chain([
-                instruction.near_branch_target(),
-                instruction.memory_displacement64(),
-            ]) {
-                if at >= KERNEL_HALF
-                    && let Some(name) = session.name_of(Gva(at))
-                {
-                    names.0.insert(at, name);
-                }
-            }
-        }
-        let mut formatter = IntelFormatter::with_options(Some(Box::new(names)), None);
-        formatter.options_mut().set_space_after_operand_separator(true);
-        formatter.options_mut().set_hex_prefix("0x");
-        formatter.options_mut().set_hex_suffix("");
-        formatter.options_mut().set_uppercase_hex(false);
-        formatter.options_mut().set_branch_leading_zeros(false);
+        let shown = decode().take(self.count.unwrap_or(usize::MAX));
+        let named = |at: u64| Some((at, session.name_of(Gva(at))?));
+        let names = shown.flat_map(|instruction| assembly::addresses(&instruction).collect::<Vec<_>>());
+        let mut formatter = assembly::formatter(names.filter(|at| *at >= KERNEL_HALF).filter_map(named));
         let mut text = String::new();
         for instruction in decode().take(self.count.unwrap_or(usize::MAX)) {
             let at = instruction.ip();
@@ -124,24 +106,5 @@ impl Cmd {
     }
 }
 
-/// Puts `commit_creds+0x10` where an operand is an address that has a name.
-#[derive(Default)]
-struct Names(HashMap<u64, String>);
-
 /// Smaller numbers are immediates or user addresses.
 const KERNEL_HALF: u64 = 0xff00_0000_0000_0000;
-
-impl SymbolResolver for Names {
-    fn symbol(
-        &mut self,
-        _instruction: &iced_x86::Instruction,
-        _operand: u32,
-        _instruction_operand: Option<u32>,
-        address: u64,
-        _address_size: u32,
-    ) -> Option<SymbolResult<'_>> {
-        self.0
-            .get(&address)
-            .map(|name| SymbolResult::with_str(address, name))
-    }
-}
