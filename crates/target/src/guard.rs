@@ -22,20 +22,20 @@ printf "$1"
 while read -r line <&1; do case $line in *"$2"*) exit 0;; esac; done
 "#;
 
-/// The same for a stub with hooks, and with a word that changes what is sent: `hold` makes it `$2`, `go` makes it
-/// `$1` again. The first is said twice: a vCPU that was in the midst of a step may stop once more.
+/// The same for a stub with hooks, and with words that change what is sent: `hold` makes it what follows, or `$2` where
+/// nothing does, `go` makes it `$1` again. The first is said twice: a vCPU that was in the midst of a step may stop once more.
 const SWITCHED: &str = r#"
 trap '' HUP INT QUIT TERM TSTP PIPE
 say=$1
-while read -r word; do
+while read -r word rest; do
     case $word in
-        hold) say=$2;;
+        hold) say=${rest:-$2};;
         go) say=$1;;
         *) exit 0;;
     esac
 done
 printf "$say"
-[ "$say" = "$2" ] || { sleep 0.05 || sleep 1; printf "$say"; }
+[ "$say" != "$1" ] || { sleep 0.05 || sleep 1; printf "$say"; }
 sleep 1
 "#;
 
@@ -82,11 +82,20 @@ impl Guard {
         Ok(Self { child, pipe })
     }
 
-    /// Chooses between the two things that a watch of [`Self::switched`] sends.
-    pub(crate) fn hold(&mut self, hold: bool) -> io::Result<()> {
-        let word: &[u8] = if hold { b"hold\n" } else { b"go\n" };
+    /// A watch of [`Self::switched`] sends `words` from now on, or what it was given for that where they are empty.
+    pub(crate) fn hold(&mut self, words: &str) -> io::Result<()> {
+        self.tell(&format!("hold {words}\n"))
+    }
+
+    /// It lets the VM go on again.
+    pub(crate) fn let_go(&mut self) -> io::Result<()> {
+        self.tell("go\n")
+    }
+
+    /// In one piece: we may be killed in the midst of it.
+    fn tell(&mut self, line: &str) -> io::Result<()> {
         match &mut self.pipe {
-            Some(pipe) => pipe.write_all(word),
+            Some(pipe) => pipe.write_all(line.as_bytes()),
             None => Ok(()),
         }
     }

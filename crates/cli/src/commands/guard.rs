@@ -32,7 +32,8 @@ read-only data, what was there when guarding began is put back); control registe
 guarded at the instructions of the kernel and its modules that write them, those of modules loaded later included; MSRs cannot be
 guarded. The kernel's own patching is told by the address space that it keeps for that (poking_mm).
 
-The guest goes on unguarded when this ends, however it ends. Exit codes: 0 nothing was tried,
+The guest goes on unguarded when this ends, however it ends; with --fail-closed it is paused, and stays so, where vmsight was
+killed. Exit codes: 0 nothing was tried,
 1 something was tried and denied, 2 error.")]
 pub(crate) struct Cmd {
     /// What to guard: a running VM
@@ -43,8 +44,8 @@ pub(crate) struct Cmd {
     /// Only tell, deny nothing
     #[arg(long)]
     dry_run: bool,
-    /// Pause the VM, rather than let it go on, where no judgement was made in time. Through the gdb stub this does not cover a
-    /// vmsight that is killed: then the VM goes on
+    /// Pause the VM, rather than let it go on, where no judgement was made in time, or vmsight was killed. Through the gdb stub
+    /// the latter takes some milliseconds in which the guest may run unguarded
     #[arg(long)]
     fail_closed: bool,
     #[command(flatten)]
@@ -58,7 +59,10 @@ impl Cmd {
         let session = Session::for_writing(global, &self.target, true)?;
         let monitor = self.until.open(global, &session)?;
         let expiry = match self.fail_closed {
-            true => Expiry::Closed,
+            true => {
+                abort_on_panic();
+                Expiry::Closed
+            }
             false => Expiry::Open,
         };
         let delivery = Delivery::Held {
@@ -121,6 +125,15 @@ impl Cmd {
             Outcome::Fine
         })
     }
+}
+
+/// From now on a panic ends the program like a kill, which pauses the VM: unwound it would take the hooks out first.
+fn abort_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::abort();
+    }));
 }
 
 /// An incident, and whether it was prevented.

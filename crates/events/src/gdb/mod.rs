@@ -19,6 +19,9 @@
 //! **Pauses that are not ours** (by the owner, by the verdict "pause", by a deadline that fails closed) end when
 //! the owner lets the VM go on. It is looked at every 25 ms, because QEMU does not say so.
 //!
+//! **A hook that fails closed** has the VM paused, its breakpoints out, when this program is killed: by the watch of
+//! the connection, which takes some milliseconds in which the guest may run unhooked. At a regular end it goes on.
+//!
 //! **What is not seen**: that the owner pauses a VM which stands at a hook already; it goes on with the verdict. An
 //! owner who lets it go on there lets the other vCPUs run until the held one meets its breakpoint again. Who is
 //! killed within 25 ms after the owner ended a pause leaves the VM paused.

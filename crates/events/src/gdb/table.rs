@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vmsight_arch::Dtb;
-use vmsight_hooks::{Access, Hook, HookId, HookKind, Range, Sieve};
+use vmsight_hooks::{Access, Delivery, Expiry, Hook, HookId, HookKind, Range, Sieve};
 use vmsight_target::gdb::{Accelerator, Point};
 
 /// Most bytes of a memory hook whose old values are kept.
@@ -110,6 +110,19 @@ impl Table {
         self.places.keys().any(|place| place.is_watch())
     }
 
+    /// Whether a hook is there whose events must not go by unjudged.
+    pub(super) fn fails_closed(&self) -> bool {
+        self.hooks.values().any(|armed| {
+            matches!(
+                armed.hook.delivery,
+                Delivery::Held {
+                    expiry: Expiry::Closed,
+                    ..
+                }
+            )
+        })
+    }
+
     /// The memory hooks: those that hold nobody first, then in the order in which they were armed.
     pub(super) fn memory(&self) -> Vec<(HookId, u64, u64, Access)> {
         let mut all: Vec<_> = self
@@ -135,7 +148,7 @@ impl Armed {
     }
 
     fn holds(&self) -> bool {
-        matches!(self.hook.delivery, vmsight_hooks::Delivery::Held { .. })
+        matches!(self.hook.delivery, Delivery::Held { .. })
     }
 
     /// Start, length and access of a memory hook.

@@ -246,7 +246,14 @@ impl Worker {
         }
         let occasions = self.accesses(&hits)?;
         self.occasions.extend(occasions);
-        self.debug.hold(self.pause).map_err(of_stub)
+        self.entrust(self.pause)
+    }
+
+    /// What becomes of the VM if we are killed from here on: it stays paused, or is made to, where a hook fails closed.
+    fn entrust(&mut self, paused: bool) -> Result<(), EventError> {
+        self.debug
+            .hold(paused || self.table.fails_closed())
+            .map_err(of_stub)
     }
 
     /// All occasions are through.
@@ -257,7 +264,7 @@ impl Worker {
             // So that the next stop is told, and for the case that its owner was quicker.
             self.look()?;
         } else {
-            self.debug.hold(false).map_err(of_stub)?;
+            self.entrust(false)?;
             self.debug.resume().map_err(of_stub)?;
             self.state = State::Runs;
         }

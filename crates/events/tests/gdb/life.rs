@@ -59,6 +59,7 @@ fn killed(pid: u32, stage: &str, function: u64) {
     let monitor = Machine::monitor_of(pid);
     let delivery = match stage {
         "held" => patient(),
+        "closed" | "closed-busy" => held(PATIENCE, Expiry::Closed),
         _ => Delivery::Told {
             overflow: Overflow::Drop,
         },
@@ -70,11 +71,12 @@ fn killed(pid: u32, stage: &str, function: u64) {
         .hook(&Hook::write(Gva(upper(1, STORED)), 8).delivered(delivery))
         .unwrap();
     println!("\nhooked");
-    let _occurrence = next(&monitor);
+    let occurrence = next(&monitor);
     println!("\ntold");
-    if stage == "held" {
+    if matches!(stage, "held" | "closed") {
         std::thread::sleep(PATIENCE);
     }
+    drop(occurrence);
     loop {
         let _ = monitor.next(Duration::from_secs(1)).unwrap();
     }
@@ -87,17 +89,7 @@ fn a_monitor_that_is_killed_leaves_the_guest_as_it_was() {
         return killed(words[0].parse().unwrap(), words[1], words[2].parse().unwrap());
     }
     let vm = Machine::start(2);
-    let image = |vm: &Machine| {
-        let path = vm.dir().join("memory");
-        vm.command(&format!(
-            r#"{{"execute":"pmemsave","arguments":{{"val":983040,"size":65536,"filename":"{}"}}}}"#,
-            path.display()
-        ));
-        std::fs::read(path).unwrap()
-    };
-    let before = image(&vm);
-    const ROUNDS: u64 = 200_000;
-    for (turn, stage) in ["held", "busy", "held", "busy"].into_iter().enumerate() {
+    let kill_one = |stage: &str, rounds: u64| {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
@@ -113,11 +105,24 @@ fn a_monitor_that_is_killed_leaves_the_guest_as_it_was() {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|l| l.unwrap() == "hooked"));
-        vm.work(0, ROUNDS);
-        vm.work(1, ROUNDS);
+        vm.work(0, rounds);
+        vm.work(1, rounds);
         assert!(lines.any(|l| l.unwrap() == "told"));
         child.kill().unwrap();
         child.wait().unwrap();
+    };
+    let image = |vm: &Machine| {
+        let path = vm.dir().join("memory");
+        vm.command(&format!(
+            r#"{{"execute":"pmemsave","arguments":{{"val":983040,"size":65536,"filename":"{}"}}}}"#,
+            path.display()
+        ));
+        std::fs::read(path).unwrap()
+    };
+    let before = image(&vm);
+    const ROUNDS: u64 = 200_000;
+    for (turn, stage) in ["held", "busy", "held", "busy"].into_iter().enumerate() {
+        kill_one(stage, ROUNDS);
         vm.wait_for(|m| m.is_done(0, turn as u64 + 1) && m.is_done(1, turn as u64 + 1));
         assert_eq!(vm.status(), "running");
         let calls = ROUNDS * (turn as u64 + 1);
@@ -127,13 +132,39 @@ fn a_monitor_that_is_killed_leaves_the_guest_as_it_was() {
             "the guest's code is what it was"
         );
     }
+    // Told to fail closed, the guest stands still: held at a hook, or wherever it was. Its owner lets it go on.
+    for (turn, stage) in ["closed", "closed-busy"].into_iter().enumerate() {
+        kill_one(stage, ROUNDS);
+        vm.wait_for(|m| m.status() != "running");
+        assert!(image(&vm) == before, "the guest's code is what it was");
+        let stands = (vm.word(0, CALLS), vm.word(1, CALLS));
+        let calls = ROUNDS * (turn as u64 + 5);
+        assert!(
+            stands.0 + stands.1 < 2 * calls,
+            "it stopped in the midst of its work: {stands:?}"
+        );
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!((vm.word(0, CALLS), vm.word(1, CALLS)), stands);
+        assert_ne!(vm.status(), "running");
+        // A vCPU that was in the midst of a step may stop once more.
+        let mut conts = 0;
+        vm.wait_for(|m| {
+            if m.status() != "running" {
+                conts += 1;
+                m.command(r#"{"execute":"cont"}"#);
+            }
+            m.is_done(0, turn as u64 + 5) && m.is_done(1, turn as u64 + 5)
+        });
+        assert!(conts <= 2, "{conts}");
+        assert_eq!((vm.word(0, CALLS), vm.word(1, CALLS)), (calls, calls));
+    }
     // What the killed ones left open does not stand in anybody's way.
     let monitor = vm.monitor();
     let hook = monitor
         .hook(&Hook::execute(Gva(vm.guest.function)).delivered(Delivery::Counted))
         .unwrap();
     vm.work(0, 10);
-    vm.wait_for(|m| m.is_done(0, 5));
+    vm.wait_for(|m| m.is_done(0, 7));
     assert_eq!(hook.counts().unwrap().occurred, 10);
     drop((hook, monitor));
     assert!(!is_open(&vm));

@@ -120,7 +120,7 @@ impl Machine {
         self.word(vcpu, DONE) == times
     }
 
-    pub(crate) fn wait_for(&self, what: impl Fn(&Self) -> bool) {
+    pub(crate) fn wait_for(&self, mut what: impl FnMut(&Self) -> bool) {
         let until = Instant::now() + PATIENCE;
         while !what(self) {
             if Instant::now() >= until {

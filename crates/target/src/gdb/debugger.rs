@@ -7,7 +7,8 @@
 //!   command that resumes was given in between. One for a thread that does not exist serves, and resumes nothing.
 //! - The stop reply ends the single step of the *current* thread only. So the thread to be stepped is made current first.
 //! - A step that meets a watchpoint leaves an interrupt behind, for which that thread stops once more.
-//! - `?` takes all breakpoints out, `D` does so and lets the machine go on. A second `D` crashes QEMU.
+//! - `D` takes all breakpoints out and lets the machine go on. `?` takes out those of the thread that `Hc` has named: with
+//!   7.2 under TCG each vCPU has its own. A second `D` crashes QEMU.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -28,8 +29,19 @@ use crate::host::process::Identity;
 use crate::monitor;
 use crate::spec::GdbAddress;
 
-/// Last words that take breakpoints out and leave the machine as it is.
+/// Last words that take breakpoints out and leave the machine paused, or pause it where it runs, while its vCPUs are not
+/// known.
 const HOLD: &str = "+#00$?#3f";
+/// The same once they are.
+fn hold_words(threads: &[String]) -> String {
+    let mut words = b"+#00".to_vec();
+    for thread in threads {
+        words.extend(packet::frame(format!("Hc{thread}").as_bytes()));
+        words.extend(packet::frame(b"?"));
+    }
+    String::from_utf8_lossy(&words).into_owned()
+}
+
 /// Bytes of memory asked for at once.
 const MEMORY_CHUNK: usize = 2000;
 /// A resumption of a thread that no machine has (its highest is 4096).
@@ -164,6 +176,10 @@ impl Debugger {
         }
         self.registers = self.link.description()?;
         self.threads = self.link.threads()?;
+        // The watch had words for one vCPU until now.
+        if self.held {
+            self.entrust()?;
+        }
         if self.threads.is_empty() || features::index(&self.registers, "rip").is_none() {
             return Err(self.link.unsupported("show the vCPUs of an x86-64 machine"));
         }
@@ -211,13 +227,23 @@ impl Debugger {
             return Ok(());
         }
         self.held = hold;
-        match &mut self.guard {
-            Some(guard) => guard.hold(hold).map_err(|source| GdbError::Connect {
-                address: self.link.address().to_owned(),
-                source,
-            }),
-            None => Ok(()),
-        }
+        self.entrust()
+    }
+
+    /// Tells the watch what it is to do when we are gone.
+    fn entrust(&mut self) -> Result<(), GdbError> {
+        let Some(guard) = &mut self.guard else {
+            return Ok(());
+        };
+        let told = match (self.held, self.threads.is_empty()) {
+            (false, _) => guard.let_go(),
+            (true, true) => guard.hold(""),
+            (true, false) => guard.hold(&hold_words(&self.threads)),
+        };
+        told.map_err(|source| GdbError::Connect {
+            address: self.link.address().to_owned(),
+            source,
+        })
     }
 
     /// One line of QEMU's human monitor. Only while the machine stands still.
@@ -532,15 +558,19 @@ impl Debugger {
             let answer = self.link.ask("D")?;
             return self.ok(&answer, || "to detach".to_owned());
         }
-        // Its answer is a stop reply.
-        self.link.send(b"?", "?")?;
-        let deadline = Instant::now() + self.link.timeout();
-        match self.wait_stop(deadline)? {
-            Some(_) => Ok(()),
-            None => Err(self
-                .link
-                .protocol("it does not confirm that the breakpoints are out")),
+        for thread in self.threads.clone() {
+            let answer = self.link.ask(&format!("Hc{thread}"))?;
+            self.ok(&answer, || format!("to choose the thread {thread}"))?;
+            // Its answer is a stop reply.
+            self.link.send(b"?", "?")?;
+            let deadline = Instant::now() + self.link.timeout();
+            if self.wait_stop(deadline)?.is_none() {
+                return Err(self
+                    .link
+                    .protocol("it does not confirm that the breakpoints are out"));
+            }
         }
+        Ok(())
     }
 }
 
