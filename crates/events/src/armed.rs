@@ -30,6 +30,13 @@ impl<T> Armed<T> {
         self.purposes.get(&id)
     }
 
+    /// All of them, in the order in which they were armed, each with what it is there for.
+    pub fn guards(&self) -> impl Iterator<Item = (&HookGuard, &T)> {
+        self.guards
+            .iter()
+            .filter_map(|guard| Some((guard, self.purposes.get(&guard.id())?)))
+    }
+
     /// What all of them are there for, in no order.
     pub fn purposes(&self) -> impl ExactSizeIterator<Item = &T> {
         self.purposes.values()

@@ -126,6 +126,21 @@ fn what_happens_is_shown_and_counted_and_leaves_no_trace() {
     assert!(number(&getpid["count"]) >= 50);
     assert!(number(&getpid["total_us"]) >= number(&getpid["max_us"]));
 
+    // The same without an event for each.
+    let running = start(&["trace", t, "--syscalls", "getpid", "--tally", "-o", "json"]);
+    let account = guest.order(Work::GetPid { count: 50 }).unwrap();
+    let counts: Vec<Value> = serde_json::from_str(&running.interrupt(0)).unwrap();
+    let [getpid] = counts.as_slice() else {
+        panic!("{counts:?} of {account:?}")
+    };
+    assert_eq!(
+        (&getpid["event"], &getpid["subject"]),
+        (&"syscall".into(), &"getpid".into())
+    );
+    assert!(number(&getpid["count"]) >= 50, "{getpid:?}");
+    let err = ends_with(2, &["trace", t, "--cr", "3", "--tally"]);
+    assert!(err.contains("--tally") && err.contains("vmsight hooks"), "{err}");
+
     // Lines for people, and an end after so many events.
     let running = start(&["trace", t, "--exec", "--count", "1"]);
     let exec = Work::Exec {

@@ -59,6 +59,43 @@ fn a_guest_that_is_emulated() {
             .all(|e| e["result"] == pid && e["subject"] == "getpid")
     );
 
+    // Counting costs no event, and misses none.
+    let prepared = orders.prepare(Work::GetPid { count: 10_000 }.on(1)).unwrap();
+    let pid_text = prepared.pid().to_string();
+    let args = [
+        "trace",
+        t,
+        "--syscalls",
+        "--hook",
+        "__x64_sys_getpid",
+        "--pid",
+        &pid_text,
+        "--tally",
+        "-o",
+        "json",
+    ];
+    let running = start(&args);
+    assert_eq!(prepared.go().unwrap().made, 10_000);
+    let counts: Vec<Value> = serde_json::from_str(&running.interrupt(0)).unwrap();
+    let of = |event: &str, subject: &str| {
+        let mut rows = counts
+            .iter()
+            .filter(|r| r["event"] == event && r["subject"] == subject);
+        let count = rows.next().map(|r| r["count"].clone());
+        assert!(rows.next().is_none(), "{counts:?}");
+        count
+    };
+    assert_eq!(of("syscall", "getpid"), Some(10_000.into()), "{counts:?}");
+    assert_eq!(
+        of("execute", "__x64_sys_getpid"),
+        Some(10_000.into()),
+        "{counts:?}"
+    );
+    assert!(
+        of("syscall", "exit_group").is_some(),
+        "other calls of the process: {counts:?}"
+    );
+
     // It is the one that is used where none is named; and it says who can deny what it cannot.
     let said = ends_with(2, &["guard", t, "--deny", "kernel-text"]);
     assert!(said.contains("agent-tcg") && said.contains("gdb-stub"), "{said}");

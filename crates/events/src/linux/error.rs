@@ -1,6 +1,7 @@
 //! What can go wrong with a named hook.
 
 use vmsight_arch::Gva;
+use vmsight_hooks::FilterError;
 use vmsight_linux::LinuxError;
 use vmsight_memory::ReadError;
 
@@ -16,6 +17,9 @@ pub enum TraceError {
     /// A hook failed.
     #[error(transparent)]
     Event(#[from] EventError),
+    /// What is wanted does not fit into a filter.
+    #[error("what is to be counted cannot be said in a filter: {0}")]
+    Filter(#[from] FilterError),
     /// Guest memory could not be read.
     #[error("cannot read {what} at {at}")]
     Read {

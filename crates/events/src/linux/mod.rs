@@ -18,4 +18,6 @@ pub use filter::current_pid;
 pub use guard::{Guard, Incident, Judgement, Rule, RuleError};
 pub use lifecycle::{Lifecycle, LifecycleRecord, LifecycleTrace};
 pub use site::{SyscallSite, syscall_sites};
-pub use syscall::{Argument, SyscallRecord, SyscallTrace, Value};
+pub use syscall::{
+    Argument, SyscallCount, SyscallCounter, SyscallCounts, SyscallRecord, SyscallTrace, Value,
+};

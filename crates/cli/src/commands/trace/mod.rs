@@ -3,12 +3,14 @@
 mod plain;
 pub(crate) mod row;
 mod summary;
+mod tally;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use vmsight_events::linux::{Lifecycle, LifecycleTrace, SyscallTrace};
 use vmsight_events::{EventError, Monitor, Occurrence};
 use vmsight_hooks::{Delivery, Expiry, Verdict};
+use vmsight_linux::Kernel;
 
 use super::stream::Stream;
 use super::until::{DEADLINE, Until};
@@ -16,6 +18,7 @@ use crate::{Outcome, args::Global, session::Session};
 use plain::PlainTrace;
 use row::Row;
 use summary::Summary;
+use tally::Tally;
 
 /// What happens in a running guest, as it happens: system calls, programs, modules, any function, writes to memory.
 #[derive(Args, Debug)]
@@ -24,6 +27,7 @@ Examples:
   vmsight trace web1 --syscalls openat,execve          strace for a whole guest, from outside
   vmsight trace web1 --syscalls --pid 812 --follow     one process and its children
   vmsight trace web1 --syscalls -c --for 10            counts and times over ten seconds
+  vmsight trace web1 --syscalls --tally --for 10       how often each was called, counted without holding the guest
   vmsight trace web1 --exec --modules -o jsonl         programs and modules, one JSON object a line
   vmsight trace web1 --hook commit_creds               every call of a kernel function
   vmsight trace web1 --write sys_call_table,4096       who writes there, and what
@@ -72,6 +76,9 @@ pub(crate) struct Cmd {
     /// Count instead of showing: what, how often, how long
     #[arg(short = 'c', long, help_heading = "How")]
     summary: bool,
+    /// Count where it happens, in the VMM where an agent is in it: how often, and nothing else. The guest is not held
+    #[arg(long, help_heading = "How", conflicts_with_all = ["summary", "exec", "processes", "modules", "follow", "count"])]
+    tally: bool,
     #[command(flatten)]
     until: Until,
 }
@@ -87,6 +94,16 @@ impl Cmd {
         let waiting = self.until.begin()?;
         let session = Session::open(global, &self.target)?;
         let monitor = self.until.open(global, &session)?;
+        if self.tally {
+            let tally = Tally::arm(self, &session, &monitor)?;
+            session
+                .style()
+                .note(&format!("counting in {}; Ctrl-C ends it", session.name()));
+            while let Some(occurrence) = waiting.next(&session, &monitor)? {
+                drop(occurrence); // there is none: nothing is told
+            }
+            return tally.finish(&session);
+        }
         let mut traces = self.arm(&session, &monitor)?;
         session
             .style()
@@ -122,6 +139,20 @@ impl Cmd {
             || !self.cr.is_empty()
     }
 
+    /// What follows the system calls that were named, all where none was.
+    fn syscall_trace(&self, kernel: &Kernel, names: &str) -> Result<SyscallTrace> {
+        let names: Vec<String> = names
+            .split(',')
+            .filter(|n| !n.is_empty())
+            .map(str::to_owned)
+            .collect();
+        let trace = SyscallTrace::new(kernel, &names)?;
+        Ok(match self.pid.is_empty() {
+            true => trace,
+            false => trace.of(self.pid.iter().copied(), self.follow),
+        })
+    }
+
     fn arm(&self, session: &Session, monitor: &Monitor) -> Result<Traces> {
         let kernel = session.kernel()?;
         let delivery = Delivery::Held {
@@ -134,15 +165,7 @@ impl Cmd {
             plain: PlainTrace::new(kernel, &self.pid),
         };
         if let Some(names) = &self.syscalls {
-            let names: Vec<String> = names
-                .split(',')
-                .filter(|n| !n.is_empty())
-                .map(str::to_owned)
-                .collect();
-            let mut trace = SyscallTrace::new(kernel, &names)?;
-            if !self.pid.is_empty() {
-                trace = trace.of(self.pid.iter().copied(), self.follow);
-            }
+            let mut trace = self.syscall_trace(kernel, names)?;
             trace.arm(monitor, delivery).context("hooking system calls")?;
             traces.syscalls = Some(trace);
         }

@@ -62,6 +62,21 @@ pub(super) fn control_registers(numbers: &[u8]) -> Result<Vec<ControlRegister>> 
     all.collect()
 }
 
+/// Whether a backend hooks control registers themselves.
+pub(super) fn hooks_control(monitor: &Monitor) -> bool {
+    let table = monitor.capabilities();
+    table.iter().any(|c| c.feature == Feature::ControlWrite)
+}
+
+/// The hook on writes of a control register, and what it is called.
+pub(super) fn control_hook(register: ControlRegister) -> (HookKind, String) {
+    let access = Access::WRITE;
+    (
+        HookKind::ControlRegister { register, access },
+        register.to_string(),
+    )
+}
+
 /// A place as elsewhere; `sym:` before a symbol is allowed.
 fn place(text: &str) -> Result<Place> {
     Ok(Place::from_str(text.strip_prefix("sym:").unwrap_or(text))?)
@@ -150,15 +165,10 @@ impl PlainTrace {
         registers: Vec<ControlRegister>,
         delivery: Delivery,
     ) -> Result<()> {
-        let can = monitor
-            .capabilities()
-            .iter()
-            .any(|c| c.feature == Feature::ControlWrite);
-        if can {
+        if hooks_control(monitor) {
             for register in registers {
-                let access = Access::WRITE;
-                let kind = HookKind::ControlRegister { register, access };
-                self.arm(monitor, kind, register.to_string(), delivery)?;
+                let (kind, name) = control_hook(register);
+                self.arm(monitor, kind, name, delivery)?;
             }
             return Ok(());
         }

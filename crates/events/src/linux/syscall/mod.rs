@@ -4,12 +4,14 @@
 //! it. Both are in the kernel's own text, run with its page tables and GS base, and have the caller's registers on the stack.
 
 mod arguments;
+mod count;
 mod names;
 mod record;
 mod sockaddr;
 mod value;
 
 pub use arguments::Argument;
+pub use count::{SyscallCount, SyscallCounter, SyscallCounts};
 pub use record::SyscallRecord;
 pub use value::Value;
 
@@ -133,10 +135,7 @@ impl SyscallTrace {
         let wanted = self.wanted.as_ref().filter(|_| phase == Phase::Entry).zip(table);
         let numbers = wanted.map(|(names, table)| {
             let numbers = table.iter().filter(|call| names.contains(&call.name));
-            let number = vmsight_hooks::Value::from(Register::RSP)
-                .plus(pt_regs::ORIG_AX as u64)
-                .load(4);
-            number.is_one_of(numbers.map(|call| u64::from(call.number)))
+            number_of().is_one_of(numbers.map(|call| u64::from(call.number)))
         });
         numbers.into_iter().chain(self.whose.condition(&self.current))
     }
@@ -285,6 +284,13 @@ impl SyscallTrace {
             .map_err(TraceError::read("the caller's registers", at))?;
         Ok(bytes)
     }
+}
+
+/// For a filter: the number of the call that is about to be made.
+fn number_of() -> vmsight_hooks::Value {
+    vmsight_hooks::Value::from(Register::RSP)
+        .plus(pt_regs::ORIG_AX as u64)
+        .load(4)
 }
 
 fn word(bytes: &[u8; pt_regs::SIZE], at: usize) -> u64 {
