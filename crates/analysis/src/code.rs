@@ -58,14 +58,11 @@ const MAX_FUNCTION: u64 = 64 << 10;
 pub(crate) fn function(context: &Context, at: Gva) -> Result<Vec<u8>, LinuxError> {
     let kernel = context.kernel();
     let linked = kernel.image().link_time(at);
-    let next = kernel
-        .profile()
-        .symbols
-        .range(linked.saturating_add(1)..linked.saturating_add(MAX_FUNCTION))
-        .next();
+    let next = kernel.profile().symbols.after(linked);
     let length = next
-        .map_or(256, |s| s.address.wrapping_sub(linked))
-        .min(MAX_FUNCTION);
+        .map(|s| s.address.wrapping_sub(linked))
+        .filter(|length| *length < MAX_FUNCTION)
+        .unwrap_or(256);
     read(context, at, length as usize)
 }
 

@@ -238,7 +238,7 @@ impl Context {
     pub fn entries(&self, table: Gva, max: u64) -> u64 {
         let linked = self.kernel.image().link_time(table);
         let symbols = &self.kernel.profile().symbols;
-        let next = symbols.range(linked.saturating_add(1)..u64::MAX).next();
+        let next = symbols.after(linked);
         next.map_or(max, |s| s.address.wrapping_sub(linked) / 8).min(max)
     }
 
@@ -246,7 +246,7 @@ impl Context {
     pub(crate) fn room(&self, name: &str) -> u64 {
         let symbols = &self.kernel.profile().symbols;
         let Some(at) = symbols.address(name) else { return 0 };
-        let next = symbols.range(at.saturating_add(1)..u64::MAX).next();
+        let next = symbols.after(at);
         next.map_or(0, |s| s.address - at)
     }
 

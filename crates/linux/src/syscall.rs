@@ -131,11 +131,7 @@ impl Kernel {
     /// How many entries fit between a table and the next symbol.
     fn entries_of(&self, table: Gva) -> u64 {
         let linked = self.image().link_time(table);
-        let next = self
-            .profile()
-            .symbols
-            .range(linked.saturating_add(1)..u64::MAX)
-            .next();
+        let next = self.profile().symbols.after(linked);
         next.map_or(MAX_SYSCALLS, |s| s.address.wrapping_sub(linked) / 8)
             .min(MAX_SYSCALLS)
     }

@@ -104,13 +104,7 @@ fn is_ours(context: &Context, handler: Gva) -> bool {
 }
 
 fn entries(context: &Context, findings: &mut Findings, table: &str, at: Gva) {
-    let kernel = context.kernel();
-    let linked = kernel.image().link_time(at);
-    let symbols = &kernel.profile().symbols;
-    let next = symbols.range(linked.saturating_add(1)..u64::MAX).next();
-    let entries = next
-        .map_or(MAX_CALLS, |s| s.address.wrapping_sub(linked) / 8)
-        .min(MAX_CALLS);
+    let entries = context.entries(at, MAX_CALLS);
     for number in 0..entries {
         let slot = at.wrapping_add(number * 8);
         let Some(handler) = findings.or_note(table, context.pointer(table, slot)) else {

@@ -392,11 +392,7 @@ impl Session {
                 .map(|s| s.address);
         }
         let linked = kernel.image().link_time(at);
-        let next = kernel
-            .profile()
-            .symbols
-            .range(linked.checked_add(1)?..u64::MAX)
-            .next()?;
+        let next = kernel.profile().symbols.after(linked)?;
         Some(kernel.image().runtime(next.address))
     }
 

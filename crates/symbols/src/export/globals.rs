@@ -316,7 +316,7 @@ impl Is {
 fn room(profile: &Profile, symbol: &str, size: Option<u64>) -> Option<u64> {
     let start = profile.symbols.address(symbol)?;
     // No table of the kernel is larger; the bound keeps a sparse symbol table from making one up.
-    let end = start.checked_add(1 << 20)?;
-    let next = profile.symbols.range(start.checked_add(1)?..end).next()?;
-    next.address.checked_sub(start)?.checked_div(size?)
+    let next = profile.symbols.after(start)?;
+    let bytes = next.address.checked_sub(start).filter(|bytes| *bytes < 1 << 20)?;
+    bytes.checked_div(size?)
 }

@@ -264,6 +264,16 @@ mod tests {
     }
 
     #[test]
+    fn after_is_above() {
+        let t = table();
+        let after = |a| t.after(a).map(|s| s.address);
+        assert_eq!(after(0xffff_ffff_8100_1000), Some(0xffff_ffff_8100_2000));
+        assert_eq!(after(0xffff_ffff_8100_0fff), Some(0xffff_ffff_8100_1000));
+        assert_eq!(after(0xffff_ffff_8200_0000), None, "the last one");
+        assert_eq!(after(u64::MAX), None);
+    }
+
+    #[test]
     fn range_is_half_open() {
         let t = table();
         let names: Vec<_> = t

@@ -198,6 +198,11 @@ impl SymbolTable {
         Some((self.get(first)?, offset))
     }
 
+    /// The first symbol above `address`; with that of a function or a table, where it ends at the latest.
+    pub fn after(&self, address: u64) -> Option<Symbol<'_>> {
+        self.get(self.partition(|a| a <= address))
+    }
+
     /// The symbol number `index`, counted by ascending address.
     pub fn get(&self, index: usize) -> Option<Symbol<'_>> {
         let bytes = self.as_bytes();

@@ -88,11 +88,7 @@ fn range(kernel: &Kernel, rule: &Rule) -> Result<(Gva, u64), TraceError> {
         Rule::SyscallTable => {
             let start = kernel.symbol("sys_call_table")?;
             let linked = kernel.image().link_time(start);
-            let next = kernel
-                .profile()
-                .symbols
-                .range(linked.saturating_add(1)..u64::MAX)
-                .next();
+            let next = kernel.profile().symbols.after(linked);
             Ok((start, next.map_or(4096, |s| s.address.saturating_sub(linked))))
         }
         Rule::Idt => Ok((kernel.symbol("idt_table")?, IDT_BYTES)),
