@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod elf;
 mod files;
 mod history;
 mod hostile;

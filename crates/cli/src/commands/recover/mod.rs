@@ -1,5 +1,6 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
+mod elf;
 mod files;
 mod history;
 mod keys;
@@ -21,6 +22,8 @@ pub(crate) struct Cmd {
 
 #[derive(Subcommand, Debug)]
 enum What {
+    /// Programs, libraries, modules and the kernel as ELF files: list them, write them out
+    Elf(elf::Cmd),
     /// Files in the page cache, deleted ones too: list them, write them out
     Files(files::Cmd),
     /// What was typed into shells, with times
@@ -38,6 +41,7 @@ enum What {
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         match &self.what {
+            What::Elf(c) => c.run(global),
             What::Files(c) => c.run(global),
             What::History(c) => c.run(global),
             What::Processes(c) => c.run(global),
@@ -50,6 +54,7 @@ impl Cmd {
     /// Whether it shows something and writes nothing.
     pub(crate) fn can_repeat(&self) -> bool {
         match &self.what {
+            What::Elf(c) => !c.writes(),
             What::Files(c) => !c.writes(),
             What::History(_) | What::Processes(_) | What::Screen(_) | What::Tty(_) => true,
             What::Keys(c) => !c.writes(),
