@@ -1,10 +1,12 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
+mod arp;
 mod elf;
 mod files;
 mod history;
 mod keys;
 mod processes;
+mod routes;
 mod screen;
 mod tty;
 
@@ -28,6 +30,10 @@ enum What {
     Files(files::Cmd),
     /// What was typed into shells, with times
     History(history::Cmd),
+    /// Who is on the links: hardware addresses by IP address, of every network namespace
+    Arp(arp::Cmd),
+    /// Routes of every network namespace, IPv4 and IPv6, from all tables
+    Routes(routes::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
     /// What is on the virtual consoles, shown or not, as text
@@ -44,6 +50,8 @@ impl Cmd {
             What::Elf(c) => c.run(global),
             What::Files(c) => c.run(global),
             What::History(c) => c.run(global),
+            What::Arp(c) => c.run(global),
+            What::Routes(c) => c.run(global),
             What::Processes(c) => c.run(global),
             What::Screen(c) => c.run(global),
             What::Tty(c) => c.run(global),
@@ -56,7 +64,8 @@ impl Cmd {
         match &self.what {
             What::Elf(c) => !c.writes(),
             What::Files(c) => !c.writes(),
-            What::History(_) | What::Processes(_) | What::Screen(_) | What::Tty(_) => true,
+            What::Arp(_) | What::Routes(_) | What::History(_) | What::Processes(_) => true,
+            What::Screen(_) | What::Tty(_) => true,
             What::Keys(c) => !c.writes(),
         }
     }
