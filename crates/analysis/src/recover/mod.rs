@@ -10,6 +10,7 @@ mod heap;
 pub mod history;
 mod member;
 mod output;
+pub mod packets;
 pub mod processes;
 pub mod screen;
 mod slab;

@@ -6,6 +6,7 @@ mod elf;
 mod files;
 mod history;
 mod hostile;
+mod packets;
 mod processes;
 mod screen;
 mod support;

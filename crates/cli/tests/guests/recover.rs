@@ -131,3 +131,23 @@ fn neighbours_and_routes() {
         (&"10.200.3.0/24".into(), &"dummy0".into(), &"unicast".into())
     );
 }
+
+#[test]
+fn packets_are_listed_and_written_as_a_capture() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("web.pcap");
+    let found = rows(&["recover", "packets", t, "--queued", "--pcap", utf8(&file)]);
+    let unread = found
+        .iter()
+        .find(|row| row["destination"] == "127.0.0.1:5353")
+        .unwrap();
+    assert_eq!(
+        (&unread["length"], &unread["protocol"]),
+        (&92.into(), &"udp".into())
+    );
+    let capture = fs::read(&file).unwrap();
+    let lengths: u64 = found.iter().map(|row| row["length"].as_u64().unwrap()).sum();
+    assert_eq!(capture.len() as u64, 24 + 16 * found.len() as u64 + lengths);
+}

@@ -5,6 +5,7 @@ mod elf;
 mod files;
 mod history;
 mod keys;
+mod packets;
 mod processes;
 mod routes;
 mod screen;
@@ -34,6 +35,8 @@ enum What {
     Arp(arp::Cmd),
     /// Routes of every network namespace, IPv4 and IPv6, from all tables
     Routes(routes::Cmd),
+    /// Network packets that are still in the kernel's memory: list them, write a capture file
+    Packets(packets::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
     /// What is on the virtual consoles, shown or not, as text
@@ -52,6 +55,7 @@ impl Cmd {
             What::History(c) => c.run(global),
             What::Arp(c) => c.run(global),
             What::Routes(c) => c.run(global),
+            What::Packets(c) => c.run(global),
             What::Processes(c) => c.run(global),
             What::Screen(c) => c.run(global),
             What::Tty(c) => c.run(global),
@@ -64,8 +68,11 @@ impl Cmd {
         match &self.what {
             What::Elf(c) => !c.writes(),
             What::Files(c) => !c.writes(),
-            What::Arp(_) | What::Routes(_) | What::History(_) | What::Processes(_) => true,
+            What::Arp(_) | What::Routes(_) | What::History(_) | What::Processes(_) => {
+                true
+            }
             What::Screen(_) | What::Tty(_) => true,
+            What::Packets(c) => !c.writes(),
             What::Keys(c) => !c.writes(),
         }
     }
