@@ -29,8 +29,9 @@ const MODULES: &[(&str, &str)] = &[
     ("ext4", ""),
 ];
 
-/// Modules that go along and are loaded where a test orders it: the crypto API for programs, and AES by instructions.
-const ALONG: &[(&str, &str)] = &[("algif_skcipher", ""), ("aesni_intel?", "")];
+/// Modules that go along and are loaded where a test orders it: the crypto API for programs, and AES by instructions; what tracks
+/// connections.
+const ALONG: &[(&str, &str)] = &[("algif_skcipher", ""), ("aesni_intel?", ""), ("nf_conntrack", "")];
 
 /// Programs of the host which go along: static ones, by where Debian puts them.
 const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];

@@ -3,6 +3,7 @@
 //! Unlike a check, a recovery has rows of its own kind. What is in them was written by the guest: texts are as the guest
 //! wrote them, and whoever prints them escapes them.
 
+pub mod conntrack;
 pub mod elf;
 pub mod files;
 mod frames;

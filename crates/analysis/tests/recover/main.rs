@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod conntrack;
 mod elf;
 mod files;
 mod history;

@@ -126,6 +126,9 @@ fn neighbours_and_routes() {
     assert!(known["address"].is_string() && known["namespace"].is_number());
     let own = rows(&["recover", "routes", t, "--table", "100"]);
     assert_eq!(own.len(), 1);
+    // This guest tracks no connections.
+    let none = ends_with(1, &["recover", "conntrack", t]);
+    assert!(none.contains("nf_conntrack"), "{none}");
     assert_eq!(
         (&own[0]["destination"], &own[0]["interface"], &own[0]["type"]),
         (&"10.200.3.0/24".into(), &"dummy0".into(), &"unicast".into())

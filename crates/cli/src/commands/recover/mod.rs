@@ -1,6 +1,7 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
 mod arp;
+mod conntrack;
 mod elf;
 mod files;
 mod history;
@@ -35,6 +36,8 @@ enum What {
     Arp(arp::Cmd),
     /// Routes of every network namespace, IPv4 and IPv6, from all tables
     Routes(routes::Cmd),
+    /// Connections that netfilter tracks
+    Conntrack(conntrack::Cmd),
     /// Network packets that are still in the kernel's memory: list them, write a capture file
     Packets(packets::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
@@ -55,6 +58,7 @@ impl Cmd {
             What::History(c) => c.run(global),
             What::Arp(c) => c.run(global),
             What::Routes(c) => c.run(global),
+            What::Conntrack(c) => c.run(global),
             What::Packets(c) => c.run(global),
             What::Processes(c) => c.run(global),
             What::Screen(c) => c.run(global),
@@ -68,7 +72,7 @@ impl Cmd {
         match &self.what {
             What::Elf(c) => !c.writes(),
             What::Files(c) => !c.writes(),
-            What::Arp(_) | What::Routes(_) | What::History(_) | What::Processes(_) => {
+            What::Arp(_) | What::Routes(_) | What::Conntrack(_) | What::History(_) | What::Processes(_) => {
                 true
             }
             What::Screen(_) | What::Tty(_) => true,
