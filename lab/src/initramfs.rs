@@ -29,12 +29,29 @@ const MODULES: &[(&str, &str)] = &[
     ("ext4", ""),
 ];
 
-/// Modules that go along and are loaded where a test orders it: the crypto API for programs, and AES by instructions.
-const ALONG: &[(&str, &str)] = &[("algif_skcipher", ""), ("aesni_intel?", "")];
+/// Modules that go along and are loaded where a test orders it: the crypto API for programs, and AES by instructions; what tracks
+/// connections.
+const ALONG: &[(&str, &str)] = &[("algif_skcipher", ""), ("aesni_intel?", ""), ("nf_conntrack", "")];
 
 /// Programs of the host which go along: static ones, by where Debian puts them.
 const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];
 const BASH: &[&str] = &["/bin/bash-static", "/usr/bin/bash-static"];
+/// A program that is linked dynamically, with all that it needs: by where it goes, and where this machine may have it.
+const DYNAMIC: &[(&str, u32, &[&str])] = &[
+    ("bin/sleep", 0o755, &["/bin/sleep", "/usr/bin/sleep"]),
+    (
+        "lib64/ld-linux-x86-64.so.2",
+        0o755,
+        &["/lib64/ld-linux-x86-64.so.2"],
+    ),
+    (
+        "lib/x86_64-linux-gnu/libc.so.6",
+        0o644,
+        &[LIBC, "/usr/lib/x86_64-linux-gnu/libc.so.6"],
+    ),
+];
+/// The C library of this machine, which a dynamic program of the guest has loaded.
+pub const LIBC: &str = "/lib/x86_64-linux-gnu/libc.so.6";
 
 /// The image for a kernel: from the cache, if nothing that goes into it has changed.
 pub fn build(kernel: &Fetched) -> Result<PathBuf> {
@@ -52,6 +69,9 @@ pub fn build_with(kernel: &Fetched, modules: &[PathBuf]) -> Result<PathBuf> {
     archive.file("bin/busybox", 0o755, &busybox()?);
     archive.link("bin/sh", "busybox");
     archive.file("bin/bash", 0o755, &read(installed(BASH, "bash-static")?)?);
+    for (name, mode, places) in DYNAMIC {
+        archive.file(name, *mode, &read(installed(places, "coreutils and libc6")?)?);
+    }
     let mut order = String::new();
     for module in kernel.modules(MODULES)? {
         let path = format!("lib/modules/{}.ko", module.name);

@@ -212,6 +212,8 @@ fn check(kernel: Kernel) {
         tallies.list("sockets", || kernel.sockets(SocketFilter::ALL));
         tallies.list("UNIX sockets", || kernel.unix_sockets());
         tallies.list("interfaces", || kernel.interfaces());
+        tallies.list("neighbours", || kernel.neighbours());
+        tallies.list("routes", || kernel.routes());
     }
     tallies.check();
 }

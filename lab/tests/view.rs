@@ -167,6 +167,11 @@ const LIES: &[Lie] = &[
     ("interfaces", "bytes sent", 1, |t| {
         t.net[0].interfaces[0].counters[3] += 1 << 40
     }),
+    ("neighbours", "hardware address", 1, |t| {
+        let mut known = t.net[0].neighbours.iter_mut();
+        known.find(|n| n.state == 0x80).unwrap().mac.push('0');
+    }),
+    ("routes", "no such route", 2, |t| t.net[0].routes[0].metric += 1),
     ("processes", "start_ticks", 1, |t| {
         named(t, "mapper").start_ticks += 1
     }),

@@ -1,6 +1,7 @@
 //! Network interfaces of every network namespace, with their addresses.
 
 mod counters;
+pub(crate) mod name;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;

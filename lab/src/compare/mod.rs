@@ -12,7 +12,9 @@ pub mod log;
 pub mod maps;
 pub mod modules;
 pub mod mounts;
+pub mod neighbours;
 pub mod processes;
+pub mod routes;
 pub mod sockets;
 pub mod symbols;
 pub mod threads;
@@ -85,6 +87,8 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("sockets", 380, sockets::sockets),
     ("UNIX sockets", 100, unix::unix_sockets),
     ("interfaces", 80, interfaces::interfaces),
+    ("neighbours", 4, neighbours::neighbours),
+    ("routes", 40, routes::routes),
     ("processes", 2000, processes::processes),
     ("threads", 300, threads::threads),
     ("mappings", 4000, maps::maps),

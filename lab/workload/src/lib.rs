@@ -15,7 +15,10 @@ pub mod text;
 
 use serde::{Deserialize, Serialize};
 
-pub use net::{InetSocket, Interface, NetNamespace, NetlinkSocket, PacketSocket, UnixSocket, VsockSocket};
+pub use net::{
+    InetSocket, Interface, Neighbour, NetNamespace, NetlinkSocket, PacketSocket, Route, UnixSocket,
+    VsockSocket,
+};
 pub use process::{Credentials, Fd, Frame, Map, Process, Thread, VmSizes};
 pub use system::{
     Cgroup, Container, Kallsyms, KmsgRecord, MemoryRange, Module, ModuleSymbols, Mount, MountNamespace,

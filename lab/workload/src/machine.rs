@@ -120,7 +120,7 @@ pub(crate) fn settings() {
     );
 }
 
-/// Interfaces with addresses of both families, one of them a VLAN, one a bridge.
+/// Interfaces with addresses of both families, one of them a VLAN, one a bridge; neighbours and routes.
 pub(crate) fn interfaces() -> Result<()> {
     for line in [
         "ip link set lo up",
@@ -136,6 +136,13 @@ pub(crate) fn interfaces() -> Result<()> {
         "ip addr add 172.17.0.1/16 dev docker0",
         "ip -6 addr add fd00:17::1/64 dev docker0",
         "ip link set docker0 up",
+        // A neighbour that was written down; routes by a router, by another table, to nowhere.
+        "arp -i dummy0.42 -s 10.42.0.99 02:00:00:00:00:63",
+        "ip route add 10.200.1.0/24 via 10.9.8.1 dev dummy0 metric 50",
+        "ip route add 10.200.3.0/24 dev dummy0 table 100",
+        "ip route add blackhole 10.200.2.0/24",
+        "ip rule add from 10.9.8.8 table 100",
+        "ip -6 route add fd00:200:1::/48 via fd00:9::1 dev dummy0 metric 70",
     ] {
         busybox(line)?;
     }

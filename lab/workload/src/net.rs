@@ -23,6 +23,10 @@ pub struct NetNamespace {
     pub packet: Vec<PacketSocket>,
     /// Netlink sockets, the kernel's own included.
     pub netlink: Vec<NetlinkSocket>,
+    /// Neighbours of both families.
+    pub neighbours: Vec<Neighbour>,
+    /// Routes of both families, of all tables.
+    pub routes: Vec<Route>,
 }
 
 /// One row of `/proc/net/{tcp,tcp6,udp,udp6,udplite,udplite6,raw,raw6,icmp,icmp6}`.
@@ -168,4 +172,48 @@ pub struct Interface {
     pub counters: [u64; 4],
     /// Addresses with prefix length.
     pub addresses: Vec<(IpAddr, u8)>,
+}
+
+/// One neighbour, as rtnetlink shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its hardware address, `aa:bb:…`; empty where none is known.
+    pub mac: String,
+    /// `NUD_*`.
+    pub state: u16,
+    /// Index of its interface.
+    pub interface: u32,
+}
+
+impl Neighbour {
+    /// Whether it stays as it is: somebody wrote it down, or its interface needs none.
+    pub fn is_lasting(&self) -> bool {
+        const NOARP_OR_PERMANENT: u16 = 0xc0;
+        self.state & NOARP_OR_PERMANENT != 0
+    }
+}
+
+/// One route, as rtnetlink shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Number of its table.
+    pub table: u32,
+    /// Whereto.
+    pub destination: IpAddr,
+    /// Length of the prefix.
+    pub prefix: u8,
+    /// `RTN_*`.
+    pub kind: u8,
+    /// `RTPROT_*`.
+    pub protocol: u8,
+    /// The router.
+    pub gateway: Option<IpAddr>,
+    /// Index of the interface.
+    pub interface: Option<u32>,
+    /// Metric.
+    pub metric: u32,
+    /// Preferred source address.
+    pub source: Option<IpAddr>,
 }

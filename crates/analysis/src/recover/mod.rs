@@ -3,11 +3,15 @@
 //! Unlike a check, a recovery has rows of its own kind. What is in them was written by the guest: texts are as the guest
 //! wrote them, and whoever prints them escapes them.
 
+pub mod conntrack;
+pub mod elf;
 pub mod files;
 mod frames;
 mod heap;
 pub mod history;
 mod member;
+mod output;
+pub mod packets;
 pub mod processes;
 pub mod screen;
 mod slab;

@@ -36,6 +36,11 @@ pub(crate) struct Slabs {
 impl Slabs {
     /// The slabs of the cache whose address the variable `cache` holds.
     pub(crate) fn find(kernel: &Kernel, cache: &str) -> Result<Self, LinuxError> {
+        Self::find_at(kernel, cache, kernel.symbol(cache)?)
+    }
+
+    /// The slabs of the cache whose address lies at `variable`; `cache` is what messages call it.
+    pub(crate) fn find_at(kernel: &Kernel, cache: &str, variable: Gva) -> Result<Self, LinuxError> {
         let frames = Frames::new(kernel)?;
         let layout = Structure::of(kernel, "kmem_cache")?;
         // One of its own since 5.17, a part of the page before.
@@ -46,7 +51,6 @@ impl Slabs {
             let what = what.to_owned();
             move |source| LinuxError::Read { what, at, source }
         };
-        let variable = kernel.symbol(cache)?;
         let at = space.read_u64(variable).map(Gva).map_err(read(cache, variable))?;
         let number = |path: &str| -> Result<u64, LinuxError> {
             layout.member(path)?.number(space, at).map_err(read(cache, at))

@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod conntrack;
+mod elf;
 mod files;
 mod history;
 mod hostile;
+mod packets;
 mod processes;
 mod screen;
 mod support;

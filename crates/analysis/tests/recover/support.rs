@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use vmsight_arch::Gva;
@@ -71,14 +71,19 @@ pub(crate) struct Forgery {
 
 impl Forgery {
     pub(crate) fn of(subject: &Subject) -> Self {
+        Self::of_file(&subject.dump, subject.dumped())
+    }
+
+    /// Of a raw dump and its kernel.
+    pub(crate) fn of_file(dump: &Path, kernel: Kernel) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("forged");
-        fs::copy(&subject.dump, &path).unwrap();
+        fs::copy(dump, &path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         Self {
             file: OpenOptions::new().write(true).open(&path).unwrap(),
             path,
-            kernel: subject.dumped(),
+            kernel,
             _folder: folder,
         }
     }

@@ -92,3 +92,65 @@ fn terminals_and_consoles() {
         (&false.into(), &vec![0, 3].into())
     );
 }
+
+#[test]
+fn programs_are_listed_and_written_to_a_new_folder() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let modules = rows(&["recover", "elf", t, "--module", "dummy"]);
+    assert_eq!(
+        (&modules[0]["kind"], &modules[0]["path"]),
+        (&"module".into(), &serde_json::Value::Null)
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let into = folder.path().join("new");
+    let write = ["recover", "elf", t, "--module", "dummy", "--into", utf8(&into)];
+    let written = rows(&write);
+    let file = fs::read(into.join(written[0]["output"].as_str().unwrap())).unwrap();
+    assert!(file.starts_with(b"\x7fELF"));
+    assert!(ends_with(2, &write).contains("not empty"));
+    let missing = ends_with(1, &["recover", "elf", t, "--module", "nowhere"]);
+    assert!(missing.contains("nowhere"), "{missing}");
+}
+
+#[test]
+fn neighbours_and_routes() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let known = rows(&["recover", "arp", t, "--interface", "dummy0.42"]);
+    let known = known.iter().find(|row| row["ip"] == "10.42.0.99").unwrap();
+    assert_eq!(
+        (&known["mac"], &known["state"]),
+        (&"02:00:00:00:00:63".into(), &"PERMANENT".into())
+    );
+    assert!(known["address"].is_string() && known["namespace"].is_number());
+    let own = rows(&["recover", "routes", t, "--table", "100"]);
+    assert_eq!(own.len(), 1);
+    // This guest tracks no connections.
+    let none = ends_with(1, &["recover", "conntrack", t]);
+    assert!(none.contains("nf_conntrack"), "{none}");
+    assert_eq!(
+        (&own[0]["destination"], &own[0]["interface"], &own[0]["type"]),
+        (&"10.200.3.0/24".into(), &"dummy0".into(), &"unicast".into())
+    );
+}
+
+#[test]
+fn packets_are_listed_and_written_as_a_capture() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("web.pcap");
+    let found = rows(&["recover", "packets", t, "--queued", "--pcap", utf8(&file)]);
+    let unread = found
+        .iter()
+        .find(|row| row["destination"] == "127.0.0.1:5353")
+        .unwrap();
+    assert_eq!(
+        (&unread["length"], &unread["protocol"]),
+        (&92.into(), &"udp".into())
+    );
+    let capture = fs::read(&file).unwrap();
+    let lengths: u64 = found.iter().map(|row| row["length"].as_u64().unwrap()).sum();
+    assert_eq!(capture.len() as u64, 24 + 16 * found.len() as u64 + lengths);
+}

@@ -1,6 +1,6 @@
-//! A small netlink reader: interfaces and their addresses (rtnetlink), UNIX peers and vsock (sock_diag).
+//! A small netlink reader: interfaces and their addresses, neighbours, routes (rtnetlink), UNIX peers and vsock (sock_diag).
 //!
-//! Message layouts: include/uapi/linux/{netlink,rtnetlink,if_link,if_addr,unix_diag,vm_sockets_diag}.h.
+//! Message layouts: include/uapi/linux/{netlink,rtnetlink,if_link,if_addr,neighbour,unix_diag,vm_sockets_diag}.h.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
@@ -9,13 +9,17 @@ use anyhow::{Context, Result, bail};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
 };
-use vmsight_workload::{Interface, Text, VsockSocket};
+use vmsight_workload::{Interface, Neighbour, Route, Text, VsockSocket};
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const RTM_GETLINK: u16 = 18;
 const RTM_GETADDR: u16 = 22;
+const RTM_GETROUTE: u16 = 26;
+const RTM_GETNEIGH: u16 = 30;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const AF_UNIX: u8 = 1;
 const AF_VSOCK: u8 = 40;
@@ -43,6 +47,30 @@ pub(super) fn interfaces() -> Result<Vec<Interface>> {
         if let Some(interface) = found.iter_mut().find(|i| i.index == index) {
             interface.addresses.push((address, prefix));
         }
+    }
+    Ok(found)
+}
+
+/// Neighbours of this thread's network namespace.
+pub(super) fn neighbours() -> Result<Vec<Neighbour>> {
+    let mut found = Vec::new();
+    for family in [AF_INET, AF_INET6] {
+        let mut request = [0; 12];
+        request[0] = family;
+        let replies = dump(SockProtocol::NetlinkRoute, RTM_GETNEIGH, &request)?;
+        found.extend(replies.iter().filter_map(|m| neighbour(m)));
+    }
+    Ok(found)
+}
+
+/// Routes of this thread's network namespace.
+pub(super) fn routes() -> Result<Vec<Route>> {
+    let mut found = Vec::new();
+    for family in [AF_INET, AF_INET6] {
+        let mut request = [0; 12];
+        request[0] = family;
+        let replies = dump(SockProtocol::NetlinkRoute, RTM_GETROUTE, &request)?;
+        found.extend(replies.iter().filter_map(|m| route(m)));
     }
     Ok(found)
 }
@@ -117,7 +145,6 @@ fn interface(message: &[u8]) -> Option<Interface> {
             .and_then(|a| word(a, 0))
             .unwrap_or_default()
     };
-    let mac = find(&attributes, 1).unwrap_or_default();
     // struct rtnl_link_stats64 begins with packets in and out, bytes in and out.
     let statistics = find(&attributes, 23).unwrap_or_default();
     let counter = |n: usize| {
@@ -134,11 +161,7 @@ fn interface(message: &[u8]) -> Option<Interface> {
         mtu: number(4),
         flags: word(message, 8)?,
         hardware_type: u16::from_le_bytes(message.get(2..4)?.try_into().ok()?),
-        mac: mac
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect::<Vec<_>>()
-            .join(":"),
+        mac: mac(find(&attributes, 1).unwrap_or_default()),
         promiscuity: number(30),
         link: number(5),
         master: number(10),
@@ -151,16 +174,60 @@ fn interface(message: &[u8]) -> Option<Interface> {
     })
 }
 
+fn neighbour(message: &[u8]) -> Option<Neighbour> {
+    let attributes = attributes(message.get(12..)?);
+    Some(Neighbour {
+        ip: ip(find(&attributes, 1)?)?,
+        mac: mac(find(&attributes, 2).unwrap_or_default()),
+        state: half(message, 8)?,
+        interface: word(message, 4)?,
+    })
+}
+
+fn route(message: &[u8]) -> Option<Route> {
+    // RTM_F_CLONED: what was looked up, no route of its own.
+    if word(message, 8)? & 0x200 != 0 {
+        return None;
+    }
+    let attributes = attributes(message.get(12..)?);
+    let number = |kind| find(&attributes, kind).and_then(|a| word(a, 0));
+    let address = |kind| find(&attributes, kind).and_then(ip);
+    // All of a family's addresses are written as none.
+    let all = match *message.first()? {
+        AF_INET => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    Some(Route {
+        table: number(15).unwrap_or(u32::from(*message.get(4)?)),
+        destination: address(1).unwrap_or(all),
+        prefix: *message.get(1)?,
+        kind: *message.get(7)?,
+        protocol: *message.get(5)?,
+        gateway: address(5),
+        interface: number(4),
+        metric: number(6).unwrap_or_default(),
+        source: address(7),
+    })
+}
+
+fn mac(bytes: &[u8]) -> String {
+    let parts: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    parts.join(":")
+}
+
+fn ip(raw: &[u8]) -> Option<IpAddr> {
+    match raw.len() {
+        4 => Some(IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(raw).ok()?))),
+        16 => Some(IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(raw).ok()?))),
+        _ => None,
+    }
+}
+
 /// Interface index, address, prefix length. On point-to-point links IFA_LOCAL is ours, IFA_ADDRESS the peer's.
 fn address(message: &[u8]) -> Option<(u32, IpAddr, u8)> {
     let attributes = attributes(message.get(8..)?);
     let raw = find(&attributes, 2).or_else(|| find(&attributes, 1))?;
-    let address = match raw.len() {
-        4 => IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(raw).ok()?)),
-        16 => IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(raw).ok()?)),
-        _ => return None,
-    };
-    Some((word(message, 4)?, address, *message.get(1)?))
+    Some((word(message, 4)?, ip(raw)?, *message.get(1)?))
 }
 
 fn until_nul(bytes: &[u8]) -> &[u8] {

@@ -70,7 +70,7 @@ pub(super) fn tables(processes: &[Process]) -> Result<Vec<NetNamespace>> {
     Ok(found)
 }
 
-/// What only the kernel's netlink interfaces tell: interfaces, and who is connected to whom. Asked after all tables
+/// What only the kernel's netlink interfaces tell: interfaces, neighbours, routes, and who is connected to whom. Asked after all tables
 /// were read, so that the asking does not show up in them.
 pub(super) fn ask_kernel(namespaces: &mut [NetNamespace]) -> Result<()> {
     for namespace in namespaces {
@@ -78,13 +78,20 @@ pub(super) fn ask_kernel(namespaces: &mut [NetNamespace]) -> Result<()> {
         let asked = std::thread::spawn(move || -> Result<_> {
             let file = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
             nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET)?;
-            Ok((diag::interfaces()?, diag::unix_sockets()?))
+            Ok((
+                diag::interfaces()?,
+                diag::unix_sockets()?,
+                diag::neighbours()?,
+                diag::routes()?,
+            ))
         });
-        let (interfaces, unix) = asked
+        let (interfaces, unix, neighbours, routes) = asked
             .join()
             .map_err(|_| anyhow::anyhow!("the thread that asked ended badly"))?
             .with_context(|| format!("network namespace of pid {pid}"))?;
         namespace.interfaces = interfaces;
+        namespace.neighbours = neighbours;
+        namespace.routes = routes;
         let unix: BTreeMap<u64, diag::UnixDetail> = unix.into_iter().map(|u| (u.inode, u)).collect();
         for socket in &mut namespace.unix {
             if let Some(detail) = unix.get(&socket.inode) {

@@ -4,7 +4,9 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::ptrace;
@@ -268,4 +270,28 @@ pub(super) fn sleepers() -> Result<Held> {
         }
     }
     Ok(Box::new(()))
+}
+
+/// Starts a program that loads a library, and waits until it sleeps: all is relocated then, and stays as it is.
+pub(super) fn dynamic() -> Result<Held> {
+    let mut child = Command::new("/bin/sleep")
+        .arg("infinity")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .context("start a dynamic program")?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            bail!("the dynamic program ended: {status}");
+        }
+        // `running`, or the number of the system call that it is in.
+        let call = fs::read_to_string(format!("/proc/{}/syscall", child.id()))?;
+        let number = call.split(' ').next().and_then(|word| word.parse::<i64>().ok());
+        if number
+            .is_some_and(|n| [libc::SYS_pause, libc::SYS_nanosleep, libc::SYS_clock_nanosleep].contains(&n))
+        {
+            return Ok(Box::new(child));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -1,20 +1,18 @@
 //! Writing files out: sparse, each under a name that is harmless here, with a list of what they are.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
-use thiserror::Error;
 use vmsight_arch::{Gpa, Gva};
 use vmsight_linux::{Kernel, LinuxError, Problem};
 
-use super::name;
 use super::page_cache::{PageCache, Pages, Stretch};
 use super::{CachedFile, inode};
 use crate::recover::frames::PAGE;
+use crate::recover::output::{self, ExtractError, MANIFEST, create, digest, name};
 
 /// Longer files are made as long as their last byte in memory demands: ext4 ends at 16 TiB.
 const MAX_LENGTH: u64 = 1 << 44;
@@ -26,29 +24,6 @@ const MAX_GAPS: usize = 1 << 12;
 const AT_ONCE: u64 = 64;
 /// No more is written than so many times the guest's memory: a page is in one file.
 const MAX_COPIES: u64 = 2;
-/// The list of what was written.
-const MANIFEST: &str = "manifest.jsonl";
-
-/// Why files could not be written out at all.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ExtractError {
-    /// The folder is not new.
-    #[error("{0} is there and not empty: files of a guest go into a new folder only")]
-    NotEmpty(PathBuf),
-    /// Something could not be made or written here.
-    #[error("cannot write {path}")]
-    Write {
-        /// What.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The guest's kernel could not be read.
-    #[error(transparent)]
-    Guest(#[from] LinuxError),
-}
 
 /// What became of one file.
 #[derive(Clone, Debug, Serialize)]
@@ -83,7 +58,7 @@ pub fn extract(
     into: &Path,
     mut each: impl FnMut(&Extracted),
 ) -> Result<(), ExtractError> {
-    make_folder(into)?;
+    output::new_folder(into)?;
     let at = into.join(MANIFEST);
     let failed = |source| ExtractError::Write {
         path: at.clone(),
@@ -98,37 +73,6 @@ pub fn extract(
         each(&done);
     }
     manifest.flush().map_err(failed)
-}
-
-/// The folder itself: whoever may read a guest's memory decides who else may.
-fn make_folder(into: &Path) -> Result<(), ExtractError> {
-    let failed = |source| ExtractError::Write {
-        path: into.to_owned(),
-        source,
-    };
-    match folder(into) {
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            match fs::read_dir(into).map_err(failed)?.next() {
-                None => Ok(()),
-                Some(_) => Err(ExtractError::NotEmpty(into.to_owned())),
-            }
-        }
-        made => made.map_err(failed),
-    }
-}
-
-fn folder(at: &Path) -> io::Result<()> {
-    DirBuilder::new().mode(0o700).create(at)
-}
-
-/// A file that was not there before.
-fn create(at: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(at)
 }
 
 struct Writer<'k> {
@@ -195,24 +139,7 @@ impl<'k> Writer<'k> {
             Some(below) => root.join(below),
             None => root,
         };
-        self.folders(&at).map(|()| Some(at))
-    }
-
-    /// Makes a folder and those above it. Each must be a folder of ours, no link.
-    fn folders(&self, relative: &Path) -> io::Result<()> {
-        let mut at = self.into.clone();
-        for part in relative.components() {
-            at.push(part);
-            match folder(&at) {
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    if !fs::symlink_metadata(&at)?.is_dir() {
-                        return Err(ErrorKind::NotADirectory.into());
-                    }
-                }
-                made => made?,
-            }
-        }
-        Ok(())
+        output::folders(&self.into, &at).map(|()| Some(at))
     }
 
     /// Makes the file under its own name, or where that cannot be, by its inode.
@@ -221,12 +148,12 @@ impl<'k> Writer<'k> {
         if let Some(below) = file.within.as_deref().and_then(name::relative) {
             let at = root.join(below);
             let folder = at.parent().unwrap_or(&root);
-            let made = self.folders(folder).and_then(|()| create(&self.into.join(&at)));
+            let made = output::folders(&self.into, folder).and_then(|()| create(&self.into.join(&at)));
             if let Ok(made) = made {
                 return Ok((at, made));
             }
         }
-        self.folders(&root)?;
+        output::folders(&self.into, &root)?;
         let names = [
             format!("inode-{}", file.inode),
             format!("inode-{}-{:x}", file.inode, file.address.0),
@@ -376,16 +303,4 @@ impl Gaps {
         }
         (self.ranges, problems)
     }
-}
-
-fn digest(file: &mut File) -> io::Result<String> {
-    let mut sha = Sha256::new();
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            n => sha.update(buffer.get(..n).unwrap_or(&[])),
-        }
-    }
-    Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

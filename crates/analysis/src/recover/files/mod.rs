@@ -6,9 +6,8 @@
 mod extract;
 mod inode;
 mod mounts;
-mod name;
 mod overlay;
-mod page_cache;
+pub(crate) mod page_cache;
 mod superblock;
 
 use std::sync::Arc;
@@ -19,7 +18,8 @@ use vmsight_linux::listing::address;
 use vmsight_linux::structures::list;
 use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
 
-pub use extract::{ExtractError, Extracted, extract};
+pub use super::output::ExtractError;
+pub use extract::{Extracted, extract};
 
 use inode::InodeReader;
 use superblock::SuperBlock;

@@ -1,9 +1,14 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
+mod arp;
+mod conntrack;
+mod elf;
 mod files;
 mod history;
 mod keys;
+mod packets;
 mod processes;
+mod routes;
 mod screen;
 mod tty;
 
@@ -21,10 +26,20 @@ pub(crate) struct Cmd {
 
 #[derive(Subcommand, Debug)]
 enum What {
+    /// Programs, libraries, modules and the kernel as ELF files: list them, write them out
+    Elf(elf::Cmd),
     /// Files in the page cache, deleted ones too: list them, write them out
     Files(files::Cmd),
     /// What was typed into shells, with times
     History(history::Cmd),
+    /// Who is on the links: hardware addresses by IP address, of every network namespace
+    Arp(arp::Cmd),
+    /// Routes of every network namespace, IPv4 and IPv6, from all tables
+    Routes(routes::Cmd),
+    /// Connections that netfilter tracks
+    Conntrack(conntrack::Cmd),
+    /// Network packets that are still in the kernel's memory: list them, write a capture file
+    Packets(packets::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
     /// What is on the virtual consoles, shown or not, as text
@@ -38,8 +53,13 @@ enum What {
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         match &self.what {
+            What::Elf(c) => c.run(global),
             What::Files(c) => c.run(global),
             What::History(c) => c.run(global),
+            What::Arp(c) => c.run(global),
+            What::Routes(c) => c.run(global),
+            What::Conntrack(c) => c.run(global),
+            What::Packets(c) => c.run(global),
             What::Processes(c) => c.run(global),
             What::Screen(c) => c.run(global),
             What::Tty(c) => c.run(global),
@@ -50,8 +70,13 @@ impl Cmd {
     /// Whether it shows something and writes nothing.
     pub(crate) fn can_repeat(&self) -> bool {
         match &self.what {
+            What::Elf(c) => !c.writes(),
             What::Files(c) => !c.writes(),
-            What::History(_) | What::Processes(_) | What::Screen(_) | What::Tty(_) => true,
+            What::Arp(_) | What::Routes(_) | What::Conntrack(_) | What::History(_) | What::Processes(_) => {
+                true
+            }
+            What::Screen(_) | What::Tty(_) => true,
+            What::Packets(c) => !c.writes(),
             What::Keys(c) => !c.writes(),
         }
     }

@@ -11,7 +11,7 @@ const KEPT: usize = 200;
 /// A guest's path as a relative path that leads only downwards, whatever the guest wrote. `None` where nothing is left of it.
 ///
 /// Different paths stay different, but for what is longer than a name can be.
-pub(super) fn relative(path: &str) -> Option<PathBuf> {
+pub(crate) fn relative(path: &str) -> Option<PathBuf> {
     let out: PathBuf = path
         .split('/')
         .filter(|part| !part.is_empty())
@@ -21,7 +21,7 @@ pub(super) fn relative(path: &str) -> Option<PathBuf> {
 }
 
 /// One component. What steers a terminal, `%`, NUL, `/` and the names `.` and `..` are written as `%XX`.
-pub(super) fn component(name: &str) -> String {
+pub(crate) fn component(name: &str) -> String {
     let dots = name == "." || name == "..";
     let mut out = String::with_capacity(name.len());
     for c in name.chars() {

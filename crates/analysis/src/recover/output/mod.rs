@@ -1,0 +1,97 @@
+//! A folder for what comes out of a guest: new, for its owner alone, and with no name that leads out of it.
+
+pub(crate) mod name;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+use vmsight_linux::LinuxError;
+
+/// The list of what was written.
+pub(crate) const MANIFEST: &str = "manifest.jsonl";
+
+/// Why files could not be written out at all.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ExtractError {
+    /// The folder is not new.
+    #[error("{0} is there and not empty: files of a guest go into a new folder only")]
+    NotEmpty(PathBuf),
+    /// Something could not be made or written here.
+    #[error("cannot write {path}")]
+    Write {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's kernel could not be read.
+    #[error(transparent)]
+    Guest(#[from] LinuxError),
+}
+
+/// The folder itself: whoever may read a guest's memory decides who else may.
+pub(crate) fn new_folder(into: &Path) -> Result<(), ExtractError> {
+    let failed = |source| ExtractError::Write {
+        path: into.to_owned(),
+        source,
+    };
+    match folder(into) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            match fs::read_dir(into).map_err(failed)?.next() {
+                None => Ok(()),
+                Some(_) => Err(ExtractError::NotEmpty(into.to_owned())),
+            }
+        }
+        made => made.map_err(failed),
+    }
+}
+
+fn folder(at: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(at)
+}
+
+/// A file that was not there before.
+pub(crate) fn create(at: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(at)
+}
+
+/// Makes the folder `relative` below `into`, and those above it. Each must be a folder of ours, no link.
+pub(crate) fn folders(into: &Path, relative: &Path) -> io::Result<()> {
+    let mut at = into.to_owned();
+    for part in relative.components() {
+        at.push(part);
+        match folder(&at) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                if !fs::symlink_metadata(&at)?.is_dir() {
+                    return Err(ErrorKind::NotADirectory.into());
+                }
+            }
+            made => made?,
+        }
+    }
+    Ok(())
+}
+
+/// The SHA-256 of a file, from where it stands to its end.
+pub(crate) fn digest(file: &mut File) -> io::Result<String> {
+    let mut sha = Sha256::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            n => sha.update(buffer.get(..n).unwrap_or(&[])),
+        }
+    }
+    Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
