@@ -75,7 +75,7 @@ impl Guest {
         } else {
             Vec::new()
         };
-        let initramfs = initramfs::build_with(&kernel, &own)?;
+        let initramfs = initramfs::build_with(&kernel, &own, spec.programs)?;
         match Self::boot_once(spec, keep, &kernel, &initramfs) {
             Err(error) if format!("{error:#}").contains(EMULATORS) => {
                 eprintln!("once more, for that was QEMU's doing: {error:#}");

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::cache::{self, Lock};
 use crate::cpio::Archive;
 use crate::kernel::Fetched;
+use crate::programs;
 
 /// The modules of every guest and their parameters.
 const MODULES: &[(&str, &str)] = &[
@@ -55,11 +56,12 @@ pub const LIBC: &str = "/lib/x86_64-linux-gnu/libc.so.6";
 
 /// The image for a kernel: from the cache, if nothing that goes into it has changed.
 pub fn build(kernel: &Fetched) -> Result<PathBuf> {
-    build_with(kernel, &[])
+    build_with(kernel, &[], false)
 }
 
-/// The same with modules of our own (see [`crate::modules`]), which are there to be loaded later.
-pub fn build_with(kernel: &Fetched, modules: &[PathBuf]) -> Result<PathBuf> {
+/// The same with modules of our own (see [`crate::modules`]), which are there to be loaded later, and with
+/// [programs](crate::programs).
+pub fn build_with(kernel: &Fetched, modules: &[PathBuf], programs: bool) -> Result<PathBuf> {
     let workload = workload()?;
     let mut archive = Archive::new();
     for folder in ["dev", "proc", "sys", "tmp", "new"] {
@@ -89,6 +91,12 @@ pub fn build_with(kernel: &Fetched, modules: &[PathBuf]) -> Result<PathBuf> {
             .and_then(OsStr::to_str)
             .context("a module has a name")?;
         archive.file(&format!("lib/modules/vmsight/{name}"), 0o644, &read(module)?);
+    }
+    if programs {
+        programs::put(&mut archive)?;
+        for module in kernel.modules(programs::MODULES)? {
+            archive.file(&format!("lib/modules/{}.ko", module.name), 0o644, &module.read()?);
+        }
     }
     let bytes = archive.finish();
     let folder = cache::folder()?.join("initramfs");

@@ -23,6 +23,7 @@ pub mod kernel;
 pub mod modules;
 pub mod nested;
 pub mod orders;
+pub mod programs;
 pub mod qemu;
 pub mod qmp;
 pub mod spec;

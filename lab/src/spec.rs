@@ -62,6 +62,8 @@ pub struct Spec {
     pub orders: bool,
     /// Whether it has [modules of our own](crate::modules), not loaded, in `/lib/modules/vmsight`.
     pub modules: bool,
+    /// Whether it has [programs of Debian's](crate::programs): OpenSSH, OpenSSL, dmsetup.
+    pub programs: bool,
     /// More words for the kernel command line; `vmsight.procs=N` adds N sleeping processes, `vmsight.idle` leaves the
     /// workload out.
     pub kernel_args: Vec<String>,
@@ -88,6 +90,7 @@ impl Spec {
             qmp: true,
             orders: false,
             modules: false,
+            programs: false,
             kernel_args: Vec::new(),
             qemu_args: Vec::new(),
         }
@@ -117,6 +120,12 @@ impl Spec {
     /// With modules of our own.
     pub fn modules(mut self) -> Spec {
         self.modules = true;
+        self
+    }
+
+    /// With programs of Debian's.
+    pub fn programs(mut self) -> Spec {
+        self.programs = true;
         self
     }
 

@@ -2,13 +2,15 @@
 
 use vmsight_arch::Gva;
 use vmsight_linux::{Kernel, LinuxError};
-use vmsight_symbols::{Field, Kind, TypeId};
+use vmsight_symbols::{Field, Kind, TypeId, Types};
 
 /// A structure in the guest. Each member is read when it is asked for. A path is as in [`vmsight_symbols::Types::member_of`];
 /// alternatives that another release has are parted by `|`: `"__state|state"`.
 #[derive(Clone, Debug)]
 pub struct Object<'c> {
     kernel: &'c Kernel,
+    /// Those of a module; else the kernel's.
+    types: Option<Types>,
     structure: String,
     id: TypeId,
     at: Gva,
@@ -16,13 +18,33 @@ pub struct Object<'c> {
 
 impl<'c> Object<'c> {
     pub(crate) fn new(kernel: &'c Kernel, structure: &str, at: Gva) -> Result<Self, LinuxError> {
-        let id = kernel.types().find_struct(structure);
+        Self::find_type(kernel, None, structure, at)
+    }
+
+    /// A structure of a type that a module defines.
+    pub(crate) fn of_module(
+        kernel: &'c Kernel,
+        types: &Types,
+        structure: &str,
+        at: Gva,
+    ) -> Result<Self, LinuxError> {
+        Self::find_type(kernel, Some(types.clone()), structure, at)
+    }
+
+    fn find_type(
+        kernel: &'c Kernel,
+        types: Option<Types>,
+        structure: &str,
+        at: Gva,
+    ) -> Result<Self, LinuxError> {
+        let id = types.as_ref().unwrap_or(kernel.types()).find_struct(structure);
         let id = id.ok_or_else(|| LinuxError::NoType {
             name: structure.to_owned(),
             release: kernel.release().to_owned(),
         })?;
         Ok(Self {
             kernel,
+            types,
             structure: structure.to_owned(),
             id,
             at,
@@ -45,12 +67,16 @@ impl<'c> Object<'c> {
     /// # Errors
     /// If the kernel's types have no such structure.
     pub fn of(&self, structure: &str, at: Gva) -> Result<Self, LinuxError> {
-        Self::new(self.kernel, structure, at)
+        Self::find_type(self.kernel, self.types.clone(), structure, at)
+    }
+
+    fn types(&self) -> &Types {
+        self.types.as_ref().unwrap_or(self.kernel.types())
     }
 
     /// Its size in bytes.
     pub fn size(&self) -> u64 {
-        self.kernel.types().size_of(self.id).unwrap_or(0)
+        self.types().size_of(self.id).unwrap_or(0)
     }
 
     /// Whether the structure has such a member.
@@ -60,7 +86,7 @@ impl<'c> Object<'c> {
 
     fn find(&self, path: &str) -> Option<Field> {
         path.split('|')
-            .find_map(|path| self.kernel.types().member_of(self.id, path))
+            .find_map(|path| self.types().member_of(self.id, path))
     }
 
     fn field(&self, path: &str) -> Result<Field, LinuxError> {
@@ -148,7 +174,7 @@ impl<'c> Object<'c> {
     /// The members that are pointers to functions: name and address of the member. Members of structures and unions inside
     /// are left out.
     pub fn function_pointers(&self) -> Vec<(String, Gva)> {
-        let types = self.kernel.types();
+        let types = self.types();
         types
             .members(self.id)
             .filter(|member| {

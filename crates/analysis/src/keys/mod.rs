@@ -1,21 +1,29 @@
 //! Cryptographic keys in a guest's memory, each proven by its own mathematics, with whose memory it is.
 //!
 //! [`search`] goes over physical memory once. [`owned`] then tells of each key who has it, and reads those that begin at the end
-//! of one page and go on in another as their owner sees them. [`kernel_keys`] lists what the kernel keeps for its users.
+//! of one page and go on in another as their owner sees them. [`kernel_keys`] lists what the kernel keeps for its users,
+//! [`volume_keys`] the keys of encrypted disks.
 
 mod aes;
 mod crypto;
 mod der;
+mod follow;
 mod keyring;
 mod material;
+mod openssl;
 mod private;
+mod schedule;
 mod search;
+mod shield;
+mod volume;
 
 pub use keyring::{KernelKey, kernel_keys};
 pub use material::{Curve, EcKey, Material, RsaKey, TlsSecret};
 pub use private::Form;
-pub use search::{Cut, Hit, Search, find_in, search};
+pub use search::{Anchor, Cut, Hit, Search, find_in, search};
+pub use volume::{VolumeKey, volume_keys};
 
+use vmsight_arch::Gva;
 use vmsight_linux::Kernel;
 use vmsight_memory::AddressSpace;
 
@@ -30,12 +38,16 @@ pub struct Owned {
     pub holders: Vec<Holder>,
     /// The transform of the kernel's crypto API that it belongs to: `cbc(aes) (cbc-aes-aesni)`.
     pub transform: Option<String>,
+    /// Where that transform lies.
+    pub transform_at: Option<Gva>,
 }
 
-/// Tells whose the keys of a search are, and adds those that lie in pieces. The strings say what could not be looked at.
+/// Tells whose the keys of a search are, and adds those that lie in pieces and those that a process keeps behind pointers: what
+/// an ssh-agent has encrypted, and the secrets of OpenSSL's connections. The strings say what could not be looked at.
 pub fn owned(kernel: &Kernel, search: Search) -> (Vec<Owned>, Vec<String>) {
     let places = search.hits.iter().map(|hit| hit.gpa);
     let places = places.chain(search.cuts.iter().map(|cut| cut.gpa));
+    let places = places.chain(search.anchors.iter().map(|anchor| anchor.gpa));
     let frames = Frames::find(kernel, places);
     let mut notes = search.notes;
     notes.extend(frames.notes.iter().cloned());
@@ -53,17 +65,20 @@ pub fn owned(kernel: &Kernel, search: Search) -> (Vec<Owned>, Vec<String>) {
             }
             let of_kernel = holders.iter().any(|h| h.owner == Owner::Kernel);
             let schedule = matches!(hit.material, Material::Aes(_));
-            let transform = (of_kernel && schedule)
+            let (transform, transform_at) = (of_kernel && schedule)
                 .then(|| crypto::transform(kernel, hit.gpa))
                 .flatten()
-                .map(|(name, _)| name);
+                .unzip();
             Owned {
                 hit,
                 holders,
                 transform,
+                transform_at,
             }
         })
         .collect();
+    let followed = follow::follow(&frames, &search.anchors, &all, &mut notes);
+    all.extend(followed);
     all.sort_by_key(|owned| owned.hit.gpa);
     (all, notes)
 }
@@ -82,7 +97,7 @@ fn pieces(kernel: &Kernel, frames: &Frames, cut: &Cut) -> Option<Hit> {
 }
 
 /// As much as can be read from `gva` on, at most `len` bytes.
-fn read_up_to(space: &AddressSpace, gva: vmsight_arch::Gva, len: usize) -> Vec<u8> {
+fn read_up_to(space: &AddressSpace, gva: Gva, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     let read = match space.read_partial(gva, &mut bytes).into_iter().next() {
         Some((range, Ok(()))) => range.end,

@@ -32,6 +32,10 @@ pub enum Form {
     OpenSsh,
     /// A line of a TLS key log.
     KeyLog,
+    /// OpenSSH's form, encrypted as agents keep it between two uses.
+    Shielded,
+    /// Secrets of a TLS connection as OpenSSL keeps them.
+    OpenSsl,
 }
 
 impl Form {
@@ -46,6 +50,8 @@ impl Form {
             Form::Pem => "PEM",
             Form::OpenSsh => "OpenSSH",
             Form::KeyLog => "key log line",
+            Form::Shielded => "OpenSSH, shielded",
+            Form::OpenSsl => "OpenSSL connection",
         }
     }
 }
@@ -402,6 +408,13 @@ fn fields(bytes: &[u8]) -> Result<(Material, usize), NoKey> {
     };
     let len = bytes.len() - all.0.len();
     key.map(|key| (key, len)).ok_or(NoKey::Other)
+}
+
+/// A key by its [`fields`], with nothing behind it but the numbers 1, 2, 3 and so on that fill a block.
+pub(super) fn fields_with_padding(bytes: &[u8]) -> Option<Material> {
+    let (material, len) = fields(bytes).ok()?;
+    let mut padding = bytes.get(len..)?.iter().zip(1u8..);
+    padding.all(|(byte, number)| *byte == number).then_some(material)
 }
 
 fn openssh(bytes: &[u8]) -> Option<Proven> {

@@ -8,12 +8,15 @@ use vmsight_memory::{GuestMemory, ScanOptions};
 use super::aes::{self, SCHEDULES, Schedule};
 use super::material::Material;
 use super::private::{Finders, Form, LONGEST, Lead};
+use super::{openssl, shield};
 
 const PAGE: usize = 4096;
 /// Keys that one search keeps. A guest full of made-up keys costs no more than this.
 const MAX_HITS: u64 = 1 << 16;
 /// Keys that may go on in another page.
 const MAX_CUTS: u64 = 1 << 16;
+/// Structures of processes that may lead to keys.
+const MAX_ANCHORS: u64 = 1 << 16;
 /// Proofs that cost a multiplication on a curve, some tenths of a millisecond each.
 const MAX_PROOFS: u64 = 1 << 16;
 
@@ -67,6 +70,22 @@ impl Cut {
     }
 }
 
+/// What may be a structure of a process's that leads to keys by pointers: only that process's page tables tell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Anchor {
+    /// The word by which it was found.
+    pub gpa: Gpa,
+    pub(super) kind: AnchorKind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum AnchorKind {
+    /// A key that OpenSSH has encrypted: the last of four words.
+    Shielded,
+    /// A TLS connection of OpenSSL's: its first word.
+    Connection,
+}
+
 /// What a search has found.
 #[derive(Debug, Default)]
 pub struct Search {
@@ -74,6 +93,8 @@ pub struct Search {
     pub hits: Vec<Hit>,
     /// What may be keys in pieces.
     pub cuts: Vec<Cut>,
+    /// What may lead to keys.
+    pub anchors: Vec<Anchor>,
     /// Bytes that were looked at.
     pub looked_at: u64,
     /// What was not looked at, and why.
@@ -106,6 +127,7 @@ pub fn search(memory: &GuestMemory, stop: &AtomicBool, progress: &(dyn Fn(u64) +
         match found {
             Found::Hit(hit) => out.hits.push(hit),
             Found::Cut(cut) => out.cuts.push(cut),
+            Found::Anchor(anchor) => out.anchors.push(anchor),
         }
     }
     out.hits.sort_by_key(|hit| hit.gpa);
@@ -129,7 +151,7 @@ pub fn find_in(bytes: &[u8]) -> Vec<(usize, Form, Material)> {
     Looker::new().look(bytes, bytes.len(), Gpa(0), &mut found);
     let hit = |found| match found {
         Found::Hit(hit) => Some((usize::try_from(hit.gpa.0).ok()?, hit.form, hit.material)),
-        Found::Cut(_) => None,
+        Found::Cut(_) | Found::Anchor(_) => None,
     };
     found.into_iter().filter_map(hit).collect()
 }
@@ -137,12 +159,14 @@ pub fn find_in(bytes: &[u8]) -> Vec<(usize, Form, Material)> {
 enum Found {
     Hit(Hit),
     Cut(Cut),
+    Anchor(Anchor),
 }
 
 struct Looker {
     finders: Finders,
     hits: AtomicU64,
     cuts: AtomicU64,
+    anchors: AtomicU64,
     proofs: AtomicU64,
 }
 
@@ -152,6 +176,7 @@ impl Looker {
             finders: Finders::new(),
             hits: AtomicU64::new(0),
             cuts: AtomicU64::new(0),
+            anchors: AtomicU64::new(0),
             proofs: AtomicU64::new(0),
         }
     }
@@ -160,6 +185,11 @@ impl Looker {
         [
             (&self.hits, MAX_HITS, "keys"),
             (&self.cuts, MAX_CUTS, "beginnings of keys at the end of a page"),
+            (
+                &self.anchors,
+                MAX_ANCHORS,
+                "structures that may lead to keys of OpenSSH and OpenSSL",
+            ),
             (&self.proofs, MAX_PROOFS, "candidates for keys of elliptic curves"),
         ]
         .into_iter()
@@ -180,6 +210,11 @@ impl Looker {
             self.finders.leads(run, &mut |at, lead| {
                 if start + at < own {
                     self.private(bytes, start + at, lead, gpa, found);
+                }
+            });
+            anchors(run, &mut |at, kind| {
+                if start + at < own {
+                    self.anchor(gpa.wrapping_add((start + at) as u64), kind, found);
                 }
             });
         }
@@ -229,6 +264,13 @@ impl Looker {
         }
     }
 
+    #[cold]
+    fn anchor(&self, gpa: Gpa, kind: AnchorKind, found: &mut Vec<Found>) {
+        if self.anchors.fetch_add(1, Ordering::Relaxed) < MAX_ANCHORS {
+            found.push(Found::Anchor(Anchor { gpa, kind }));
+        }
+    }
+
     fn cut(&self, gpa: Gpa, kind: CutKind, found: &mut Vec<Found>) {
         if self.cuts.fetch_add(1, Ordering::Relaxed) < MAX_CUTS {
             found.push(Found::Cut(Cut { gpa, kind }));
@@ -247,6 +289,51 @@ fn schedule_at(schedule: Schedule, gpa: Gpa, bytes: &[u8]) -> Option<Hit> {
         },
         material: Material::Aes(key),
     })
+}
+
+/// Offsets of what may lead to keys, in bytes that begin with a page. What lies in another page is nobody's yet, and not looked at.
+fn anchors(bytes: &[u8], found: &mut dyn FnMut(usize, AnchorKind)) {
+    /// Words looked at together.
+    const BLOCK: usize = 64;
+    let [older, newer] = openssl::VERSIONS;
+    // Whether one of a block's words is one of these: a compiler makes vector instructions of it.
+    let may_hold = |block: &[[u8; 8]]| {
+        block.iter().fold(false, |any, word| {
+            let word = u64::from_le_bytes(*word);
+            any | (word == older) | (word == newer) | (word == shield::PREKEY)
+        })
+    };
+    for (number, page) in bytes.chunks(PAGE).enumerate() {
+        let (words, _) = page.as_chunks::<8>();
+        for (block, first) in words.chunks(BLOCK).zip((0..).step_by(BLOCK)) {
+            if !may_hold(block) {
+                continue;
+            }
+            let word = |at: usize| words.get(at).map(|word| u64::from_le_bytes(*word));
+            for at in first..first + block.len() {
+                let kind = match word(at) {
+                    Some(shield::PREKEY) => {
+                        let before = [at.checked_sub(3), at.checked_sub(2), at.checked_sub(1)];
+                        // Where the page begins in between, the structure is taken for one until its process is asked.
+                        let known = before.map(|at| at.and_then(word));
+                        let [Some(private), Some(length), Some(prekey)] = known else {
+                            found(number * PAGE + at * 8, AnchorKind::Shielded);
+                            continue;
+                        };
+                        shield::may_be([private, length, prekey]).then_some(AnchorKind::Shielded)
+                    }
+                    Some(version) if version == older || version == newer => {
+                        let after: Vec<u64> = (at + 1..at + 4).map_while(word).collect();
+                        openssl::may_be(&after).then_some(AnchorKind::Connection)
+                    }
+                    _ => None,
+                };
+                if let Some(kind) = kind {
+                    found(number * PAGE + at * 8, kind);
+                }
+            }
+        }
+    }
 }
 
 /// The bytes up to the end of the page that they begin in.

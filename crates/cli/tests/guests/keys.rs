@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 
 use serde_json::{Map, Value};
+use vmsight_lab::orders::Ended;
 use vmsight_lab::{Format, Guest, Kernel, Spec, Work};
 
 use crate::support::{Dump, number, rows, text, utf8, vmsight};
@@ -94,7 +95,8 @@ fn of_process(found: &[Map<String, Value>], pid: u64) -> BTreeSet<(String, Strin
 
 #[test]
 fn everything_that_a_guest_keeps_is_found_with_its_owner_and_nothing_else() {
-    let guest = Guest::boot(&Spec::new(Kernel::V6_1).idle().orders()).unwrap_or_else(|e| panic!("{e:?}"));
+    let spec = Spec::new(Kernel::V6_1).idle().orders().programs();
+    let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
     let target = format!("qmp:{}", guest.qmp_path().unwrap().display());
     let secrets = |target: &str| {
         let out = vmsight(&["recover", "keys", target, "--show-secrets", "-o", "json"]);
@@ -145,6 +147,44 @@ fn everything_that_a_guest_keeps_is_found_with_its_owner_and_nothing_else() {
     held.go().unwrap();
     let after = secrets(&target);
     assert!(of_process(&after, pid).is_empty(), "it is gone: {after:?}");
+    volume(&guest, &target);
+}
+
+/// An encrypted disk's key is told whole, and not shown unasked.
+fn volume(guest: &Guest, target: &str) {
+    // Two keys of 256 bits.
+    const KEY: &str = "5e0c41f7a9d3826b1f74e05d98ac36b2c7193ad05b8ef246609d7cf1e8b3a54d\
+                       93f7280b6dc14ea5e2b95073fd1a86c44b6e0f9d37a2c815d07e61b4a95c2f38";
+    for module in ["dm_mod", "dm_crypt", "xts"] {
+        load(guest, module);
+    }
+    let script = format!(
+        "dd if=/dev/zero of=/tmp/disk bs=4096 count=64 && losetup /dev/loop0 /tmp/disk && \
+         dmsetup create secrets --noudevsync --noudevrules --table '0 512 crypt aes-xts-plain64 {KEY} 0 /dev/loop0 0'"
+    );
+    // The shell finds the applets of the program that it is.
+    let account = guest
+        .order(Work::Exec {
+            path: "/bin/busybox".into(),
+            argv: ["sh", "-c", &format!("/bin/busybox --install -s /tmp; {script}")]
+                .map(Into::into)
+                .to_vec(),
+            envp: vec!["PATH=/tmp:/usr/bin".into()],
+        })
+        .unwrap_or_else(|e| panic!("{e:#}"));
+    assert_eq!(account.ended, Some(Ended::Exited(0)), "{account:?}");
+    let found = rows(&["recover", "keys", target, "--show-secrets"]);
+    let row = found.iter().find(|row| get(row, "form") == "dm-crypt");
+    let row = row.unwrap_or_else(|| panic!("{found:#?}"));
+    assert_eq!(
+        ["kind", "owner", "place", "secret"].map(|key| get(row, key)),
+        ["aes-xts-plain64", "kernel", "volume secrets", KEY]
+    );
+    assert_eq!(
+        (&row["secret_bytes"], &row["problems"]),
+        (&Value::from(64), &Value::from(Vec::<Value>::new()))
+    );
+    masked(target, &[row.clone()]);
 }
 
 fn live(

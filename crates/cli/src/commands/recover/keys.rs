@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 use vmsight_analysis::frames::{Holder, Owner};
-use vmsight_analysis::keys::{self, KernelKey, Material, Owned};
+use vmsight_analysis::keys::{self, KernelKey, Material, Owned, VolumeKey};
 use vmsight_arch::Gva;
 use vmsight_linux::listing::address;
 
@@ -25,18 +25,22 @@ use crate::{
 #[command(after_help = "\
 What is found: AES key schedules of 128, 192 and 256 bits (of the kernel's crypto API with the transform they belong to);
 private keys of RSA, P-256, P-384, P-521, secp256k1 and Ed25519 in PKCS#1, PKCS#8, SEC 1 and OpenSSH's form, as DER or PEM;
-lines of TLS key logs; and the keys in the kernel's keyrings (keyrings(7)).
+lines of TLS key logs; the keys in the kernel's keyrings (keyrings(7)); the keys of dm-crypt's volumes (LUKS); the keys that an
+ssh-agent has shielded (since OpenSSH 8.1); and the secrets of OpenSSL's connections, TLS 1.2 and 1.3.
 A schedule must expand from its key to the last bit; of an RSA key n = p\u{b7}q and e\u{b7}d \u{2261} 1; of the others the public
-point must be the private number's. Lines of key logs have nothing to prove: they are what they look like. A key that
-lies in pages of a process that are no neighbours is put together by its page tables.
+point must be the private number's. A volume's key is proven by the schedules that the crypto API has of it. Secrets of TLS 1.3
+must follow from each other; what follows from a master secret of TLS 1.2 must be the key of a schedule in the same process. The
+client's random number beside those of 1.3 is known by its place alone. Lines of key logs have nothing to prove: they are what
+they look like. A key that lies in pages of a process that are no neighbours is put together by its page tables.
 
 Keys in the kernel's image are those that its own tests of its ciphers use (crypto/testmgr.h).
 
 What cannot be seen: schedules that do not lie on a multiple of 4 bytes, that were transformed (bit-sliced, vector-permuted,
 those for decryption alone), or that begin in the last 32 to 48 bytes of a page and go on elsewhere; keys that are
-encrypted, as those of ssh-agent since OpenSSH 8.1 between two uses; numbers without a form around them, such as those of
-OpenSSL while it computes; Ed25519 and elliptic keys without their public key; TLS sessions of which nobody kept a log;
-hardware's keys; what is swapped out. With --physical no kernel is looked for: owners and keyrings are then not told.
+encrypted under a passphrase; numbers without a form around them, such as those of OpenSSL while it computes; Ed25519 and elliptic
+keys without their public key; TLS sessions of other libraries of which nobody kept a log, those of OpenSSL that have ended, and
+its TLS 1.2 with ChaCha20; hardware's keys; what is swapped out. With --physical no kernel is looked for: owners, keyrings, volumes,
+agents and connections are then not told.
 
 Secrets are not shown without --show-secrets. The fingerprint tells two places of one key from two keys.
 Exit codes: 0 keys were found; 1 none; 2 error.")]
@@ -155,6 +159,13 @@ impl Cmd {
                 }
                 Err(error) => warnings.push(format!("the kernel's keyrings: {error}")),
             }
+            match keys::volume_keys(session.kernel()?, &found) {
+                Ok(listing) => {
+                    rows.extend(listing.rows.into_iter().map(|key| self.volume_row(key)));
+                    warnings.extend(listing.warnings);
+                }
+                Err(error) => warnings.push(format!("dm-crypt's volumes: {error}")),
+            }
         }
         if let Some(path) = &self.keylog {
             self.write_log(path, &found)?;
@@ -231,6 +242,33 @@ impl Cmd {
         }
     }
 
+    fn volume_row(&self, key: VolumeKey) -> KeyRow {
+        KeyRow {
+            kind: key.cipher,
+            form: "dm-crypt",
+            owner: Owner::Kernel.name(),
+            pid: None,
+            name: None,
+            place: Some(format!("volume {}", key.name)),
+            // Where its first schedule lies: the table's own copy may be wiped.
+            gpa: key.schedules.first().map(|gpa| gpa.0),
+            gva: Some(key.address),
+            shared_with: Vec::new(),
+            transform: None,
+            description: key.from,
+            serial: None,
+            uid: None,
+            secret_bytes: usize::try_from(key.bytes).ok(),
+            fingerprint: key.key.clone().map(|key| Material::Aes(key).fingerprint()),
+            public: None,
+            secret: key
+                .key
+                .filter(|_| self.show_secrets)
+                .map(|key| Material::Aes(key).secret()),
+            problems: key.problems,
+        }
+    }
+
     /// Each line once.
     fn write_log(&self, path: &Path, found: &[Owned]) -> Result<()> {
         let lines: BTreeSet<String> = found
@@ -260,5 +298,6 @@ fn unowned(hit: keys::Hit) -> Owned {
         hit,
         holders: Vec::<Holder>::new(),
         transform: None,
+        transform_at: None,
     }
 }
