@@ -108,6 +108,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Check(c) => c.run(global),
         Command::Baseline(c) => c.run(global),
         Command::Recover(c) => c.run(global),
+        Command::Scan(c) => c.run(global),
         Command::Hooks(c) => c.run(global),
         Command::Trace(c) => c.run(global),
         Command::Guard(c) => c.run(global),

@@ -45,6 +45,7 @@ const COMMANDS: &[&str] = &[
     "read",
     "write",
     "dump",
+    "scan",
     "translate",
     "disas",
     "strings",

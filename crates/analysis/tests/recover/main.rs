@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod files;
+mod frames;
 mod history;
 mod hostile;
 mod processes;
