@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     bench, check, debug, disas, dump, guard, hooks, info, kmsg, launch, list, listing, raw, recover, regs,
-    scan, shell, strings, symbols, trace, translate, types, write,
+    scan, shell, strings, symbols, timeline, trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -190,6 +190,8 @@ pub(crate) enum Command {
     Recover(recover::Cmd),
     /// YARA rules over physical memory, the kernel's, or that of processes
     Scan(scan::Cmd),
+    /// Everything in memory that has a time, in order
+    Timeline(timeline::Cmd),
     /// What can be hooked in a VM, and by which means
     Hooks(hooks::Cmd),
     /// What happens in a running guest, as it happens

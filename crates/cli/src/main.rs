@@ -109,6 +109,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Baseline(c) => c.run(global),
         Command::Recover(c) => c.run(global),
         Command::Scan(c) => c.run(global),
+        Command::Timeline(c) => c.run(global),
         Command::Hooks(c) => c.run(global),
         Command::Trace(c) => c.run(global),
         Command::Guard(c) => c.run(global),

@@ -46,6 +46,7 @@ const COMMANDS: &[&str] = &[
     "write",
     "dump",
     "scan",
+    "timeline",
     "translate",
     "disas",
     "strings",

@@ -9,4 +9,5 @@ mod hostile;
 mod processes;
 mod screen;
 mod support;
+mod timeline;
 mod tty;

@@ -22,6 +22,7 @@ pub(crate) mod shell;
 pub(crate) mod stream;
 pub(crate) mod strings;
 pub(crate) mod symbols;
+pub(crate) mod timeline;
 pub(crate) mod trace;
 pub(crate) mod translate;
 pub(crate) mod types;
