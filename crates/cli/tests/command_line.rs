@@ -47,6 +47,7 @@ const COMMANDS: &[&str] = &[
     "dump",
     "scan",
     "timeline",
+    "report",
     "translate",
     "disas",
     "strings",

@@ -17,6 +17,7 @@ pub(crate) mod listing;
 pub(crate) mod raw;
 pub(crate) mod recover;
 pub(crate) mod regs;
+pub(crate) mod report;
 pub(crate) mod scan;
 pub(crate) mod shell;
 pub(crate) mod stream;
