@@ -21,6 +21,9 @@ const MAX_HOLDERS: usize = 256;
 const USER_END: u64 = 0x00ff_ffff_ffff_ffff;
 /// What of the kernel lies in its image: code, data, and what was given back of it after boot.
 const IMAGE: &str = "kernel image";
+/// What is mapped page by page, and where modules and generated code lie.
+const VMALLOC: &str = "vmalloc";
+const MODULE_AREA: &str = "module area";
 /// Where x86-64 has its image, its modules and generated code (Documentation/arch/x86/x86_64/mm.rst).
 const MODULES: RangeInclusive<Gva> = Gva(0xffff_ffff_8000_0000)..=Gva(0xffff_ffff_feff_ffff);
 
@@ -66,6 +69,30 @@ pub struct Holder {
     pub gva: Option<Gva>,
     /// What it lies in: the mapping's file or name, `slab kmalloc-512`, `vmalloc`, …
     pub place: Option<String>,
+}
+
+impl Holder {
+    /// The kernel, where it has mapped `gva` elsewhere than in its map of all memory.
+    pub fn of_kernel_area(kernel: &Kernel, gva: Gva) -> Self {
+        let place = match MODULES.contains(&gva) {
+            true if kernel.image().contains(gva) => IMAGE,
+            true => MODULE_AREA,
+            false => VMALLOC,
+        };
+        Self {
+            owner: Owner::Kernel,
+            pid: None,
+            name: None,
+            gva: Some(gva),
+            place: Some(place.to_owned()),
+        }
+    }
+
+    /// Whether it is the kernel, in its image, its modules or its vmalloc area.
+    pub fn in_area(&self) -> bool {
+        let areas = [IMAGE, MODULE_AREA, VMALLOC];
+        self.owner == Owner::Kernel && self.place.as_deref().is_some_and(|place| areas.contains(&place))
+    }
 }
 
 /// Holders of pages.
@@ -167,21 +194,12 @@ impl Frames {
 
     fn kernel(&mut self, kernel: &Kernel) {
         let space = kernel.space().clone();
-        let of_kernel = |gva: Gva, place: &str| Holder {
-            owner: Owner::Kernel,
-            pid: None,
-            name: None,
-            gva: Some(gva),
-            place: Some(place.to_owned()),
-        };
-        if let Some(area) = vmalloc(kernel) {
-            self.walk(&space, area, |gva| of_kernel(gva, "vmalloc"));
+        let of_kernel = |gva: Gva| Holder::of_kernel_area(kernel, gva);
+        // KASLR puts the image anywhere in the first GiB of the last area.
+        for area in kernel_areas(kernel) {
+            self.walk(&space, area, of_kernel);
         }
         let image = kernel.image();
-        // KASLR puts the image anywhere in the first GiB of this.
-        self.walk(&space, MODULES, |gva| {
-            of_kernel(gva, if image.contains(gva) { IMAGE } else { "module area" })
-        });
         let pages = match Pages::new(kernel) {
             Ok(pages) => Some(pages),
             Err(error) => {
@@ -189,7 +207,16 @@ impl Frames {
                 None
             }
         };
-        for (gfn, holders) in self.holders.iter_mut().filter(|(_, holders)| holders.is_empty()) {
+        for (gfn, holders) in &mut self.holders {
+            let is_image = |holder: &Holder| holder.place.as_deref() == Some(IMAGE);
+            let given_back = || pages.as_ref().is_some_and(|pages| pages.is_allocators(*gfn));
+            // What was given back of the image after boot may still be mapped there, and is others' by now.
+            if holders.iter().any(is_image) && given_back() {
+                holders.retain(|holder| !is_image(holder));
+            }
+            if !holders.is_empty() {
+                continue;
+            }
             let gpa = Gpa(gfn << 12);
             let within = gpa.0.wrapping_sub(image.phys.0);
             let mut holder = match pages.as_ref().map(|pages| pages.look(*gfn)) {
@@ -200,8 +227,9 @@ impl Frames {
                 },
                 Some(Err(_)) | None => UNKNOWN,
             };
-            if within < image.len && matches!(holder.owner, Owner::Kernel | Owner::Unknown) {
-                holder = of_kernel(image.text.wrapping_add(within), IMAGE);
+            let may_be = matches!(holder.owner, Owner::Kernel | Owner::Unknown);
+            if within < image.len && may_be && !given_back() {
+                holder = of_kernel(image.text.wrapping_add(within));
             }
             if holder.owner != Owner::Free && holder.gva.is_none() {
                 holder.gva = image.direct_map.map(|base| base.wrapping_add(gpa.0));
@@ -218,6 +246,11 @@ const UNKNOWN: Holder = Holder {
     gva: None,
     place: None,
 };
+
+/// Where the kernel maps what is not only a part of its map of all memory: vmalloc, its image and modules. By rising address.
+pub(crate) fn kernel_areas(kernel: &Kernel) -> impl Iterator<Item = RangeInclusive<Gva>> {
+    vmalloc(kernel).into_iter().chain([MODULES])
+}
 
 /// Where the kernel maps what it gets with vmalloc: 32 TiB with four levels of tables, 12,800 TiB with five
 /// (Documentation/arch/x86/x86_64/mm.rst).
@@ -238,6 +271,8 @@ struct Pages<'k> {
     kernel: &'k Kernel,
     base: Gva,
     size: u64,
+    /// `PG_reserved`, a bit of the flags: the page was never the allocator's, as those of the image are not.
+    reserved_flag: Option<u64>,
     /// `PG_slab`, a bit of the flags up to 6.9.
     slab_flag: Option<u64>,
     /// `PGTY_slab`, the upper byte of the page's type since.
@@ -263,9 +298,20 @@ impl<'k> Pages<'k> {
             kernel,
             base: Gva(base),
             size: Object::new(kernel, "page", Gva(0))?.size(),
+            reserved_flag: value("pageflags", "PG_reserved"),
             slab_flag: value("pageflags", "PG_slab"),
             slab_type: value("pagetype", "PGTY_slab"),
         })
+    }
+
+    /// Whether the kernel's allocator has given a page out, or could.
+    fn is_allocators(&self, gfn: u64) -> bool {
+        let at = self.base.wrapping_add(gfn.wrapping_mul(self.size));
+        let flags = Object::new(self.kernel, "page", at).and_then(|page| page.number("flags|flags.f"));
+        match (flags, self.reserved_flag) {
+            (Ok(flags), Some(bit)) if bit < 64 => flags >> bit & 1 == 0,
+            _ => false,
+        }
     }
 
     /// What a page is used for, where no tables but the kernel's map of all memory have it.

@@ -4,7 +4,8 @@
 //! is wrong into [`Findings`], with the evidence; what it could not look at it notes there. [`run`] runs several side by
 //! side, looks again at what was found in a guest that runs, and keeps what is still so.
 //!
-//! What can be got back out of its memory is in [`recover`].
+//! What can be got back out of its memory is in [`recover`]; what of it YARA rules match, in [`yara`]; when
+//! what happened, in [`timeline`].
 //!
 //! All that is read was written by whoever owns the guest: walks are bounded, and a broken object costs a note.
 
@@ -25,6 +26,8 @@ mod owner;
 pub mod recover;
 mod run;
 mod text;
+pub mod timeline;
+pub mod yara;
 
 pub use baseline::Baseline;
 pub use check::{Check, Technique};

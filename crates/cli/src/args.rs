@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     bench, check, debug, disas, dump, guard, hooks, info, kmsg, launch, list, listing, raw, recover, regs,
-    shell, strings, symbols, trace, translate, types, write,
+    report, scan, shell, strings, symbols, timeline, trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -188,6 +188,12 @@ pub(crate) enum Command {
     Baseline(check::baseline::Cmd),
     /// Get back what is in a guest's memory: files, and what people and programs left behind
     Recover(recover::Cmd),
+    /// YARA rules over physical memory, the kernel's, or that of processes
+    Scan(scan::Cmd),
+    /// Everything in memory that has a time, in order
+    Timeline(timeline::Cmd),
+    /// A report on a guest: one HTML page
+    Report(report::Cmd),
     /// What can be hooked in a VM, and by which means
     Hooks(hooks::Cmd),
     /// What happens in a running guest, as it happens
@@ -218,6 +224,7 @@ impl Command {
             Command::Write(_)
             | Command::Baseline(_)
             | Command::Dump(_)
+            | Command::Report(_)
             | Command::Trace(_)
             | Command::Guard(_)
             | Command::Launch(_)

@@ -54,6 +54,10 @@ fn run(cli: &Cli) -> Result<Outcome> {
         cli.global.output != output::Format::Sarif || cli.command.has_sarif(),
         "-o sarif is for findings: vmsight check TARGET"
     );
+    anyhow::ensure!(
+        cli.global.output != output::Format::Html || matches!(cli.command, Command::Report(_)),
+        "-o html is for reports: vmsight report TARGET"
+    );
     let Some(seconds) = cli.global.watch else {
         return once(cli);
     };
@@ -108,6 +112,9 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Check(c) => c.run(global),
         Command::Baseline(c) => c.run(global),
         Command::Recover(c) => c.run(global),
+        Command::Scan(c) => c.run(global),
+        Command::Timeline(c) => c.run(global),
+        Command::Report(c) => c.run(global),
         Command::Hooks(c) => c.run(global),
         Command::Trace(c) => c.run(global),
         Command::Guard(c) => c.run(global),

@@ -5,10 +5,12 @@
 mod conntrack;
 mod elf;
 mod files;
+mod frames;
 mod history;
 mod hostile;
 mod packets;
 mod processes;
 mod screen;
 mod support;
+mod timeline;
 mod tty;

@@ -79,7 +79,7 @@ impl Stream {
                 }
                 self.print(&text)
             }
-            Format::Csv | Format::Table | Format::Sarif => {
+            Format::Csv | Format::Table | Format::Sarif | Format::Html => {
                 let cells = self.keys.iter().map(|key| match object.get(key) {
                     None | Some(Value::Null) => String::new(),
                     Some(Value::String(text)) => text.clone(),

@@ -55,7 +55,9 @@ impl Cmd {
             }
             found = true;
             match global.output {
-                Format::Table | Format::Sarif => writeln!(out, "{address:#018x}  {}", escape(text))?,
+                Format::Table | Format::Sarif | Format::Html => {
+                    writeln!(out, "{address:#018x}  {}", escape(text))?
+                }
                 Format::Csv => {
                     // For one row no more room than a row needs: there may be millions.
                     let mut csv = csv::WriterBuilder::new()

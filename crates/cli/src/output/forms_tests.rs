@@ -152,7 +152,7 @@ impl Long {
             Format::Table => self.table(&keys, style),
             Format::Json => format!("[\n{}\n]\n", objects().join(",\n")),
             Format::Jsonl => objects().iter().map(|o| format!("{o}\n")).collect(),
-            Format::Sarif => unreachable!("not a listing's"),
+            Format::Sarif | Format::Html => unreachable!("not a listing's"),
             Format::Csv => {
                 let mut csv = csv::Writer::from_writer(Vec::new());
                 csv.write_record(keys.iter().map(|k| field(k))).unwrap();

@@ -9,7 +9,7 @@ mod table;
 mod terminal;
 mod text;
 
-pub(crate) use cell::{escape, field};
+pub(crate) use cell::{escape, field, shown};
 pub(crate) use fields::{Fields, Record, Sink};
 pub(crate) use progress::Progress;
 pub(crate) use sheet::{PROBLEMS, Row, Sheet, to_map};
@@ -33,6 +33,8 @@ pub(crate) enum Format {
     Csv,
     /// Findings as SARIF 2.1.0
     Sarif,
+    /// A page for a browser: `vmsight report`
+    Html,
 }
 
 /// Whether colours are used.
@@ -146,7 +148,9 @@ impl Style {
                 out.write_all(b"\n")
             })?,
             Format::Csv => self.csv(sheet, out)?,
-            Format::Sarif => anyhow::bail!("a listing has no form in SARIF; this is a bug in vmsight"),
+            Format::Sarif | Format::Html => {
+                anyhow::bail!("a listing has no form in SARIF or HTML; this is a bug in vmsight")
+            }
         }
         Ok(0)
     }

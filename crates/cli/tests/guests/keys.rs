@@ -1,4 +1,4 @@
-//! Keys in a guest that really keeps them: in a process's memory, in the kernel's crypto API, in a keyring.
+//! Keys and patterns in a guest that really keeps them: in a process's memory, in the kernel's crypto API, in a keyring.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
@@ -144,6 +144,8 @@ fn everything_that_a_guest_keeps_is_found_with_its_owner_and_nothing_else() {
             .any(|row| get(row, "kind") == "rsa-2048" && get(row, "owner") == "unknown")
     );
 
+    patterns(&target, dump.target(), pid);
+
     held.go().unwrap();
     let after = secrets(&target);
     assert!(of_process(&after, pid).is_empty(), "it is gone: {after:?}");
@@ -286,4 +288,126 @@ fn log(target: &str) {
         std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
         0o600
     );
+}
+
+/// The rows of `vmsight scan`, and whether any rule matched as its exit code says.
+fn scan(target: &str, rules: &[&str], more: &[&str]) -> Vec<Map<String, Value>> {
+    let args = [&["scan", target, "-o", "json", "--yara"], rules, more].concat();
+    let out = vmsight(&args);
+    let found = crate::support::objects(&out.stdout).unwrap_or_else(|e| panic!("{args:?}: {e}"));
+    let code = i32::from(!found.is_empty());
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {}", text(&out.stderr));
+    found
+}
+
+fn patterns(target: &str, dump: &str, pid: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, rules: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, rules).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let passphrase = write(
+        "passphrase.yar",
+        &format!(
+            "rule planted : secret {{ meta: author = \"lab\" strings: $text = \"{PASSPHRASE}\" condition: $text }}\n\
+             rule module {{ strings: $file = \"vermagic=6.1\" $loaded = \"cbc-aes-aesni\" \
+             $kernel = \"Linux version 6.1\" condition: any of them }}"
+        ),
+    );
+    // Its strings lie in pages that are no neighbours: in no piece of physical memory are they together.
+    let rules = "rule planted { strings: $a = /-----BEGIN PRIVATE KEY-----[A-Za-z0-9+\\/\\n=]+-----END PRIVATE KEY-----/ \
+                 $b = \"CLIENT_RANDOM 5f5f\" $c = \"-----BEGIN EC PRIVATE KEY-----\" condition: all of them }";
+    write("more/keys.yara", rules);
+    write("more/notes.txt", "no rules at all");
+    let more = folder.path().join("more");
+    let more = more.to_str().unwrap();
+    let nothing = write(
+        "nothing.yar",
+        "rule r { strings: $a = { 7f 31 33 37 de ad c0 de } condition: $a }",
+    );
+    let id = pid.to_string();
+    for target in [target, dump] {
+        let all = scan(target, &[&passphrase, more], &[]);
+        let owner = |row: &&Map<String, Value>, rule: &str, owner: &str| {
+            get(row, "rule") == rule && get(row, "owner") == owner
+        };
+        // There are copies on the way there, too.
+        let payload = all
+            .iter()
+            .find(|row| owner(row, "planted", "kernel") && get(row, "place").starts_with("slab"));
+        let payload = payload.unwrap_or_else(|| panic!("the key's payload: {all:#?}"));
+        assert_eq!(
+            (get(payload, "pattern"), &payload["length"]),
+            ("$text", &PASSPHRASE.len().into())
+        );
+        assert!(get(payload, "context").contains(PASSPHRASE));
+        assert_eq!(get(payload, "matched"), hex(PASSPHRASE.as_bytes()));
+        assert_eq!(
+            (&payload["tags"][0], &payload["meta"][0]),
+            (&"secret".into(), &"author=lab".into())
+        );
+        assert!(
+            all.iter().any(|row| owner(&row, "module", "page cache")),
+            "{all:#?}"
+        );
+
+        let kernel = scan(target, &[&passphrase], &["--kernel"]);
+        assert!(
+            kernel.iter().all(|row| get(row, "owner") == "kernel"),
+            "{kernel:#?}"
+        );
+        let places = |row: &Map<String, Value>| (number(&row["gva"]), number(&row["gpa"]));
+        assert!(kernel.iter().any(|row| places(row) == places(payload)));
+        for (pattern, place) in [("$loaded", "module area"), ("$kernel", "kernel image")] {
+            let is_there = |row: &&Map<String, Value>| get(row, "pattern") == pattern;
+            let mut found = kernel.iter().filter(is_there);
+            assert!(
+                found.any(|row| get(row, "place") == place),
+                "{pattern}: {kernel:#?}"
+            );
+        }
+
+        let whole = scan(target, &[&passphrase, more], &["--pid", &id]);
+        assert!(
+            whole
+                .iter()
+                .all(|row| get(row, "owner") == "process" && row["pid"] == pid)
+        );
+        // Whoever sent it there has it, too.
+        let pem = whole.iter().find(|row| {
+            let names = (get(row, "rule"), get(row, "pattern"), get(row, "place"));
+            names == ("planted", "$a", "anonymous memory")
+        });
+        let pem = pem.unwrap_or_else(|| panic!("the PEM text: {whole:#?}"));
+        assert_eq!(pem["length"], file("rsa-pkcs8.pem").len() as u64 - 1);
+        assert!(get(pem, "before").len() <= 32 && get(pem, "rules_file").ends_with("more/keys.yara"));
+        let of_all = scan(target, &[more], &["--processes", "-q"]);
+        assert!(
+            of_all
+                .iter()
+                .any(|row| get(row, "pattern") == "$a" && row["pid"] == pid)
+        );
+        assert!(scan(target, &[&nothing], &["--processes", "-q"]).is_empty());
+    }
+    let physical = scan(dump, &[&passphrase], &["--physical", "--limit", "1", "-q"]);
+    assert_eq!((physical.len(), get(&physical[0], "owner")), (1, "unknown"));
+    assert!(scan(dump, &[&nothing], &["--physical"]).is_empty());
+
+    let wrong = write(
+        "wrong.yar",
+        "rule a { condition: true }\nrule r { condition: $x }",
+    );
+    let err = crate::support::ends_with(2, &["scan", dump, "--yara", &wrong]);
+    assert!(
+        err.contains("compiling the rules") && err.contains("wrong.yar:2:"),
+        "{err}"
+    );
+    let err = crate::support::ends_with(2, &["scan", dump, "--yara", &nothing, "--pid", "4194303"]);
+    assert!(err.contains("4194303"), "{err}");
+    let empty = folder.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let err = crate::support::ends_with(2, &["scan", dump, "--yara", empty.to_str().unwrap()]);
+    assert!(err.contains("no .yar"), "{err}");
 }

@@ -17,6 +17,7 @@ mod lies;
 mod listings;
 mod memory;
 mod recover;
+mod report;
 mod support;
 mod tcg;
 mod trouble;
