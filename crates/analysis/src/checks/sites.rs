@@ -3,7 +3,7 @@
 use rustc_hash::{FxHashMap, FxHashSet};
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
-use vmsight_linux::structures::hlist;
+use vmsight_linux::structures::{hlist, rbtree};
 
 use crate::{Context, Findings};
 
@@ -187,6 +187,25 @@ pub(super) fn probed(context: &Context, findings: &mut Findings) -> Result<Vec<(
             let at = context.pointer("kprobe.addr", probe.wrapping_add(addr))?;
             probes.push((at, probe));
         }
+    }
+    Ok(probes)
+}
+
+/// More uprobes than anybody has.
+const MAX_USER_PROBES: usize = 1 << 14;
+
+/// The uprobes: inode, and offset in its file (`uprobes_tree`, kernel/events/uprobes.c).
+pub(super) fn user_probes(context: &Context, findings: &mut Findings) -> Result<Vec<(Gva, u64)>, LinuxError> {
+    let mut probes = Vec::new();
+    let Some(root) = context.kernel().find_symbol(&["uprobes_tree"]) else {
+        findings.note("the kernel has no uprobes, or hides them");
+        return Ok(probes);
+    };
+    let node = context.kernel().offset("uprobe", "rb_node")?;
+    let limit = MAX_USER_PROBES.min(findings.left());
+    for at in findings.complete("tree of uprobes", rbtree::walk(context.space(), root, limit)) {
+        let uprobe = context.object("uprobe", at.wrapping_sub(node))?;
+        probes.push((uprobe.pointer("inode")?, uprobe.number("offset")?));
     }
     Ok(probes)
 }

@@ -8,7 +8,7 @@ mod inode;
 mod mounts;
 mod name;
 mod overlay;
-mod page_cache;
+pub(crate) mod page_cache;
 mod superblock;
 
 use std::sync::Arc;

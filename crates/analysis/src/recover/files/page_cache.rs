@@ -11,7 +11,7 @@ use crate::recover::member::{Member, Structure};
 /// The largest folio is a huge page of 1 GiB.
 const MAX_FOLIO: u64 = 1 << 18;
 /// What is needed to follow a file to its pages.
-pub(super) struct PageCache<'k> {
+pub(crate) struct PageCache<'k> {
     kernel: &'k Kernel,
     frames: Frames,
     xa_head: Member,
@@ -24,13 +24,13 @@ pub(super) struct PageCache<'k> {
 
 /// Some pages that follow one another in a file and in memory.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Stretch {
+pub(crate) struct Stretch {
     /// The first page's number in the file.
-    pub(super) index: u64,
+    pub(crate) index: u64,
     /// How many.
-    pub(super) count: u64,
+    pub(crate) count: u64,
     /// Where the first lies.
-    pub(super) gpa: Gpa,
+    pub(crate) gpa: Gpa,
     /// Changed since it was read from or written to a disk.
     pub(super) dirty: bool,
     /// The `struct page` of the first, and the number in the file that it must bear.
@@ -40,9 +40,9 @@ pub(super) struct Stretch {
 
 /// What an `address_space` has in memory.
 #[derive(Debug, Default)]
-pub(super) struct Pages {
+pub(crate) struct Pages {
     /// By rising index.
-    pub(super) stretches: Vec<Stretch>,
+    pub(crate) stretches: Vec<Stretch>,
     /// Numbers of pages that stand for something that was moved out: swapped, or dropped from memory.
     pub(super) moved_out: Vec<(u64, u64)>,
     /// Entries that lead to no page of this file.
@@ -51,7 +51,7 @@ pub(super) struct Pages {
 }
 
 impl<'k> PageCache<'k> {
-    pub(super) fn new(kernel: &'k Kernel) -> Result<Self, LinuxError> {
+    pub(crate) fn new(kernel: &'k Kernel) -> Result<Self, LinuxError> {
         // The head of a large folio is one since 5.16; its members lie where the page's do.
         let head = Structure::of(kernel, "folio").or_else(|_| Structure::of(kernel, "page"))?;
         let flag = |name: &str| {
@@ -75,7 +75,7 @@ impl<'k> PageCache<'k> {
     }
 
     /// The pages of the `address_space` at `mapping`; at most `limit` entries are looked at.
-    pub(super) fn pages(&self, mapping: Gva, limit: usize) -> Result<Pages, LinuxError> {
+    pub(crate) fn pages(&self, mapping: Gva, limit: usize) -> Result<Pages, LinuxError> {
         let space = self.kernel.space();
         let head = self
             .xa_head
