@@ -138,6 +138,17 @@ pub enum Work {
     },
     /// Is confined: prepared, its process has a seccomp filter that allows everything, and stands.
     Confine,
+    /// Watches the system as honest tools do: a BPF program on a socket, on a kernel event's probe, on the traffic of all control groups
+    /// (attached, and by a link) and on a tracepoint, a map, and a sampling perf event on each CPU. Prepared, they are there.
+    Observe {
+        /// The id of an event of tracefs.
+        event: u64,
+        /// With a program more that may write to the memory of processes.
+        #[serde(default)]
+        writes: bool,
+    },
+    /// Makes a table of nftables with a base chain that sees all IPv4 packets which come in (`values` are what came of each message).
+    FilterPackets,
     /// Makes an io_uring, and stands with it where it is prepared.
     Ring,
     /// Writes [`OVERWRITTEN`] over the first instructions of another process's program (at `address`), as a debugger could.

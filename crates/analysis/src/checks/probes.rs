@@ -101,8 +101,11 @@ fn perf(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         if source.has("pmu_cpu_context") {
             let base = source.pointer("pmu_cpu_context")?;
             // Several sources of one kind share them.
-            if source.has("pmu_cpu_context") && of_cpu.has("ctx") && !base.is_null() {
+            if !base.is_null() {
                 for (cpu, at) in kernel.per_cpu()?.copies(base) {
+                    if !findings.go_on() {
+                        return Ok(());
+                    }
                     contexts.push((format!("CPU {cpu}"), of_cpu.moved(at).member("ctx")?));
                 }
             }

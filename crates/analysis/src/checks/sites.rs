@@ -191,6 +191,36 @@ pub(super) fn probed(context: &Context, findings: &mut Findings) -> Result<Vec<(
     Ok(probes)
 }
 
+/// Where modules keep the code that the kernel puts in the place of other code of theirs, and what goes with it
+/// (arch/x86/include/asm/alternative.h, cpufeature.h). The kernel gives the memory of a module's init code back, and these stay.
+const REPLACEMENTS: [&str; 2] = [".altinstr_replacement", ".altinstr_aux"];
+
+/// The replacements of all modules: first byte, and the one past the last.
+pub(super) fn replacements(context: &Context) -> Vec<(u64, u64)> {
+    let mut found = Vec::new();
+    for module in context.modules() {
+        let sections = module.sections.as_deref().unwrap_or_default();
+        for section in sections.iter().filter(|s| REPLACEMENTS.contains(&&*s.name)) {
+            let start = section.address.0;
+            let behind = sections
+                .iter()
+                .map(|s| s.address.0)
+                .filter(|at| *at > start)
+                .min();
+            let ranges = module
+                .ranges
+                .iter()
+                .map(|r| (r.base.0, r.base.0.saturating_add(r.size)));
+            let end = ranges
+                .clone()
+                .find(|(first, end)| (*first..*end).contains(&start));
+            let end = end.map_or(start, |(_, end)| end);
+            found.push((start, behind.map_or(end, |behind| behind.min(end))));
+        }
+    }
+    found
+}
+
 /// More uprobes than anybody has.
 const MAX_USER_PROBES: usize = 1 << 14;
 

@@ -21,7 +21,7 @@ use vmsight_workload::Text;
 use vmsight_workload::orders::{Account, Work, checksum};
 
 use super::page::{Page, frame, touch, untouched};
-use super::{inject, keep, poke, raw, tamper};
+use super::{inject, keep, nftables, observe, poke, raw, tamper};
 use crate::sys::{self, Side};
 
 /// Where modules are: ours first.
@@ -111,6 +111,14 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
             sys::add_seccomp_filter()?;
             Ready::new(|| Ok(Account::default()))
         }
+        Work::Observe { event, writes } => {
+            let held = observe::observe(event, writes)?;
+            Ready::new(move || {
+                drop(held);
+                Ok(Account::default())
+            })
+        }
+        Work::FilterPackets => Ready::new(nftables::filter),
         Work::Ring => {
             const SETUP: libc::c_long = 425;
             /// Of `struct io_uring_params` (include/uapi/linux/io_uring.h), all of which may be zero.
