@@ -10,16 +10,22 @@
 #include <linux/fdtable.h>
 #include <linux/fs.h>
 #include <linux/ftrace.h>
+#include <linux/hrtimer.h>
+#include <linux/hw_breakpoint.h>
+#include <linux/elf.h>
 #include <linux/idr.h>
 #include <linux/kernel.h>
+#include <linux/keyboard.h>
 #include <linux/kobject.h>
 #include <linux/kprobes.h>
+#include <linux/kthread.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/net.h>
 #include <linux/netfilter.h>
 #include <linux/netfilter_ipv4.h>
+#include <linux/perf_event.h>
 #include <linux/pid.h>
 #include <linux/pid_namespace.h>
 #include <linux/ptrace.h>
@@ -28,8 +34,12 @@
 #include <linux/sched/task.h>
 #include <linux/seq_file.h>
 #include <linux/slab.h>
+#include <linux/timer.h>
 #include <linux/uaccess.h>
+#include <linux/uprobes.h>
+#include <linux/version.h>
 #include <linux/vmalloc.h>
+#include <linux/workqueue.h>
 #include <net/inet_hashtables.h>
 #include <net/sock.h>
 #include <asm/desc.h>
@@ -56,6 +66,14 @@ enum what {
 	TEXT_ALIAS,		/* a second, writable mapping of the page of function `symbol` */
 	SOCKET,			/* the listening socket of process `pid` out of its table */
 	MODULE_MARK,		/* this module marked as one that is only being made */
+	TIMER,			/* a timer */
+	HRTIMER,		/* a high-resolution timer */
+	WORK,			/* work that is queued after a while */
+	KTHREAD,		/* a kernel thread */
+	KEYBOARD,		/* all keys */
+	UPROBE,			/* the first instruction of the program `symbol` */
+	BREAKPOINT,		/* the function `symbol`, by a breakpoint of the processor */
+	SECCOMP,		/* process `pid` without its seccomp filters */
 	WHATS,
 };
 
@@ -544,6 +562,205 @@ static int hide_socket(struct tamper *t)
 	return 0;
 }
 
+/* Long enough for nothing to come of it. */
+#define AFTER (1000UL * HZ)
+
+static void timer_hook(struct timer_list *timer)
+{
+}
+
+static DEFINE_TIMER(timer, timer_hook);
+
+static int set_timer(struct tamper *t)
+{
+	t->object = (u64)&timer;
+	t->hook = (u64)timer_hook;
+	if (t->undo)
+		del_timer_sync(&timer);
+	else
+		mod_timer(&timer, jiffies + AFTER);
+	return 0;
+}
+
+static enum hrtimer_restart hrtimer_hook(struct hrtimer *timer)
+{
+	return HRTIMER_NORESTART;
+}
+
+static struct hrtimer hrtimer;
+
+static int set_hrtimer(struct tamper *t)
+{
+	t->object = (u64)&hrtimer;
+	t->hook = (u64)hrtimer_hook;
+	if (t->undo) {
+		hrtimer_cancel(&hrtimer);
+		return 0;
+	}
+	hrtimer_init(&hrtimer, CLOCK_MONOTONIC, HRTIMER_MODE_REL);
+	hrtimer.function = hrtimer_hook;
+	hrtimer_start(&hrtimer, ktime_set(1000, 0), HRTIMER_MODE_REL);
+	return 0;
+}
+
+static void work_hook(struct work_struct *work)
+{
+}
+
+static DECLARE_DELAYED_WORK(work, work_hook);
+
+static int queue_work_later(struct tamper *t)
+{
+	t->object = (u64)&work;
+	t->hook = (u64)work_hook;
+	if (t->undo)
+		cancel_delayed_work_sync(&work);
+	else
+		queue_delayed_work(system_wq, &work, AFTER);
+	return 0;
+}
+
+static int thread_hook(void *data)
+{
+	while (!kthread_should_stop())
+		schedule_timeout_interruptible(AFTER);
+	return 0;
+}
+
+static int start_thread_of_ours(struct tamper *t)
+{
+	struct task_struct *task = saved[KTHREAD].task;
+
+	t->hook = (u64)thread_hook;
+	if (t->undo) {
+		kthread_stop(task);
+		return 0;
+	}
+	task = kthread_run(thread_hook, NULL, "kworker/0:9");
+	if (IS_ERR(task))
+		return PTR_ERR(task);
+	saved[KTHREAD].task = task;
+	t->object = (u64)task;
+	return 0;
+}
+
+static int keyboard_hook(struct notifier_block *block, unsigned long action, void *data)
+{
+	return NOTIFY_OK;
+}
+
+static struct notifier_block keyboard_block = { .notifier_call = keyboard_hook };
+
+static int watch_keyboard(struct tamper *t)
+{
+	t->object = (u64)&keyboard_block;
+	t->hook = (u64)keyboard_hook;
+	return t->undo ? unregister_keyboard_notifier(&keyboard_block) : register_keyboard_notifier(&keyboard_block);
+}
+
+static int uprobe_hook(struct uprobe_consumer *consumer, struct pt_regs *regs)
+{
+	return 0;
+}
+
+static struct uprobe_consumer consumer = { .handler = uprobe_hook };
+
+/* Where the first instruction of a program is in its file. */
+static loff_t entry_of(struct file *file)
+{
+	struct elfhdr header;
+	struct elf_phdr segment;
+	loff_t at = 0;
+	int number;
+
+	if (kernel_read(file, &header, sizeof(header), &at) != sizeof(header))
+		return 0;
+	for (number = 0; number < header.e_phnum; number++) {
+		at = header.e_phoff + number * sizeof(segment);
+		if (kernel_read(file, &segment, sizeof(segment), &at) != sizeof(segment))
+			return 0;
+		if (segment.p_type == PT_LOAD && header.e_entry - segment.p_vaddr < segment.p_filesz)
+			return header.e_entry - segment.p_vaddr + segment.p_offset;
+	}
+	return 0;
+}
+
+static int uprobe(struct tamper *t)
+{
+	struct file *file = saved[UPROBE].file;
+	loff_t at;
+	int error = 0;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+	static struct uprobe *registered;
+#endif
+
+	t->object = (u64)&consumer;
+	t->hook = (u64)uprobe_hook;
+	if (!t->undo) {
+		file = saved[UPROBE].file = filp_open(t->symbol, O_RDONLY, 0);
+		if (IS_ERR(file))
+			return PTR_ERR(file);
+	}
+	at = entry_of(file);
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+	if (t->undo) {
+		uprobe_unregister_nosync(registered, &consumer);
+		uprobe_unregister_sync();
+	} else {
+		registered = uprobe_register(file_inode(file), at, 0, &consumer);
+		error = PTR_ERR_OR_ZERO(registered);
+	}
+#else
+	if (t->undo)
+		uprobe_unregister(file_inode(file), at, &consumer);
+	else
+		error = uprobe_register(file_inode(file), at, &consumer);
+#endif
+	if (t->undo || error)
+		fput(file);
+	return error;
+}
+
+static void breakpoint_hook(struct perf_event *event, struct perf_sample_data *data, struct pt_regs *regs)
+{
+}
+
+static int breakpoint(struct tamper *t)
+{
+	static struct perf_event * __percpu *events;
+	struct perf_event_attr attributes;
+
+	t->hook = (u64)breakpoint_hook;
+	if (t->undo) {
+		unregister_wide_hw_breakpoint(events);
+		return 0;
+	}
+	hw_breakpoint_init(&attributes);
+	attributes.bp_addr = look_up(t->symbol);
+	attributes.bp_len = sizeof(long);
+	attributes.bp_type = HW_BREAKPOINT_X;
+	t->object = attributes.bp_addr;
+	events = register_wide_hw_breakpoint(&attributes, breakpoint_hook, NULL);
+	return PTR_ERR_OR_ZERO((void __force *)events);
+}
+
+/* As exploits do that break out of a container: the filters are left hanging, and nobody asks them any more. */
+static int seccomp_off(struct tamper *t)
+{
+	struct task_struct *task = task_of(t->pid);
+
+	if (!task)
+		return -ESRCH;
+	t->object = (u64)task;
+	task->seccomp.mode = t->undo ? SECCOMP_MODE_FILTER : SECCOMP_MODE_DISABLED;
+	if (t->undo)
+		set_task_syscall_work(task, SECCOMP);
+	else
+		clear_task_syscall_work(task, SECCOMP);
+	put_task_struct(task);
+	return 0;
+}
+
 static int (*const means[WHATS])(struct tamper *) = {
 	[MODULE_LIST] = module_list,
 	[MODULE_SYSFS] = module_sysfs,
@@ -563,6 +780,14 @@ static int (*const means[WHATS])(struct tamper *) = {
 	[TEXT_ALIAS] = text_alias,
 	[SOCKET] = hide_socket,
 	[MODULE_MARK] = module_mark,
+	[TIMER] = set_timer,
+	[HRTIMER] = set_hrtimer,
+	[WORK] = queue_work_later,
+	[KTHREAD] = start_thread_of_ours,
+	[KEYBOARD] = watch_keyboard,
+	[UPROBE] = uprobe,
+	[BREAKPOINT] = breakpoint,
+	[SECCOMP] = seccomp_off,
 };
 
 /* Those that replace bytes are undone by putting the old ones back. */

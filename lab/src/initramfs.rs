@@ -34,6 +34,9 @@ const MODULES: &[(&str, &str)] = &[
 /// connections.
 const ALONG: &[(&str, &str)] = &[("algif_skcipher", ""), ("aesni_intel?", ""), ("nf_conntrack", "")];
 
+/// Modules that go along with our own: what honest systems have, too, and looks like what attackers do.
+const WITH_OURS: &[(&str, &str)] = &[("kvm_amd", ""), ("nf_tables", "")];
+
 /// Programs of the host which go along: static ones, by where Debian puts them.
 const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];
 const BASH: &[&str] = &["/bin/bash-static", "/usr/bin/bash-static"];
@@ -83,6 +86,11 @@ pub fn build_with(kernel: &Fetched, modules: &[PathBuf], programs: bool) -> Resu
     }
     for module in kernel.modules(ALONG)? {
         archive.file(&format!("lib/modules/{}.ko", module.name), 0o644, &module.read()?);
+    }
+    if !modules.is_empty() {
+        for module in kernel.modules(WITH_OURS)? {
+            archive.file(&format!("lib/modules/{}.ko", module.name), 0o644, &module.read()?);
+        }
     }
     archive.file("lib/modules/order", 0o644, order.as_bytes());
     for module in modules {

@@ -24,8 +24,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 pub use vmsight_workload::orders::{
-    Account, Answer, Ended, Exception, INJECTED, Order, Outcome, Poke, Poked, Reach, Register, Request,
-    Tamper, Tampered, UNMAPPED, WITNESS, Work, checksum,
+    Account, Answer, Ended, Exception, INJECTED, OVERWRITTEN, Order, Outcome, Poke, Poked, Reach, Register,
+    Request, Tamper, Tampered, UNMAPPED, WITNESS, Work, checksum,
 };
 
 /// How long an order may take, unless the caller says otherwise. It is there to end what will never end.

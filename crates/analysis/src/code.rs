@@ -51,6 +51,24 @@ pub(crate) fn evidence(context: &Context, what: &str, at: Gva, count: usize) -> 
     }
 }
 
+/// The instructions of `bytes`, which lie or lay at `at`, as evidence: at most 8.
+pub(crate) fn of_bytes(what: &str, at: Gva, bytes: &[u8]) -> Evidence {
+    let mut formatter = assembly::formatter(Vec::new());
+    let instructions = instructions(bytes, at)
+        .take(8)
+        .map(|instruction| {
+            let mut text = String::new();
+            formatter.format(&instruction, &mut text);
+            text
+        })
+        .collect();
+    Evidence::Code {
+        what: what.to_owned(),
+        at,
+        instructions,
+    }
+}
+
 /// The longest function that is decoded: system calls' switches have some 12 KiB.
 const MAX_FUNCTION: u64 = 64 << 10;
 

@@ -3,8 +3,9 @@
 use std::sync::{Arc, OnceLock};
 
 use vmsight_arch::{Gva, Registers};
+use vmsight_linux::maps::ProcessMaps;
 use vmsight_linux::module::{Module, ModuleSymbol};
-use vmsight_linux::{Kernel, LinuxError};
+use vmsight_linux::{Kernel, LinuxError, Listing};
 use vmsight_memory::AddressSpace;
 
 use crate::code;
@@ -20,6 +21,7 @@ pub struct Context {
     baseline: Option<Arc<Baseline>>,
     owners: OnceLock<Owners>,
     symbols: OnceLock<Vec<ModuleSymbol>>,
+    maps: OnceLock<Result<Listing<ProcessMaps>, LinuxError>>,
 }
 
 impl Context {
@@ -32,6 +34,7 @@ impl Context {
             baseline: None,
             owners: OnceLock::new(),
             symbols: OnceLock::new(),
+            maps: OnceLock::new(),
         }
     }
 
@@ -70,6 +73,7 @@ impl Context {
             baseline: self.baseline.clone(),
             owners: OnceLock::new(),
             symbols: OnceLock::new(),
+            maps: OnceLock::new(),
         }
     }
 
@@ -126,6 +130,18 @@ impl Context {
             let mut symbols = self.kernel.module_symbols().map(|l| l.rows).unwrap_or_default();
             symbols.sort_by_key(|s| s.address);
             symbols
+        })
+    }
+
+    /// The mappings of all processes.
+    ///
+    /// # Errors
+    /// If the processes cannot be listed.
+    pub fn maps(&self) -> Result<&Listing<ProcessMaps>, LinuxError> {
+        let read = self.maps.get_or_init(|| self.kernel.all_maps());
+        read.as_ref().map_err(|error| LinuxError::Implausible {
+            what: "the mappings of processes".to_owned(),
+            reason: error.to_string(),
         })
     }
 

@@ -99,7 +99,11 @@ impl Owners {
             ..Owners::default()
         };
         owners.kernel(kernel);
-        match kernel.modules(ModuleFields::default()) {
+        let fields = ModuleFields {
+            sections: true,
+            ..ModuleFields::default()
+        };
+        match kernel.modules(fields) {
             Ok(listing) => {
                 owners.doubts.extend(listing.warnings);
                 for module in &listing.rows {

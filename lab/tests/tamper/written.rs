@@ -122,6 +122,41 @@ pub(crate) fn check(lab: &Lab) {
     creds(&outside);
     processes(&outside);
     user_page(&outside);
+    confinement(&outside);
+    program(&outside);
+}
+
+/// A process whose filters are gone, and one that the kernel does not see to any more.
+fn confinement(outside: &Outside<'_>) {
+    let confined = outside.lab.guest.prepare(Work::Confine).unwrap();
+    let task = outside.task(confined.pid());
+    let subject = format!("of process {}", confined.pid());
+    assert!(outside.physical("seccomp", &[], &outside.registers).is_empty());
+    for member in ["seccomp.filter", "thread_info.syscall_work"] {
+        let at = outside.member("task_struct", member, task);
+        outside.word_written("seccomp", at, 0, &subject, Severity::Critical);
+    }
+}
+
+/// A process whose program is a file of which it has nothing mapped.
+fn program(outside: &Outside<'_>) {
+    let standing = outside.lab.stand(USER);
+    let exe = |pid: u32| {
+        let mm = outside.member("task_struct", "mm", outside.task(pid));
+        outside.member("mm_struct", "exe_file", Gva(outside.word(mm)))
+    };
+    assert!(
+        outside
+            .physical("process-code", &[], &outside.registers)
+            .is_empty()
+    );
+    outside.word_written(
+        "process-code",
+        exe(standing.pid()),
+        outside.word(exe(1)),
+        &format!("program of process {} ", standing.pid()),
+        Severity::Medium,
+    );
 }
 
 fn kernel_state(outside: &Outside<'_>) {

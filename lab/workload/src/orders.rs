@@ -136,6 +136,26 @@ pub enum Work {
         /// Its user and group.
         uid: u32,
     },
+    /// Is confined: prepared, its process has a seccomp filter that allows everything, and stands.
+    Confine,
+    /// Watches the system as honest tools do: a BPF program on a socket, on a kernel event's probe, on the traffic of all control groups
+    /// (attached, and by a link) and on a tracepoint, a map, and a sampling perf event on each CPU. Prepared, they are there.
+    Observe {
+        /// The id of an event of tracefs.
+        event: u64,
+        /// With a program more that may write to the memory of processes.
+        #[serde(default)]
+        writes: bool,
+    },
+    /// Makes a table of nftables with a base chain that sees all IPv4 packets which come in (`values` are what came of each message).
+    FilterPackets,
+    /// Makes an io_uring, and stands with it where it is prepared.
+    Ring,
+    /// Writes [`OVERWRITTEN`] over the first instructions of another process's program (at `address`), as a debugger could.
+    Overwrite {
+        /// Who.
+        pid: u32,
+    },
     /// Has another process map a page, writable and executable (at `address`), writes [`INJECTED`] to it, and has the process go on
     /// there.
     Inject {
@@ -319,6 +339,9 @@ pub const WITNESS: &str = "/srv/bin/witness";
 pub const INJECTED: [u8; 16] = [
     0xf3, 0x0f, 0x1e, 0xfa, 0xb8, 0x22, 0x00, 0x00, 0x00, 0x0f, 0x05, 0xeb, 0xf7, 0x90, 0x90, 0x90,
 ];
+
+/// What [`Work::Overwrite`] writes: `xor eax, eax; ret`, and NOPs.
+pub const OVERWRITTEN: [u8; 8] = [0x31, 0xc0, 0xc3, 0x90, 0x90, 0x90, 0x90, 0x90];
 
 /// An exception to raise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

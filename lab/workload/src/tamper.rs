@@ -80,6 +80,31 @@ pub enum Tamper {
         /// Who.
         pid: u32,
     },
+    /// Sets a timer. `object` is the `timer_list`, `hook` what is called, as with those that follow.
+    Timer,
+    /// Sets a high-resolution timer. `object` is the `hrtimer`.
+    HrTimer,
+    /// Has work queued after a while. `object` is the `delayed_work`.
+    DelayedWork,
+    /// Starts a kernel thread that is named as a worker of the kernel's. `object` is its `task_struct`.
+    KernelThread,
+    /// Is told of all keys. `object` is the `notifier_block`.
+    Keyboard,
+    /// Puts a uprobe on the first instruction of a program. `object` is the `uprobe_consumer`.
+    Uprobe {
+        /// Its path.
+        program: String,
+    },
+    /// Hooks a function by a breakpoint of the processor, on every CPU. `object` is the function.
+    Breakpoint {
+        /// The function.
+        symbol: String,
+    },
+    /// Takes a process's seccomp filters out of force. `object` is its `task_struct`.
+    Seccomp {
+        /// Who.
+        pid: u32,
+    },
 }
 
 /// What the module says of what it has done.

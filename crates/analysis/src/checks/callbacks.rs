@@ -1,12 +1,12 @@
-//! What the kernel calls on occasions: notifiers, network filters, security modules, formats, input, timers, BPF.
+//! What the kernel calls on occasions: notifiers, network filters, security modules, formats, input.
 
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
-use vmsight_linux::structures::{hlist, list, xarray};
+use vmsight_linux::structures::{hlist, list};
 
 use super::pointers::Pointers;
 use super::tables::networks;
-use crate::{Check, Context, Evidence, Finding, Findings, Owner, Severity, Technique};
+use crate::{Check, Context, Finding, Findings, Owner, Severity, Technique};
 
 /// Elements of one chain that are looked at.
 const MAX_CHAIN: usize = 4096;
@@ -271,117 +271,6 @@ fn each(
         };
         for (member, slot) in object.function_pointers() {
             pointers.hook(findings, &subject, &member, slot);
-        }
-    }
-    Ok(())
-}
-
-pub(super) const TIMERS: Check = Check {
-    name: "timers",
-    summary: "Functions that timers will call",
-    compares: "the function of every pending timer on every CPU with the code that the kernel knows",
-    why: "A timer is how code that is in no list and no process comes to run again and again.",
-    techniques: &[Technique::ROOTKIT],
-    blind_spots: &[
-        "High-resolution timers and queued work.",
-        "A timer that is running or is set anew at the moment.",
-    ],
-    run: timers,
-};
-
-/// BASE_STD, BASE_DEF, and since 6.9 BASE_LOCAL and BASE_GLOBAL.
-const MAX_BASES: u64 = 4;
-
-fn timers(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
-    let bases = context.kernel().per_cpu_symbol("timer_bases")?;
-    let base = context.object("timer_base", Gva(0))?;
-    let node = context.kernel().offset("timer_list", "entry")?;
-    let timer = context.object("timer_list", Gva(0))?;
-    let vectors = base.size_of("vectors")? / 8;
-    // As many as there is room for before the next variable.
-    let room = context.room("timer_bases").checked_div(base.size()).unwrap_or(0);
-    let mut pointers = Pointers::new(context);
-    for (cpu, at) in context.kernel().per_cpu()?.copies(bases) {
-        for number in 0..room.clamp(1, MAX_BASES) {
-            if !findings.go_on() {
-                return Ok(());
-            }
-            let base = base.moved(at.wrapping_add(number * base.size()));
-            let vector = base.member("vectors")?;
-            let mut heads = vec![0; vectors.min(1024) as usize * 8];
-            if let Err(error) = context.space().read(vector, &mut heads) {
-                findings.note(format!("timers of CPU {cpu}: {error}"));
-                break;
-            }
-            findings.looked_at(heads.len() / 8);
-            for (index, head) in heads.chunks_exact(8).enumerate() {
-                if head.iter().all(|b| *b == 0) {
-                    continue;
-                }
-                let walk = hlist::walk(context.space(), vector.wrapping_add(index as u64 * 8));
-                // Timers come and go while they are read; a chain that ends oddly is one that did.
-                for entry in walk.items.into_iter().take(MAX_CHAIN) {
-                    if !findings.go_on() {
-                        return Ok(());
-                    }
-                    let timer = timer.moved(entry.wrapping_sub(node));
-                    let slot = timer.member("function")?;
-                    if context.space().read_u64(slot).is_ok() {
-                        pointers.hook(findings, &format!("timer of CPU {cpu}"), "function", slot);
-                    }
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-pub(super) const BPF: Check = Check {
-    name: "bpf",
-    summary: "BPF programs run as what the kernel compiled them to",
-    compares: "the code of every loaded BPF program with the kernel's list of BPF code and its interpreters; which of them may make \
-               functions of the kernel return what they like",
-    why: "BPF reaches as deep as a module and is in no list of modules: rootkits hide processes and answer packets with it.",
-    techniques: &[Technique::ROOTKIT, Technique::TRAFFIC_SIGNALING],
-    blind_spots: &[
-        "What a program does, but for overriding results of functions.",
-        "Classic filters of sockets and of seccomp.",
-    ],
-    run: bpf,
-};
-
-/// `struct idr` of programs.
-fn bpf(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
-    let Some(idr) = context.kernel().find_symbol(&["prog_idr"]) else {
-        findings.note("the kernel has no BPF, or hides its programs");
-        return Ok(());
-    };
-    let walk = xarray::walk_idr(context.kernel(), idr)?;
-    let mut pointers = Pointers::new(context);
-    // There may be none: the table was looked at.
-    findings.looked_at(1);
-    for entry in findings.complete("table of BPF programs", walk) {
-        if !findings.go_on() {
-            break;
-        }
-        let Some(at) = entry.pointer() else { continue };
-        let program = context.object("bpf_prog", at)?;
-        let name = context
-            .object("bpf_prog_aux", program.pointer("aux")?)?
-            .array_text("name")?;
-        let subject = format!("BPF program {} ({name})", entry.index);
-        let slot = program.member("bpf_func")?;
-        pointers.slot(findings, &subject, "bpf_func", slot);
-        if program.number("kprobe_override").unwrap_or(0) != 0 {
-            let finding = Finding::new(
-                Severity::Medium,
-                subject,
-                "the program may make functions of the kernel return what it likes",
-            )
-            .at(at)
-            .with(context.evidence("bpf_func", program.pointer("bpf_func")?))
-            .with(Evidence::value("type", program.number("type")?));
-            findings.report(finding);
         }
     }
     Ok(())

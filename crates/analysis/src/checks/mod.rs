@@ -1,13 +1,19 @@
 //! The checks there are.
 
+mod bpf;
 mod callbacks;
 mod credentials;
+mod deferred;
 mod entry;
 mod golden;
 mod hidden;
+mod io_uring;
 mod kernel_state;
+mod kernel_threads;
 mod memory;
 mod pointers;
+mod probes;
+mod seccomp;
 mod sites;
 mod switch;
 mod syscalls;
@@ -37,14 +43,22 @@ pub const ALL: &[&Check] = &[
     &callbacks::LSM,
     &callbacks::BINFMT,
     &callbacks::INPUT,
-    &callbacks::TIMERS,
-    &callbacks::BPF,
+    &deferred::TIMERS,
+    &deferred::HRTIMERS,
+    &deferred::WORKQUEUES,
+    &kernel_threads::KERNEL_THREADS,
+    &probes::UPROBES,
+    &probes::PERF,
+    &bpf::BPF,
+    &io_uring::IO_URING,
     &hidden::MODULES,
     &hidden::PROCESSES,
     &hidden::SOCKETS,
     &credentials::CREDENTIALS,
+    &seccomp::SECCOMP,
     &memory::KERNEL_PAGES,
     &memory::PROCESS_MEMORY,
+    &memory::PROCESS_CODE,
     &kernel_state::HELPERS,
     &kernel_state::SECURITY_MODULES,
     &kernel_state::SETTINGS,

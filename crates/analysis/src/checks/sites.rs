@@ -3,7 +3,7 @@
 use rustc_hash::{FxHashMap, FxHashSet};
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
-use vmsight_linux::structures::hlist;
+use vmsight_linux::structures::{hlist, rbtree};
 
 use crate::{Context, Findings};
 
@@ -187,6 +187,55 @@ pub(super) fn probed(context: &Context, findings: &mut Findings) -> Result<Vec<(
             let at = context.pointer("kprobe.addr", probe.wrapping_add(addr))?;
             probes.push((at, probe));
         }
+    }
+    Ok(probes)
+}
+
+/// Where modules keep the code that the kernel puts in the place of other code of theirs, and what goes with it
+/// (arch/x86/include/asm/alternative.h, cpufeature.h). The kernel gives the memory of a module's init code back, and these stay.
+const REPLACEMENTS: [&str; 2] = [".altinstr_replacement", ".altinstr_aux"];
+
+/// The replacements of all modules: first byte, and the one past the last.
+pub(super) fn replacements(context: &Context) -> Vec<(u64, u64)> {
+    let mut found = Vec::new();
+    for module in context.modules() {
+        let sections = module.sections.as_deref().unwrap_or_default();
+        for section in sections.iter().filter(|s| REPLACEMENTS.contains(&&*s.name)) {
+            let start = section.address.0;
+            let behind = sections
+                .iter()
+                .map(|s| s.address.0)
+                .filter(|at| *at > start)
+                .min();
+            let ranges = module
+                .ranges
+                .iter()
+                .map(|r| (r.base.0, r.base.0.saturating_add(r.size)));
+            let end = ranges
+                .clone()
+                .find(|(first, end)| (*first..*end).contains(&start));
+            let end = end.map_or(start, |(_, end)| end);
+            found.push((start, behind.map_or(end, |behind| behind.min(end))));
+        }
+    }
+    found
+}
+
+/// More uprobes than anybody has.
+const MAX_USER_PROBES: usize = 1 << 14;
+
+/// The uprobes: inode, and offset in its file (`uprobes_tree`, kernel/events/uprobes.c).
+pub(super) fn user_probes(context: &Context, findings: &mut Findings) -> Result<Vec<(Gva, u64)>, LinuxError> {
+    let mut probes = Vec::new();
+    let Some(root) = context.kernel().find_symbol(&["uprobes_tree"]) else {
+        findings.note("the kernel has no uprobes, or hides them");
+        return Ok(probes);
+    };
+    let node = context.kernel().offset("uprobe", "rb_node")?;
+    let limit = MAX_USER_PROBES.min(findings.left());
+    for at in findings.complete("tree of uprobes", rbtree::walk(context.space(), root, limit)) {
+        let uprobe = context.object("uprobe", at.wrapping_sub(node))?;
+        probes.push((uprobe.pointer("inode")?, uprobe.number("offset")?));
     }
     Ok(probes)
 }

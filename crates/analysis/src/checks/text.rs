@@ -39,6 +39,8 @@ const KERNEL_HALF: u64 = 0xff00_0000_0000_0000;
 struct Patched {
     calls: FxHashSet<u64>,
     probes: FxHashSet<u64>,
+    /// What the kernel copies into the code of modules, first byte and the one past the last.
+    replacements: Vec<(u64, u64)>,
 }
 
 /// A place where code leads away.
@@ -55,6 +57,7 @@ fn check(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             .into_iter()
             .map(|(at, _)| at.0)
             .collect(),
+        replacements: sites::replacements(context),
     };
     decode(context, findings, &text::kernel(context)?, &patched);
     for (module, region) in text::modules(context) {
@@ -175,6 +178,15 @@ fn leaves(context: &Context, region: &Region, patched: &Patched, instruction: &I
                 && !context.symbols_at(Gva(at)).any(|name| name.starts_with("__SCT__"))
                 // A trampoline may begin with an ENDBR64.
                 && !context.symbols_at(Gva(at.wrapping_sub(4))).any(|name| name.starts_with("__SCT__"))
+        }
+        // A replacement of code that ran once, as the module was loaded, leads back to where that was: by now another module's.
+        (Owner::Module { .. }, Owner::Module { code: true, .. })
+            if patched
+                .replacements
+                .iter()
+                .any(|(start, end)| (*start..*end).contains(&instruction.ip())) =>
+        {
+            false
         }
         // What one module exports to another begins a function there.
         (Owner::Module { .. }, Owner::Module { code: true, .. }) => context

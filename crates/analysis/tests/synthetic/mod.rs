@@ -181,7 +181,7 @@ const STRUCTS: &[(&str, &[(&str, Is)])] = &[
         ],
     ),
     ("dentry", &[("d_inode", Word)]),
-    ("inode", &[("i_op", Word), ("i_fop", Word)]),
+    ("inode", &[("i_op", Word), ("i_fop", Word), ("i_ino", Word)]),
     (
         "tty_driver",
         &[
@@ -224,7 +224,51 @@ const STRUCTS: &[(&str, &[(&str, Is)])] = &[
     ("xa_node", &[("shift", U32), ("slots", Bytes(512))]),
     (
         "bpf_prog",
-        &[("type", U32), ("aux", Word), ("bpf_func", Function)],
+        &[
+            ("type", U32),
+            ("len", U32),
+            ("aux", Word),
+            ("bpf_func", Function),
+            ("insnsi", Bytes(64)),
+        ],
+    ),
+    ("bpf_map_ops", &[("map_alloc", Function), ("map_free", Function)]),
+    ("bpf_map", &[("ops", Word), ("name", Bytes(16))]),
+    ("bpf_link_ops", &[("release", Function), ("dealloc", Function)]),
+    ("bpf_link", &[("ops", Word)]),
+    ("hrtimer_cpu_base", &[("clock_base", Bytes(64))]),
+    ("hrtimer_clock_base", &[("active", Bytes(16))]),
+    ("hrtimer", &[("node", Bytes(32)), ("function", Function)]),
+    (
+        "work_struct",
+        &[("data", Word), ("entry", Bytes(16)), ("func", Function)],
+    ),
+    (
+        "delayed_work",
+        &[("work", Inside("work_struct")), ("timer", Inside("timer_list"))],
+    ),
+    ("worker", &[("node", Bytes(16)), ("current_func", Function)]),
+    ("worker_pool", &[("worklist", Bytes(16)), ("workers", Bytes(16))]),
+    (
+        "workqueue_struct",
+        &[("pwqs", Bytes(16)), ("list", Bytes(16)), ("name", Bytes(24))],
+    ),
+    (
+        "pool_workqueue",
+        &[("pwqs_node", Bytes(16)), ("inactive_works", Bytes(16))],
+    ),
+    (
+        "uprobe",
+        &[
+            ("rb_node", Bytes(24)),
+            ("consumers", Bytes(16)),
+            ("inode", Word),
+            ("offset", Word),
+        ],
+    ),
+    (
+        "uprobe_consumer",
+        &[("handler", Function), ("cons_node", Bytes(16))],
     ),
     ("bpf_prog_aux", &[("name", Bytes(16))]),
 ];
@@ -260,6 +304,12 @@ const VARIABLES: &[&str] = &[
     "input_handler_list",
     "timer_bases",
     "prog_idr",
+    "map_idr",
+    "link_idr",
+    "hrtimer_bases",
+    "worker_pool_idr",
+    "workqueues",
+    "uprobes_tree",
     "idt_table",
     "gdt_page",
     "modules",
@@ -279,6 +329,9 @@ const FUNCTIONS: &[&str] = &[
     "tcp_seq_next",
     "tcp4_seq_show",
     "kernel_halt",
+    "delayed_work_timer_fn",
+    "__bpf_call_base",
+    "bpf_probe_write_user",
 ];
 
 fn types() -> Types {

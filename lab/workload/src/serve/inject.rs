@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use vmsight_workload::orders::{Account, INJECTED};
+use vmsight_workload::orders::{Account, INJECTED, OVERWRITTEN};
 
 const PAGE: u64 = 4096;
 /// `syscall; int3`.
@@ -64,6 +64,30 @@ pub(super) fn inject(pid: u32) -> Result<Account> {
     Ok(Account {
         made: 1,
         address: Some(page),
+        ..Account::default()
+    })
+}
+
+/// Writes [`OVERWRITTEN`] over the first instructions of the process's program, which it is past.
+pub(super) fn overwrite(pid: u32) -> Result<Account> {
+    /// `AT_ENTRY` (include/uapi/linux/auxvec.h).
+    const ENTRY: u64 = 9;
+    let vector = std::fs::read(format!("/proc/{pid}/auxv")).context("auxv")?;
+    let (words, _) = vector.as_chunks::<8>();
+    let (pairs, _) = words.as_chunks::<2>();
+    let entry = pairs
+        .iter()
+        .map(|pair| pair.map(u64::from_le_bytes))
+        .find(|[key, _]| *key == ENTRY);
+    let [_, at] = entry.context("auxv has no entry")?;
+    let pid = Pid::from_raw(pid as i32);
+    ptrace::attach(pid).context("attach")?;
+    wait(pid, Signal::SIGSTOP)?;
+    ptrace::write(pid, at as ptrace::AddressType, i64::from_le_bytes(OVERWRITTEN))?;
+    ptrace::detach(pid, None)?;
+    Ok(Account {
+        made: 1,
+        address: Some(at),
         ..Account::default()
     })
 }

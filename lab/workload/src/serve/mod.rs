@@ -3,6 +3,8 @@
 mod child;
 mod inject;
 mod keep;
+mod nftables;
+mod observe;
 mod page;
 mod poke;
 mod raw;

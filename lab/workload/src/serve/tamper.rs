@@ -93,6 +93,14 @@ fn message(tamper: &Tamper, undo: bool) -> Result<Message> {
         Tamper::TextAlias { symbol } => (15, 0, 0, symbol.as_str()),
         Tamper::Socket { pid } => (16, *pid, 0, ""),
         Tamper::ModuleMark => (17, 0, 0, ""),
+        Tamper::Timer => (18, 0, 0, ""),
+        Tamper::HrTimer => (19, 0, 0, ""),
+        Tamper::DelayedWork => (20, 0, 0, ""),
+        Tamper::KernelThread => (21, 0, 0, ""),
+        Tamper::Keyboard => (22, 0, 0, ""),
+        Tamper::Uprobe { program } => (23, 0, 0, program.as_str()),
+        Tamper::Breakpoint { symbol } => (24, 0, 0, symbol.as_str()),
+        Tamper::Seccomp { pid } => (25, *pid, 0, ""),
     };
     if name.len() >= SYMBOL {
         bail!("'{name}' is too long for a symbol");

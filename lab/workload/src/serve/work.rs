@@ -21,7 +21,7 @@ use vmsight_workload::Text;
 use vmsight_workload::orders::{Account, Work, checksum};
 
 use super::page::{Page, frame, touch, untouched};
-use super::{inject, keep, poke, raw, tamper};
+use super::{inject, keep, nftables, observe, poke, raw, tamper};
 use crate::sys::{self, Side};
 
 /// Where modules are: ours first.
@@ -107,6 +107,28 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
             nix::unistd::setresuid(user, user, user)?;
             Ready::new(|| Ok(Account::default()))
         }
+        Work::Confine => {
+            sys::add_seccomp_filter()?;
+            Ready::new(|| Ok(Account::default()))
+        }
+        Work::Observe { event, writes } => {
+            let held = observe::observe(event, writes)?;
+            Ready::new(move || {
+                drop(held);
+                Ok(Account::default())
+            })
+        }
+        Work::FilterPackets => Ready::new(nftables::filter),
+        Work::Ring => {
+            const SETUP: libc::c_long = 425;
+            /// Of `struct io_uring_params` (include/uapi/linux/io_uring.h), all of which may be zero.
+            const PARAMETERS: usize = 120;
+            let mut parameters = [0u64; PARAMETERS / 8];
+            // SAFETY: the kernel reads and writes the parameters, which live through the call.
+            let returned = unsafe { call(SETUP, [1, parameters.as_mut_ptr() as u64, 0, 0]) };
+            Ready::new(move || Ok(once(returned)))
+        }
+        Work::Overwrite { pid } => Ready::new(move || inject::overwrite(pid)),
         Work::Inject { pid } => Ready::new(move || inject::inject(pid)),
         Work::Fork { count } => Ready::new(move || fork(count)),
         Work::Exit { code } => Ready::new(move || std::process::exit(code)),

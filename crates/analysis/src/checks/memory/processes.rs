@@ -50,9 +50,9 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             findings.note(format!("who traces: {error}"));
         }
     }
-    let maps = kernel.all_maps()?;
-    for warning in maps.warnings {
-        findings.note(warning);
+    let maps = context.maps()?;
+    for warning in &maps.warnings {
+        findings.note(warning.clone());
     }
     let mut looked_into = 0;
     for process in &maps.rows {

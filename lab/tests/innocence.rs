@@ -1,0 +1,194 @@
+//! A guest in which honest people use what rootkits use is as clean as one in which nobody does.
+//!
+//! Of what a module of ours is (out of the tree, not signed, a live patch) the kernel's own marks are told, which are only worth
+//! knowing.
+
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
+use vmsight_analysis::{Context, Finding, checks, run};
+use vmsight_lab::orders::Ended;
+use vmsight_lab::{Format, Guest, Kernel, Memory, Spec, Work};
+use vmsight_target::{Target, TargetSpec};
+
+const TRACE: &str = "/sys/kernel/tracing";
+/// What each needs before it; which of these there are depends on the kernel.
+const MODULES: &[&str] = &[
+    "rng_core",
+    "ccp",
+    "irqbypass",
+    "kvm",
+    "kvm_amd",
+    "libcrc32c",
+    "nfnetlink",
+    "nf_tables",
+];
+
+fn findings(target: &Target) -> Vec<Finding> {
+    let kernel = vmsight_linux::Kernel::attach(target.memory.clone(), Default::default()).unwrap();
+    let registers = target.registers(None).map_err(|e| e.to_string());
+    let context = Context::new(kernel).with_registers(registers);
+    let outcomes = run(&context, checks::ALL, &|_| {});
+    for outcome in &outcomes {
+        assert!(!outcome.failed, "{}: {:?}", outcome.check, outcome.notes);
+    }
+    outcomes.into_iter().flat_map(|o| o.findings).collect()
+}
+
+struct Lab {
+    guest: Guest,
+}
+
+impl Lab {
+    fn boot(version: Kernel) -> Lab {
+        let spec = Spec {
+            memory: Memory::Memfd,
+            ..Spec::new(version).orders().modules()
+        };
+        let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
+        Lab { guest }
+    }
+
+    fn run(&self, argv: &[&str]) {
+        let work = Work::Exec {
+            path: "/bin/busybox".into(),
+            argv: argv.iter().map(|arg| (*arg).into()).collect(),
+            envp: Vec::new(),
+        };
+        let account = self.guest.order(work).unwrap();
+        assert_eq!(account.ended, Some(Ended::Exited(0)), "{argv:?}: {account:?}");
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        let work = Work::WriteFile {
+            path: format!("{TRACE}/{path}").as_str().into(),
+            bytes: text.into(),
+        };
+        let account = self.guest.order(work).unwrap();
+        assert_eq!(account.returned, Some(text.len() as i64), "{path}: {account:?}");
+    }
+
+    fn read(&self, path: &str) -> String {
+        let work = Work::ReadFile {
+            path: path.into(),
+            limit: 4096,
+        };
+        let account = self.guest.order(work).unwrap();
+        assert!(account.returned.is_some_and(|n| n > 0), "{path}: {account:?}");
+        account.bytes.lossy()
+    }
+
+    fn load(&self, name: &str) -> bool {
+        let work = Work::Load {
+            name: name.into(),
+            parameters: String::new(),
+            from_memory: false,
+        };
+        self.guest
+            .order(work)
+            .is_ok_and(|account| account.returned == Some(0))
+    }
+
+    fn has_module(&self, name: &str) -> bool {
+        self.read("/proc/modules")
+            .lines()
+            .any(|line| line.starts_with(&format!("{name} ")))
+    }
+
+    /// What is found while it runs and in its dump, but for what is only worth knowing.
+    #[track_caller]
+    fn tells(&self, suspicious: &[(&str, &str)]) {
+        let live = TargetSpec::Qmp(self.guest.qmp_path().unwrap());
+        let file = self.guest.folder().join("honest.elf");
+        self.guest.dump(Format::Elf, &file).unwrap();
+        let dump = TargetSpec::File {
+            path: file.clone(),
+            format: None,
+        };
+        for spec in [live, dump] {
+            let target = vmsight_target::attach(&spec, &Default::default()).unwrap_or_else(|e| panic!("{e}"));
+            let found = findings(&target);
+            let found: Vec<&Finding> = found.iter().filter(|f| f.is_suspicious()).collect();
+            let fits = |f: &&&Finding| {
+                suspicious
+                    .iter()
+                    .any(|(check, subject)| f.check == *check && f.subject.contains(subject))
+            };
+            let others: Vec<_> = found.iter().filter(|f| !fits(f)).collect();
+            assert!(others.is_empty(), "{spec:?}: {others:#?}");
+            for (check, subject) in suspicious {
+                let one = found
+                    .iter()
+                    .find(|f| f.check == *check && f.subject.contains(subject));
+                assert!(
+                    one.is_some(),
+                    "{spec:?}: {check} says nothing of {subject}: {found:#?}"
+                );
+            }
+        }
+        std::fs::remove_file(&file).unwrap();
+    }
+}
+
+/// A place in busybox where an instruction begins: its first.
+fn entry() -> u64 {
+    let paths = ["/bin/busybox", "/usr/bin/busybox"];
+    let file = paths.iter().find_map(|path| std::fs::read(path).ok()).unwrap();
+    let number = |at: usize, size: usize| {
+        let mut bytes = [0; 8];
+        bytes[..size].copy_from_slice(&file[at..at + size]);
+        u64::from_le_bytes(bytes)
+    };
+    let (entry, table, count) = (number(24, 8), number(32, 8) as usize, number(56, 2) as usize);
+    let inside = |at: &usize| {
+        let (start, size) = (number(at + 16, 8), number(at + 32, 8));
+        number(*at, 4) == 1 && (start..start + size).contains(&entry)
+    };
+    let segment = (0..count).map(|n| table + n * 56).find(inside).unwrap();
+    entry - number(segment + 16, 8) + number(segment + 8, 8)
+}
+
+fn check(version: Kernel) {
+    let lab = Lab::boot(version);
+    // Function tracing of everything, probes on the kernel and on a program.
+    lab.run(&["mount", "-t", "tracefs", "none", TRACE]);
+    lab.write("kprobe_events", "p:vm do_sys_openat2\nr:vmr do_sys_openat2\n");
+    lab.write("uprobe_events", &format!("p:vmu /bin/busybox:{:#x}\n", entry()));
+    lab.write("current_tracer", "function");
+    for event in ["kprobes/vm", "kprobes/vmr", "uprobes/vmu", "sched/sched_switch"] {
+        lab.write(&format!("events/{event}/enable"), "1");
+    }
+    // KVM, nftables, a live patch.
+    for module in MODULES {
+        lab.load(module);
+    }
+    assert!(
+        lab.has_module("kvm_amd") && lab.has_module("nf_tables"),
+        "{}",
+        lab.guest.console()
+    );
+    assert!(lab.load("vmsight_livepatch"), "{}", lab.guest.console());
+    let filtered = lab.guest.order(Work::FilterPackets).unwrap();
+    assert_eq!(filtered.values, [0, 0], "{filtered:?}");
+    // BPF, perf, io_uring.
+    let event = lab.read(&format!("{TRACE}/events/kprobes/vm/id"));
+    let event = event.trim().parse().unwrap();
+    let watching = lab.guest.prepare(Work::Observe { event, writes: false }).unwrap();
+    let ring = lab.guest.prepare(Work::Ring).unwrap();
+    assert_eq!(lab.read("/proc/cmdline"), "patched\n");
+    lab.run(&["true"]);
+    lab.tells(&[]);
+    // The same with what no honest program needs.
+    let writing = lab.guest.prepare(Work::Observe { event, writes: true }).unwrap();
+    lab.tells(&[("bpf", "(vmsight)")]);
+    drop((watching, ring, writing));
+}
+
+#[test]
+fn an_honest_6_1_is_clean() {
+    check(Kernel::V6_1);
+}
+
+#[test]
+fn an_honest_6_12_is_clean() {
+    check(Kernel::V6_12);
+}
