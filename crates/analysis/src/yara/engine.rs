@@ -1,7 +1,6 @@
 //! One judgement: rules on the bytes of a piece, or on all pieces of a process.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use boreal::memory::FragmentedMemory;
 use boreal::scanner::{
@@ -13,8 +12,8 @@ use super::{Limits, Match, Rules};
 /// Bytes kept of each match, and before and behind it.
 pub(super) const KEPT: usize = 64;
 pub(super) const AROUND: usize = 16;
-/// What one judgement may take. Ordinary rules take milliseconds.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// Judgements that may take longer than they may, before no more are made: with such rules it would go on for hours.
+const MAX_LATE: usize = 4;
 
 /// Rules with what their scan has come to so far, on any number of threads.
 pub(super) struct Run<'r> {
@@ -42,7 +41,7 @@ impl<'r> Run<'r> {
                 .compute_full_matches(true)
                 .match_max_length(KEPT)
                 .string_max_nb_matches(limits.per_pattern)
-                .timeout_duration(Some(PATIENCE))
+                .timeout_duration(Some(limits.patience))
                 .process_memory(process)
                 .callback_events(CallbackEvents::RULE_MATCH | CallbackEvents::STRING_REACHED_MATCH_LIMIT),
         );
@@ -59,7 +58,7 @@ impl<'r> Run<'r> {
     /// Judges a piece as a file.
     pub(super) fn piece(&self, bytes: &[u8]) -> Vec<Bare> {
         let mut out = Vec::new();
-        if !self.is_full() {
+        if !self.is_over() {
             let end = self
                 .scanner
                 .scan_mem_with_callback(bytes, |event| self.take(event, &mut out));
@@ -71,7 +70,7 @@ impl<'r> Run<'r> {
     /// Judges pieces as a process.
     pub(super) fn pieces(&self, memory: impl FragmentedMemory) -> Vec<Bare> {
         let mut out = Vec::new();
-        if !self.is_full() {
+        if !self.is_over() {
             let end = self
                 .scanner
                 .scan_fragmented_with_callback(memory, |event| self.take(event, &mut out));
@@ -82,6 +81,10 @@ impl<'r> Run<'r> {
 
     fn is_full(&self) -> bool {
         self.found.load(Ordering::Relaxed) > self.limits.in_all
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_full() || self.late.load(Ordering::Relaxed) >= MAX_LATE
     }
 
     fn ended(&self, end: Result<(), ScanError>) {
@@ -141,9 +144,14 @@ impl<'r> Run<'r> {
         let mut notes = Vec::new();
         let late = self.late.load(Ordering::Relaxed);
         if late > 0 {
-            let seconds = PATIENCE.as_secs();
+            let seconds = self.limits.patience.as_secs();
+            let rest = if late >= MAX_LATE {
+                "; the scan was ended"
+            } else {
+                ""
+            };
             notes.push(format!(
-                "{late} pieces of memory took the rules longer than {seconds} s: not all of their matches are shown"
+                "for {late} pieces of memory the rules took longer than {seconds} s: not all matches are shown{rest}"
             ));
         }
         if self.cut.load(Ordering::Relaxed) {

@@ -13,6 +13,7 @@ mod physical;
 mod rules;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmsight_arch::Gpa;
 
@@ -33,6 +34,8 @@ pub struct Limits {
     pub per_pattern: u32,
     /// Matches in all.
     pub in_all: usize,
+    /// What judging one piece, or one process, may take; ordinary rules take milliseconds. After four that take longer the scan ends.
+    pub patience: Duration,
 }
 
 impl Default for Limits {
@@ -40,6 +43,7 @@ impl Default for Limits {
         Self {
             per_pattern: 1000,
             in_all: 100_000,
+            patience: Duration::from_secs(120),
         }
     }
 }

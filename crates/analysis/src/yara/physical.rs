@@ -93,6 +93,7 @@ fn matches_zeros(rules: &Rules) -> bool {
     let limits = Limits {
         per_pattern: 1,
         in_all: 1,
+        ..Limits::default()
     };
     !Run::new(rules, limits, false).piece(&[0; 8 * PAGE]).is_empty()
 }
@@ -187,7 +188,11 @@ mod tests {
     fn bounds_hold_and_are_said() {
         let rules = rules("rule r { strings: $a = \"ab\" condition: $a }");
         let memory = b"ab".repeat(4096);
-        let few = |per_pattern, in_all| Limits { per_pattern, in_all };
+        let few = |per_pattern, in_all| Limits {
+            per_pattern,
+            in_all,
+            ..Limits::default()
+        };
         let found = scan(memory.clone(), &rules, few(50, 1000));
         assert_eq!((found.matches.len(), found.notes.len()), (50, 1));
         let found = scan(memory.clone(), &rules, few(50, 10));
@@ -195,6 +200,21 @@ mod tests {
         assert!(found.notes.iter().any(|note| note.contains("more than 10 ")));
         let found = scan(memory, &rules, few(5000, 5000));
         assert_eq!((found.matches.len(), found.notes.len()), (4096, 0));
+    }
+
+    #[test]
+    fn rules_that_never_end_are_given_up() {
+        let rules = rules("rule r { strings: $a = /.*a.*b.*c.*/s condition: $a }");
+        let limits = Limits {
+            patience: std::time::Duration::from_millis(1),
+            ..Limits::default()
+        };
+        let found = scan(b"ab".repeat(5 * PIECE), &rules, limits);
+        let said = found.notes.iter().find(|note| note.contains("took longer"));
+        assert!(
+            said.is_some_and(|note| note.ends_with("the scan was ended")),
+            "{found:?}"
+        );
     }
 
     #[test]

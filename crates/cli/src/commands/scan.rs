@@ -141,6 +141,7 @@ impl Cmd {
         Limits {
             per_pattern: self.max_matches,
             in_all: self.limit,
+            ..Limits::default()
         }
     }
 
