@@ -26,7 +26,7 @@ pub mod recover;
 mod run;
 mod text;
 
-pub use baseline::Baseline;
+pub use baseline::{Baseline, KernelFileError};
 pub use check::{Check, Technique};
 pub use context::Context;
 pub use finding::{Certainty, Evidence, Finding, Severity};
