@@ -150,6 +150,37 @@ fn golden(live: &Live) {
         .unwrap();
 }
 
+/// The same with the kernel's own file in the place of the copy: it knows all that the kernel patches at boot.
+fn golden_file(live: &Live, kernel: vmsight_lab::Kernel) {
+    let file = std::fs::read(kernel.fetch().unwrap().vmlinuz()).unwrap();
+    let held = |paused: bool| {
+        let context = Context::new(live.context.kernel().clone());
+        let context = if paused { context.paused() } else { context };
+        let baseline = Baseline::of_kernel_file(&context, &file).unwrap_or_else(|e| panic!("{e}"));
+        run(&context.with_baseline(baseline), &[&checks::GOLDEN], &|_| {}).remove(0)
+    };
+    let clean = held(false);
+    assert!(
+        clean.findings.is_empty() && !clean.failed && clean.looked_at > 0,
+        "{clean:#?}"
+    );
+    let place = live.symbol("kernel_halt").wrapping_add(32);
+    live.guest
+        .paused(|_| {
+            let mut old = [0];
+            live.context.space().read(place, &mut old).unwrap();
+            live.context.space().write(place, &[!old[0]]).unwrap();
+            let found = held(true).findings;
+            live.context.space().write(place, &old).unwrap();
+            expect(&found, "golden", "kernel_halt+0x20", place);
+            assert_eq!(found.len(), 1, "{found:#?}");
+            Ok(())
+        })
+        .unwrap();
+    let other = Baseline::of_kernel_file(&live.context, &[0x7f; 64]);
+    assert!(other.is_err());
+}
+
 #[test]
 fn a_baseline_is_for_the_next_boot_too() {
     let boot = || Live::boot(&Spec::new(vmsight_lab::Kernel::V6_12).idle());
@@ -298,6 +329,7 @@ fn check(spec: &Spec, plant: bool) {
         planted(&live);
         golden(&live);
     }
+    golden_file(&live, spec.kernel);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("memory");
     live.guest

@@ -29,7 +29,7 @@ mod text;
 pub mod timeline;
 pub mod yara;
 
-pub use baseline::Baseline;
+pub use baseline::{Baseline, KernelFileError};
 pub use check::{Check, Technique};
 pub use context::Context;
 pub use finding::{Certainty, Evidence, Finding, Severity};

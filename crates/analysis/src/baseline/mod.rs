@@ -2,6 +2,7 @@
 
 mod compare;
 mod file;
+mod kernel_file;
 
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
@@ -12,6 +13,7 @@ use crate::text::{self, Region};
 
 pub(crate) use compare::{DATA, differences};
 pub use file::BaselineError;
+pub use kernel_file::KernelFileError;
 
 /// The code of one kernel and its modules, as it was.
 #[derive(Clone, PartialEq, Eq, Debug)]

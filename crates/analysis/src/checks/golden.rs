@@ -13,18 +13,23 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 pub const GOLDEN: Check = Check {
     name: "golden",
     summary: "Code is as it was when a trusted copy was made (with --golden)",
-    compares: "every byte of the text of the kernel and of modules with the copy that `vmsight baseline create` made. What the kernel \
-               patches while it runs, and addresses that moved with KASLR, are known as what they are",
+    compares: "every byte of the text of the kernel and of modules with the copy that `vmsight baseline create` made, or of the kernel \
+               with its own file (vmlinuz, vmlinux). What the kernel patches as it boots and while it runs, and addresses that moved with \
+               KASLR, are known as what they are",
     why: "It finds what rules cannot: a function that returns at once, a check that is jumped over, a changed constant.",
     techniques: &[Technique::ROOTKIT, Technique::IMPAIR_DEFENSES],
     blind_spots: &[
         "What the copy already held: make it when the guest is known to be good.",
         "Places that the kernel patches itself (static keys, static calls, function tracing): the check text looks at those.",
         "On another model of processor the kernel patches its code otherwise at boot: a copy is for one.",
-        "Modules that were not loaded when the copy was made.",
+        "Modules that were not loaded when the copy was made, and all of them where the copy is the kernel's file.",
+        "With the kernel's file: places that the kernel patches at boot (alternatives, mitigations).",
     ],
     run: golden,
 };
+
+/// What the names of static calls' trampolines begin with (include/linux/static_call_types.h).
+const TRAMPOLINE: &str = "__SCT__";
 
 /// Differences of one module or the kernel that are told.
 const MAX_DIFFERENCES: usize = 128;
@@ -48,6 +53,12 @@ fn golden(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> 
     patched.extend(sites::static_keys(context, findings)?);
     patched.extend(sites::traced(context, findings)?.into_keys());
     patched.extend(sites::probed(context, findings)?.into_iter().map(|(at, _)| at.0));
+    // What stands in for a call until it is known where it leads, jumps or returns.
+    let symbols = &context.kernel().profile().symbols;
+    let trampolines = symbols
+        .range(0..u64::MAX)
+        .filter(|s| s.name.starts_with(TRAMPOLINE));
+    patched.extend(trampolines.map(|s| context.kernel().image().runtime(s.address).0));
     // Where BPF dispatches packets, 5.10 patches a function's begin.
     patched.extend(
         context
@@ -79,7 +90,14 @@ fn golden(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> 
             moved.extend(old.map(|(_, old)| base.0.wrapping_sub(old.0)));
         }
     }
+    let has_modules = known.parts.iter().any(|part| !part.module.is_empty());
+    if !has_modules && !context.modules().is_empty() {
+        findings.note("the trusted copy has no modules: only the kernel's own code is held against it");
+    }
     for (module, id, region) in &now {
+        if !has_modules && !module.is_empty() {
+            continue;
+        }
         let Some(part) = then(module) else {
             findings.note(format!("module {module} is not in the baseline"));
             continue;

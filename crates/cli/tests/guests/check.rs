@@ -101,6 +101,9 @@ fn what_is_asked_wrongly_is_said() {
     assert!(ends_with(2, &["check", "nothing", "golden"]).contains("--golden"));
     assert!(ends_with(2, &["list", "-o", "sarif"]).contains("vmsight check"));
     assert!(ends_with(2, &["check", "nothing", "--golden", "/dev/null"]).contains("/dev/null"));
+    let nothing = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    let said = ends_with(2, &["check", "nothing", "--golden", nothing]);
+    assert!(said.contains("neither a baseline nor a kernel"), "{said}");
     let list = rows(&["check", "--list"]);
     assert!(list.iter().any(|row| row["name"] == "golden"));
     assert!(

@@ -1,10 +1,10 @@
 //! `vmsight baseline`: a trusted copy of a kernel's code, for `vmsight check --golden`.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand};
 use vmsight_analysis::{Baseline, Context};
 
@@ -51,8 +51,50 @@ impl Cmd {
     }
 }
 
-/// Reads a baseline.
-pub(super) fn read(file: &Path) -> Result<Baseline> {
-    let open = File::open(file).with_context(|| format!("opening {}", file.display()))?;
-    Baseline::read(BufReader::new(open)).with_context(|| format!("reading {}", file.display()))
+/// What a baseline's file begins with, whatever its version.
+const BASELINE: &[u8] = b"VMSBASE";
+/// No kernel's file is longer.
+const MAX_FILE: u64 = 1 << 30;
+
+/// A file to hold a kernel's code against.
+pub(super) enum Golden {
+    /// One that `vmsight baseline create` made.
+    Baseline(Baseline),
+    /// A kernel's own file.
+    Kernel(Vec<u8>),
+}
+
+impl Golden {
+    /// Reads it.
+    pub(super) fn read(file: &Path) -> Result<Self> {
+        let open = File::open(file).with_context(|| format!("opening {}", file.display()))?;
+        let mut open = BufReader::new(open);
+        let begin = open
+            .fill_buf()
+            .with_context(|| format!("reading {}", file.display()))?;
+        if begin.starts_with(BASELINE) {
+            let read = Baseline::read(open);
+            return Ok(Self::Baseline(
+                read.with_context(|| format!("reading {}", file.display()))?,
+            ));
+        }
+        let mut bytes = Vec::new();
+        open.take(MAX_FILE)
+            .read_to_end(&mut bytes)
+            .with_context(|| format!("reading {}", file.display()))?;
+        if !Baseline::is_kernel_file(&bytes) {
+            bail!("{} is neither a baseline nor a kernel", file.display());
+        }
+        Ok(Self::Kernel(bytes))
+    }
+
+    /// What the guest's code is to be.
+    pub(super) fn of(self, context: &Context) -> Result<Baseline> {
+        match self {
+            Self::Baseline(baseline) => Ok(baseline),
+            Self::Kernel(file) => {
+                Baseline::of_kernel_file(context, &file).context("holding the kernel against its file")
+            }
+        }
+    }
 }

@@ -31,7 +31,8 @@ pub(crate) struct Cmd {
     /// The checks to make, by name [default: all]
     #[arg(value_name = "CHECK")]
     checks: Vec<String>,
-    /// Hold the kernel's code against a trusted copy, which `vmsight baseline create` made
+    /// Hold the kernel's code against a trusted copy: one that `vmsight baseline create` made, or its distribution's
+    /// own vmlinuz
     #[arg(long, value_name = "FILE")]
     golden: Option<PathBuf>,
     /// List the checks with what they find and what they cannot see
@@ -73,7 +74,7 @@ impl Cmd {
             true => checks::ALL.to_vec(),
             false => self.checks.iter().map(|name| one(name)).collect::<Result<_>>()?,
         };
-        let golden = self.golden.as_deref().map(baseline::read).transpose()?;
+        let golden = self.golden.as_deref().map(baseline::Golden::read).transpose()?;
         wanted.retain(|check| check.name != checks::GOLDEN.name);
         match &golden {
             Some(_) => wanted.push(&checks::GOLDEN),
@@ -87,7 +88,8 @@ impl Cmd {
             context = context.paused();
         }
         if let Some(golden) = golden {
-            context = context.with_baseline(golden);
+            let baseline = golden.of(&context)?;
+            context = context.with_baseline(baseline);
         }
         let progress = Progress::spinner(global.quiet, "checking");
         let outcomes = run(&context, &wanted, &|_| {});
