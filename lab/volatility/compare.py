@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """compare.py schema ISF          is the table what volatility3's own schema asks for?
 compare.py rows FOLDER TRUTH   do the plugins' rows in FOLDER say what the guest said of itself?
+compare.py processes FOLDER TRUTH   the same of pslist alone
 """
 
 import json
@@ -52,22 +53,22 @@ def lasting(rows):
     return {row for row in rows if not (row[1] == 2 and row[2].startswith("kworker/"))}
 
 
-def rows(folder, truth):
-    truth = load(truth)
-    read = lambda plugin: load(f"{folder}/{plugin}.json")
-    bad = False
-
-    processes = truth["processes"]
-    # A process whose leader has exited is a zombie, and pslist leaves those out.
-    bad |= differences(
+def processes(folder, truth):
+    """A process whose leader has exited is a zombie, and pslist leaves those out."""
+    return differences(
         "pslist",
-        lasting((r["PID"], r["PPID"], r["COMM"], r["UID"], r["EGID"]) for r in read("linux.pslist.PsList")),
+        lasting((r["PID"], r["PPID"], r["COMM"], r["UID"], r["EGID"]) for r in load(f"{folder}/linux.pslist.PsList.json")),
         lasting(
             (p["pid"], p["ppid"], comm(p), p["creds"]["uids"][0], p["creds"]["gids"][1])
-            for p in processes
+            for p in truth["processes"]
             if p["state"] != "Z"
         ),
     )
+
+
+def rows(folder, truth):
+    read = lambda plugin: load(f"{folder}/{plugin}.json")
+    bad = processes(folder, truth)
 
     bad |= differences(
         "lsmod",
@@ -78,9 +79,9 @@ def rows(folder, truth):
     # Every descriptor, also of threads with open files of their own; and the paths of files that still have one, for processes
     # that see the whole tree.
     rows = read("linux.lsof.Lsof")
-    theirs = [(p, p["pid"], f) for p in processes for f in p["fds"]]
+    theirs = [(p, p["pid"], f) for p in truth["processes"] for f in p["fds"]]
     # (Not those of a process whose leader has exited: the list of processes that volatility3 goes by leaves it out.)
-    lasting_leaders = [p for p in processes if p["state"] != "Z"]
+    lasting_leaders = [p for p in truth["processes"] if p["state"] != "Z"]
     theirs += [(p, t["tid"], f) for p in lasting_leaders for t in p["threads"] for f in t["fds"]]
     bad |= differences(
         "lsof (numbers)", {(r["PID"], r["FD"]) for r in rows}, {(p["pid"], f["fd"]) for p, _, f in theirs}
@@ -115,7 +116,7 @@ def rows(folder, truth):
     )
 
     # What was typed is not in /proc; that a shell's history is found is what there is to see.
-    shells = [p for p in processes if p["comm"] == "bash"]
+    shells = [p for p in truth["processes"] if p["comm"] == "bash"]
     commands = len(read("linux.bash.Bash"))
     print(f"bash: {commands} commands of {len(shells)} shells")
     bad |= bool(shells) != bool(commands)
@@ -124,7 +125,8 @@ def rows(folder, truth):
 
 if len(sys.argv) == 3 and sys.argv[1] == "schema":
     schema(sys.argv[2])
-elif len(sys.argv) == 4 and sys.argv[1] == "rows":
-    sys.exit(1 if rows(sys.argv[2], sys.argv[3]) else 0)
+elif len(sys.argv) == 4 and sys.argv[1] in ("rows", "processes"):
+    compare = rows if sys.argv[1] == "rows" else processes
+    sys.exit(1 if compare(sys.argv[2], load(sys.argv[3])) else 0)
 else:
     sys.exit(__doc__)

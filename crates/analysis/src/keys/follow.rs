@@ -1,8 +1,10 @@
 //! Keys that a process keeps in structures with pointers: what a search of physical memory can find are the structures, and what
 //! they lead to is read as their process sees it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::Cell;
+use std::collections::BTreeMap;
 
+use rustc_hash::FxHashSet;
 use vmsight_arch::{Gpa, Gva};
 use vmsight_memory::AddressSpace;
 
@@ -12,6 +14,16 @@ use super::search::{Anchor, AnchorKind, Hit};
 use super::{Owned, openssl, read_up_to, shield};
 use crate::frames::{Frames, Holder, Owner};
 
+/// Structures that are followed, each in the memory of everybody who has it. A guest full of made-up ones costs no more.
+const MAX_FOLLOWED: usize = 1 << 16;
+/// Secrets of TLS that are derived to prove others, some microseconds each.
+const MAX_DERIVED: u64 = 1 << 20;
+/// Keys that are kept.
+const MAX_FOUND: usize = 1 << 12;
+
+/// Notes that are made of single connections.
+const MAX_NOTES: usize = 64;
+
 /// The first address that no process has.
 const USER_END: u64 = 1 << 56;
 /// The lowest that one may have mapped, as distributions have it (`vm.mmap_min_addr`).
@@ -20,6 +32,27 @@ const USER_START: u64 = 0x1_0000;
 /// Whether this may be a pointer to something that malloc(3) gave, or to a structure of a library's.
 pub(super) fn is_user_pointer(word: u64) -> bool {
     (USER_START..USER_END).contains(&word) && word.is_multiple_of(8)
+}
+
+/// Keys of AES schedules that one process has.
+pub(super) type Keys<'k> = FxHashSet<&'k [u8]>;
+
+/// What may still be spent on deriving.
+pub(super) struct Budget(Cell<u64>);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(Cell::new(MAX_DERIVED))
+    }
+}
+
+impl Budget {
+    /// Whether one more may be derived.
+    pub(super) fn spend(&self) -> bool {
+        let left = self.0.get();
+        self.0.set(left.saturating_sub(1));
+        left > 0
+    }
 }
 
 /// Fills a buffer from a process's memory; `None` where not all of it can be read.
@@ -70,7 +103,7 @@ pub(super) fn follow(
     known: &[Owned],
     notes: &mut Vec<String>,
 ) -> Vec<Owned> {
-    let mut schedules: BTreeMap<i32, BTreeSet<&[u8]>> = BTreeMap::new();
+    let mut schedules: BTreeMap<i32, Keys<'_>> = BTreeMap::new();
     for owned in known {
         if let Material::Aes(key) = &owned.hit.material {
             for pid in owned.holders.iter().filter_map(|holder| holder.pid) {
@@ -78,20 +111,30 @@ pub(super) fn follow(
             }
         }
     }
+    let (none, budget) = (Keys::default(), Budget::default());
     let mut found: Vec<Owned> = Vec::new();
-    for anchor in anchors {
-        for holder in frames.of(anchor.gpa) {
-            let (Owner::Process, Some(pid), Some(page)) = (holder.owner, holder.pid, holder.gva) else {
-                continue;
-            };
-            let Some(space) = frames.space(pid) else { continue };
-            let at = page.wrapping_add(anchor.gpa.page_offset() as u64);
-            let keys: Vec<&[u8]> = schedules.get(&pid).into_iter().flatten().copied().collect();
-            let reached = reach(space, anchor.kind, at, &keys, notes);
-            for (gva, len, form, material) in reached {
-                add(&mut found, space, holder, (gva, len, form, material));
-            }
+    let pairs = anchors
+        .iter()
+        .flat_map(|anchor| frames.of(anchor.gpa).iter().map(move |holder| (anchor, holder)));
+    for (count, (anchor, holder)) in pairs.enumerate() {
+        if count >= MAX_FOLLOWED || found.len() >= MAX_FOUND {
+            notes.push("too many structures that may lead to keys of OpenSSH and OpenSSL: the rest was not looked at".to_owned());
+            break;
         }
+        let (Owner::Process, Some(pid), Some(page)) = (holder.owner, holder.pid, holder.gva) else {
+            continue;
+        };
+        let Some(space) = frames.space(pid) else { continue };
+        let at = page.wrapping_add(anchor.gpa.page_offset() as u64);
+        let keys = schedules.get(&pid).unwrap_or(&none);
+        for reached in reach(space, anchor.kind, at, keys, &budget, notes) {
+            add(&mut found, space, holder, reached);
+        }
+    }
+    if !budget.spend() {
+        notes.push(format!(
+            "more than {MAX_DERIVED} secrets would have to be derived: some TLS connections were not proven"
+        ));
     }
     found
 }
@@ -102,7 +145,8 @@ fn reach(
     space: &AddressSpace,
     kind: AnchorKind,
     at: Gva,
-    keys: &[&[u8]],
+    keys: &Keys<'_>,
+    budget: &Budget,
     notes: &mut Vec<String>,
 ) -> Vec<Reached> {
     let read = Read {
@@ -114,13 +158,15 @@ fn reach(
             .map(|(gva, len, material)| (gva, len, Form::Shielded, material))
             .into_iter()
             .collect(),
-        AnchorKind::Connection => match openssl::secrets(&read, at, keys) {
+        AnchorKind::Connection => match openssl::secrets(&read, at, keys, budget) {
             Ok(secrets) => secrets
                 .into_iter()
                 .map(|(gva, len, secret)| (gva, len, Form::OpenSsl, Material::Tls(secret)))
                 .collect(),
             Err(note) => {
-                notes.push(note);
+                if notes.len() < MAX_NOTES {
+                    notes.push(note);
+                }
                 Vec::new()
             }
         },
@@ -157,5 +203,16 @@ fn add(found: &mut Vec<Owned>, space: &AddressSpace, holder: &Holder, reached: R
             transform: None,
             transform_at: None,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_ends() {
+        let budget = Budget(Cell::new(2));
+        assert_eq!([(); 4].map(|()| budget.spend()), [true, true, false, false]);
     }
 }

@@ -11,7 +11,7 @@
 
 use vmsight_arch::Gva;
 
-use super::follow::{Read, is_user_pointer};
+use super::follow::{Budget, Keys, Read, is_user_pointer};
 use super::material::{TlsSecret, hex};
 use super::schedule::Hash;
 
@@ -47,7 +47,12 @@ pub(super) fn may_be(after: &[u64]) -> bool {
 
 /// The secrets of the connection whose version lies at `at`. `keys` are those of AES schedules in the same process. A string says
 /// why secrets that are there cannot be told.
-pub(super) fn secrets(read: &Read<'_>, at: Gva, keys: &[&[u8]]) -> Result<Vec<Placed>, String> {
+pub(super) fn secrets(
+    read: &Read<'_>,
+    at: Gva,
+    keys: &Keys<'_>,
+    budget: &Budget,
+) -> Result<Vec<Placed>, String> {
     let bytes = read.up_to(at, EXTENT);
     let words: Vec<u64> = bytes
         .as_chunks::<8>()
@@ -62,14 +67,14 @@ pub(super) fn secrets(read: &Read<'_>, at: Gva, keys: &[&[u8]]) -> Result<Vec<Pl
         return Ok(Vec::new());
     }
     match *version {
-        TLS_1_2 => Ok(older(read, &words, &bytes, keys).into_iter().collect()),
-        TLS_1_3 => newer(at, &words, &bytes),
+        TLS_1_2 => Ok(older(read, &words, &bytes, keys, budget).into_iter().collect()),
+        TLS_1_3 => newer(at, &words, &bytes, budget),
         _ => Ok(Vec::new()),
     }
 }
 
 /// TLS 1.2.
-fn older(read: &Read<'_>, words: &[u64], bytes: &[u8], keys: &[&[u8]]) -> Option<Placed> {
+fn older(read: &Read<'_>, words: &[u64], bytes: &[u8], keys: &Keys<'_>, budget: &Budget) -> Option<Placed> {
     if keys.is_empty() {
         return None;
     }
@@ -87,9 +92,12 @@ fn older(read: &Read<'_>, words: &[u64], bytes: &[u8], keys: &[&[u8]]) -> Option
             let master = read.bytes(place, MASTER)?;
             let both = randoms(bytes, words).find(|both| {
                 Hash::ALL.into_iter().any(|hash| {
+                    if !budget.spend() {
+                        return false;
+                    }
                     let expanded = hash.prf(&master, b"key expansion", both, EXPANDED);
-                    keys.iter()
-                        .any(|key| expanded.windows(key.len()).step_by(4).any(|w| w == *key))
+                    let has = |len: usize| expanded.windows(len).step_by(4).any(|part| keys.contains(part));
+                    [16, 24, 32].into_iter().any(has)
                 })
             })?;
             let client = both.get(RANDOM..)?;
@@ -134,13 +142,13 @@ fn randoms<'b>(bytes: &'b [u8], words: &'b [u64]) -> impl Iterator<Item = &'b [u
 }
 
 /// TLS 1.3: the slots from the handshake's secret on.
-fn newer(at: Gva, words: &[u64], bytes: &[u8]) -> Result<Vec<Placed>, String> {
+fn newer(at: Gva, words: &[u64], bytes: &[u8], budget: &Budget) -> Result<Vec<Placed>, String> {
     // They are arrays of bytes, behind a number of 32 bits.
     let found = (0..bytes.len()).step_by(4).find_map(|offset| {
         let slots = bytes.get(offset..)?.as_chunks::<SLOT>().0;
         Hash::ALL
             .into_iter()
-            .find_map(|hash| Some((offset, Slots::proven(slots, hash)?)))
+            .find_map(|hash| Some((offset, Slots::proven(slots, hash, budget)?)))
     });
     let Some((offset, slots)) = found else {
         return Ok(Vec::new());
@@ -181,10 +189,10 @@ impl<'b> Slots<'b> {
     const EXPORTER: usize = 9;
 
     /// These slots, if the second secret follows from the first.
-    fn proven(slots: &'b [[u8; SLOT]], hash: Hash) -> Option<Self> {
+    fn proven(slots: &'b [[u8; SLOT]], hash: Hash, budget: &Budget) -> Option<Self> {
         let all = Self { hash, slots };
         let (handshake, master) = (all.get(Self::HANDSHAKE)?, all.get(Self::MASTER)?);
-        (hash.master(handshake) == master).then_some(all)
+        (budget.spend() && hash.master(handshake) == master).then_some(all)
     }
 
     /// What a slot holds: as many bytes as the hash has, with nothing behind them.
@@ -330,7 +338,8 @@ mod tests {
             to.copy_from_slice(memory.get(from..from.checked_add(to.len())?)?);
             Some(())
         };
-        let found = secrets(&Read::of(&read), Gva(BASE), keys)?;
+        let keys = keys.iter().copied().collect();
+        let found = secrets(&Read::of(&read), Gva(BASE), &keys, &Budget::default())?;
         Ok(found.iter().map(|(_, _, secret)| secret.line()).collect())
     }
 

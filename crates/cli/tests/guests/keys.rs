@@ -186,7 +186,7 @@ fn volume(guest: &Guest, target: &str) {
         (&row["secret_bytes"], &row["problems"]),
         (&Value::from(64), &Value::from(Vec::<Value>::new()))
     );
-    masked(target, &[row.clone()]);
+    masked(target, std::slice::from_ref(row));
 }
 
 fn live(

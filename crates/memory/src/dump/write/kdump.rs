@@ -14,7 +14,7 @@ use super::file::{OutFile, is_zero};
 use super::pieces::{Piece, Pieces};
 use super::{Contents, PAGE, WriteError, digester, notes};
 use crate::Region;
-use crate::dump::coding::{Coding, Packer};
+use crate::dump::coding::{Coding, Packers};
 use crate::dump::kdump::{DESCRIPTOR, SIGNATURE, flag, header, sub_header};
 
 /// Descriptors gathered before they are written.
@@ -49,6 +49,7 @@ pub(super) fn write(
     data.put(vec![0; PAGE as usize])?;
     let plain = |offset| (offset, PAGE as u32, 0);
     let mut bad_pages = Vec::new();
+    let packers = Packers::new(coding);
     for region in regions {
         pieces.each(*region, |gpa, piece, bad| match piece {
             Piece::Untouched(len) => (0..len / PAGE).try_for_each(|_| descriptors.push(plain(zero))),
@@ -57,7 +58,7 @@ pub(super) fn write(
                     .par_chunks(PAGE as usize)
                     .with_min_len(16)
                     .map_init(
-                        || Packer::new(coding),
+                        || packers.lend(),
                         |packer, page| match is_zero(page) {
                             true => (true, None),
                             false => (false, packer.pack(page)),
