@@ -63,7 +63,7 @@ pub fn build(kernel: &Fetched) -> Result<PathBuf> {
 }
 
 /// The same with modules of our own (see [`crate::modules`]), which are there to be loaded later, and with
-/// [programs](crate::programs).
+/// [`programs`].
 pub fn build_with(kernel: &Fetched, modules: &[PathBuf], programs: bool) -> Result<PathBuf> {
     let workload = workload()?;
     let mut archive = Archive::new();
