@@ -9,6 +9,6 @@ mod frame;
 mod image;
 pub mod view;
 
-pub use call::{Call, SIGNATURE, SIGNATURE_LEAF, Status, VERSION};
+pub use call::{Call, Part, SIGNATURE, SIGNATURE_LEAF, Status, VERSION};
 pub use frame::{Frame, Verdict};
 pub use image::{Handler, Header, MAGIC, SITES, State, WINDOW};

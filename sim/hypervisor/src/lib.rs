@@ -8,6 +8,7 @@
 #![no_std]
 
 pub mod acpi;
+pub mod bytes;
 pub mod e820;
 pub mod ept;
 pub mod exit;
@@ -24,3 +25,5 @@ extern crate std;
 pub const PAGE: u64 = 4096;
 /// Bytes of a large page.
 pub const LARGE: u64 = 2 << 20;
+/// The most processors that the hypervisor runs a guest on.
+pub const PROCESSORS: usize = 4;

@@ -3,6 +3,7 @@
 #![no_std]
 #![no_main]
 
+mod apic;
 mod boot;
 mod calls;
 mod exits;
@@ -10,7 +11,10 @@ mod guest;
 mod host;
 mod machine;
 mod msrs;
+mod park;
+mod processor;
 mod serial;
+mod timer;
 mod vmcs;
 
 use core::fmt::Write;
