@@ -15,6 +15,7 @@ pub mod exit;
 pub mod gate;
 pub mod linux;
 pub mod multiboot;
+pub mod store;
 pub mod views;
 pub mod vmx;
 

@@ -20,6 +20,8 @@ pub enum Program {
     TwoViewsApt,
     /// The monitor: a flat image.
     Monitor,
+    /// The monitor with a handler that does not end, for one argument.
+    EndlessMonitor,
     /// The guest that attacks it: a bzImage.
     Trial,
 }
@@ -40,6 +42,7 @@ impl Program {
         match self {
             Self::TwoViews => "freestanding,two-views",
             Self::TwoViewsApt => "freestanding,two-views-apt",
+            Self::EndlessMonitor => "freestanding,endless",
             _ => "freestanding",
         }
     }
@@ -49,7 +52,7 @@ impl Program {
             Self::Hypervisor | Self::TwoViews | Self::TwoViewsApt => {
                 ("vmsight-sim-hypervisor", "vmsight-hypervisor")
             }
-            Self::Monitor => ("vmsight-sim-monitor", "vmsight-monitor"),
+            Self::Monitor | Self::EndlessMonitor => ("vmsight-sim-monitor", "vmsight-monitor"),
             Self::Trial => ("vmsight-sim-trial", "vmsight-trial"),
         }
     }
@@ -111,7 +114,7 @@ impl Program {
         let path = folder.join(name);
         let bytes = fs::read(&path).with_context(|| format!("read {}, of {package}", path.display()))?;
         match self {
-            Self::Monitor | Self::Trial => {
+            Self::Monitor | Self::EndlessMonitor | Self::Trial => {
                 flat(&bytes).with_context(|| format!("flatten {}", path.display()))
             }
             _ => Ok(bytes),

@@ -82,6 +82,12 @@ unsafe extern "C" fn monitor_null(frame: &Frame) -> u64 {
 unsafe extern "C" fn monitor_other(frame: &Frame) -> u64 {
     // SAFETY: as above; the window looks at other fields.
     let handled = unsafe { &mut *addr_of_mut!(monitor_state.handled) };
+    if cfg!(feature = "endless") && frame.rdi == u64::MAX {
+        *handled = handled.wrapping_add(1);
+        loop {
+            core::hint::spin_loop();
+        }
+    }
     vmsight_sim_monitor::copy(&mut Context::new(frame, Window), handled) as u64
 }
 

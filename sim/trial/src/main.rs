@@ -5,6 +5,7 @@
 
 mod attacks;
 mod cost;
+mod processors;
 mod serial;
 mod start;
 mod tables;
@@ -62,6 +63,10 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         signature == SIGNATURE,
         format_args!("says who it is"),
     );
+    let two = control == *b"2P";
+    if two {
+        processors::come(&mut trial);
+    }
     call(Call::LoadMonitor, tables::STUB);
     let site = tables::at(&raw const start::hook_site);
     call(Call::RegisterHook, site);
@@ -80,8 +85,13 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         let _ = writeln!(Console, "trial: {name}: reached the monitor {reached} times");
         power_off()
     }
-    cost::measure(&mut trial, site);
-    attacks::all(&mut trial, site);
+    if two {
+        call(Call::Lockdown, 0);
+        processors::all(&mut trial);
+    } else {
+        cost::measure(&mut trial, site);
+        attacks::all(&mut trial, site);
+    }
     call(Call::Report, 0);
     let Trial { passed, failed } = trial;
     let _ = writeln!(Console, "trial: {passed} passed, {failed} failed");
