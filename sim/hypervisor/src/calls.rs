@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use vmsight_arch::paging::{self, PagingMode};
 use vmsight_arch::registers::control::{CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_SMAP, CR4_SMEP};
 use vmsight_arch::{Dtb, Gva};
-use vmsight_sim_abi::{Call, Frame, Handler, SITES, State, Status, VERSION};
+use vmsight_sim_abi::{Call, Frame, Handler, State, Status, VERSION};
 use vmsight_sim_hypervisor::ept::{Exhausted, MemoryType, Permissions};
 use vmsight_sim_hypervisor::views::{Refused, Views};
 use vmsight_sim_hypervisor::{PAGE, exit, gate};
@@ -105,6 +105,8 @@ impl Hypervisor {
                 let page = usize::try_from(argument).ok().and_then(|n| views.page(n));
                 Ok(page.ok_or(Status::Argument)?)
             }
+            // Not the guest's to call.
+            Call::Drain => Err(Status::Unknown.into()),
         }
     }
 
@@ -181,24 +183,14 @@ impl Hypervisor {
 
     fn register(&mut self, site: u64, handler: u64) -> Result<u64, StatusOf> {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
-        let at = offset_of!(State, sites) + site as usize % SITES * 8;
-        let slot = views.state(&mut self.pool, at).ok_or(Status::Monitor)?;
         let handler = Handler::from_number(handler).ok_or(Status::Argument)?;
         if site == 0 {
             return Err(Status::Argument.into());
         }
-        if *slot != 0 && *slot != site {
-            return Err(Status::Collision.into());
+        match views.register(&mut self.pool, site, handler)? {
+            true => Ok(0),
+            false => Err(Status::Collision.into()),
         }
-        *slot = site;
-        // A word holds the handlers of eight sites.
-        let at = site as usize % SITES;
-        let word = views
-            .state(&mut self.pool, offset_of!(State, handlers) + at / 8 * 8)
-            .ok_or(Status::Monitor)?;
-        let shift = at % 8 * 8;
-        *word = *word & !(0xff << shift) | (handler as u64) << shift;
-        Ok(0)
     }
 
     fn protect(&mut self, gpa: u64) -> Result<u64, StatusOf> {
@@ -233,10 +225,7 @@ impl Hypervisor {
     /// The monitor's handler, called out here: the checker's question, then what the handler does.
     fn invoke(&mut self, site: u64) -> Result<u64, StatusOf> {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
-        let at = offset_of!(State, sites) + site as usize % SITES * 8;
-        if *views.state(&mut self.pool, at).ok_or(Status::Monitor)? != site || site == 0 {
-            return Err(Status::Argument.into());
-        }
+        views.handler(&mut self.pool, site).ok_or(Status::Argument)?;
         let frame = Frame {
             site,
             ..Frame::default()
@@ -244,7 +233,8 @@ impl Hypervisor {
         let handled = views
             .state(&mut self.pool, offset_of!(State, handled))
             .ok_or(Status::Monitor)?;
-        Ok(vmsight_sim_monitor::null(&frame, handled) as u64)
+        vmsight_sim_monitor::null(&frame, handled);
+        Ok(0)
     }
 
     fn hash(&mut self, part: u64) -> Answer {

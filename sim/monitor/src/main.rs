@@ -32,10 +32,10 @@ monitor_entry:
     push rdx
     push r8
     push r9
-    movzx eax, r10b
-    cmp r10, [monitor_state + {sites} + rax * 8]
+    movzx eax, r10w
+    cmp r10, [monitor_state + {sites} + rax]
     jne 1f
-    cmp byte ptr [monitor_state + {handlers} + rax], 0
+    cmp byte ptr [monitor_state + {sites} + 8 + rax], 0
     mov rdi, rsp
     jne 2f
     call monitor_null
@@ -58,7 +58,6 @@ monitor_entry:
     idtr = const core::mem::offset_of!(State, idtr),
     no_idt = const core::mem::offset_of!(State, no_idt),
     sites = const core::mem::offset_of!(State, sites),
-    handlers = const core::mem::offset_of!(State, handlers),
     leave = const core::mem::offset_of!(State, leave),
 );
 
@@ -70,19 +69,19 @@ static mut monitor_state: State = State::EMPTY;
 /// Called by the entry code alone, which is not entered twice: interrupts are masked and there is one list to each
 /// processor.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn monitor_null(frame: &Frame) -> u64 {
+unsafe extern "C" fn monitor_null(frame: &Frame) {
     // SAFETY: the caller's promise: no other reference is alive.
     let handled = unsafe { &mut *addr_of_mut!(monitor_state.handled) };
-    vmsight_sim_monitor::null(frame, handled) as u64
+    vmsight_sim_monitor::null(frame, handled);
 }
 
 /// # Safety
 /// As for [`monitor_null`].
 #[unsafe(no_mangle)]
-unsafe extern "C" fn monitor_other(frame: &Frame) -> u64 {
+unsafe extern "C" fn monitor_other(frame: &Frame) {
     // SAFETY: as above; the window looks at other fields.
     let handled = unsafe { &mut *addr_of_mut!(monitor_state.handled) };
-    vmsight_sim_monitor::copy(&mut Context::new(frame, Window), handled) as u64
+    vmsight_sim_monitor::copy(&mut Context::new(frame, Window), handled);
 }
 
 /// The guest's memory, as it is mapped into the monitor's address space. It looks at the state anew each time: a copy of it
