@@ -135,6 +135,18 @@ impl Attempt {
     }
 }
 
+/// Whether code begins with a plain store: MOV to memory, MOVS or STOS. Nothing else is tried: an instruction that loads a
+/// segment or flags, or is more than one step, could go on where nobody looks.
+pub fn is_store(code: &[u8]) -> bool {
+    let opcode = code
+        .iter()
+        .find(|byte| !matches!(byte, 0x66 | 0xf2 | 0xf3 | 0x40..=0x4f));
+    matches!(
+        opcode,
+        Some(0x88 | 0x89 | 0xa4 | 0xa5 | 0xaa | 0xab | 0xc6 | 0xc7)
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,6 +241,34 @@ mod tests {
             let none = attempt.take(pool, TEXT + PAGE, &mut page, |_| true);
             assert_eq!(none, Changes::default());
         });
+    }
+
+    #[test]
+    fn plain_stores_alone_are_tried() {
+        for code in [
+            &[0xf3, 0xa4][..],               // rep movsb
+            &[0xf3, 0x48, 0xa5],             // rep movsq
+            &[0x88, 0x07],                   // mov [rdi], al
+            &[0x66, 0x89, 0x07],             // mov [rdi], ax
+            &[0x4c, 0x89, 0x07],             // mov [rdi], r8
+            &[0x48, 0xc7, 0x07, 0, 0, 0, 0], // mov qword ptr [rdi], 0
+            &[0x48, 0xab],                   // stosq
+        ] {
+            assert!(is_store(code), "{code:x?}");
+        }
+        for code in [
+            &[][..],
+            &[0x66],
+            &[0xcd, 0x80],             // int 0x80
+            &[0x8e, 0xd0],             // mov ss, eax
+            &[0x9c],                   // pushfq
+            &[0x48, 0xcf],             // iretq
+            &[0x0f, 0x01, 0xd4],       // vmfunc
+            &[0xff, 0x37],             // push [rdi]
+            &[0x65, 0x48, 0x89, 0x07], // mov gs:[rdi], rax
+        ] {
+            assert!(!is_store(code), "{code:x?}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod e820;
 pub mod ept;
 pub mod exit;
 pub mod gate;
+pub mod json;
 pub mod linux;
 pub mod multiboot;
 pub mod place;
