@@ -15,13 +15,19 @@ pub enum Command {
 const MOST: usize = 16;
 
 /// Lines, as they come in byte by byte.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Commands {
     line: [u8; MOST],
     used: usize,
 }
 
 impl Commands {
+    /// Nothing has come in yet.
+    pub const NONE: Self = Self {
+        line: [0; MOST],
+        used: 0,
+    };
+
     /// Takes a byte; gives what it ends. A line that is no order is left out.
     pub fn push(&mut self, byte: u8) -> Option<Command> {
         if !matches!(byte, b'\r' | b'\n') {
@@ -48,7 +54,7 @@ mod tests {
     use super::*;
 
     fn all(text: &[u8]) -> std::vec::Vec<Command> {
-        let mut commands = Commands::default();
+        let mut commands = Commands::NONE;
         text.iter().filter_map(|&byte| commands.push(byte)).collect()
     }
 

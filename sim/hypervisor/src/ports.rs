@@ -2,6 +2,8 @@
 
 use core::ops::Range;
 
+use crate::ept::{ENTRIES, Table};
+
 /// The second serial port, which is the hypervisor's own line to the host.
 pub const CHANNEL: Range<u16> = 0x2f8..0x300;
 /// The chipset's register that resets the machine.
@@ -49,10 +51,12 @@ impl Access {
     }
 }
 
-/// Has accesses to `ports` leave the guest. `bitmap` is the two pages of the VMCS's bitmaps, in words.
-pub fn intercept(bitmap: &mut [u64; 1024], ports: Range<u16>) {
+/// Has accesses to `ports` leave the guest, by the VMCS's bitmaps: the lower half of the ports, and the upper.
+pub fn intercept(bitmaps: &mut [Table; 2], ports: Range<u16>) {
+    const WORDS: usize = ENTRIES;
     for port in ports.map(usize::from) {
-        if let Some(word) = bitmap.get_mut(port / 64) {
+        let table = bitmaps.get_mut(port / 64 / WORDS);
+        if let Some(word) = table.and_then(|t| t.0.get_mut(port / 64 % WORDS)) {
             *word |= 1 << (port % 64);
         }
     }
@@ -91,10 +95,10 @@ mod tests {
 
     #[test]
     fn what_is_intercepted_is_in_the_bitmaps() {
-        let mut bitmap = [0; 1024];
-        intercept(&mut bitmap, CHANNEL);
-        intercept(&mut bitmap, 0xb004..0xb006);
-        let set = |port: usize| bitmap[port / 64] >> (port % 64) & 1 != 0;
+        let mut bitmaps = [Table::EMPTY, Table::EMPTY];
+        intercept(&mut bitmaps, CHANNEL);
+        intercept(&mut bitmaps, 0xb004..0xb006);
+        let set = |port: usize| bitmaps[port / 0x8000].0[port % 0x8000 / 64] >> (port % 64) & 1 != 0;
         assert!(set(0x2f8) && set(0x2ff) && !set(0x2f7) && !set(0x300));
         assert!(set(0xb004) && set(0xb005) && !set(0xb006));
     }
