@@ -312,8 +312,9 @@ impl Policy {
                 return Err(Malformed::Collision(n));
             }
         }
-        // The first is from the base of the per-CPU area, which itself is no larger than a large page, as a rule.
-        if let Some(n) = self.members.iter().position(|&m| m != ABSENT && m > FURTHEST) {
+        // The first is no member: where per-CPU variables are linked is up to the kernel.
+        let mut members = self.members.iter().enumerate().skip(1);
+        if let Some((n, _)) = members.find(|&(_, &m)| m != ABSENT && m > FURTHEST) {
             return Err(Malformed::Member(n));
         }
         if let Some(n) = self.calls.iter().position(|&rule| rule & !TOLD > MAX_ERRNO) {

@@ -281,12 +281,14 @@ impl Views {
         Some(())
     }
 
-    /// Reads them.
-    pub fn read_state(&self, pool: &mut Pool<'_>, offset: usize, bytes: &mut [u8]) -> Option<()> {
-        for (at, byte) in (offset..).zip(bytes) {
-            *byte = (*self.state(pool, at / 8 * 8)? >> (at % 8 * 8)) as u8;
-        }
-        Some(())
+    /// The entry of the checker's table at a place: the site and the number of what it calls.
+    fn site(&self, pool: &mut Pool<'_>, at: usize) -> Option<(u64, u8)> {
+        let offset = offset_of!(State, sites) + at;
+        // Nine bytes: in two words, wherever they begin.
+        let low = *self.state(pool, offset / 8 * 8)?;
+        let high = *self.state(pool, offset / 8 * 8 + 8)?;
+        let both = (u128::from(high) << 64 | u128::from(low)) >> (offset % 8 * 8);
+        Some((both as u64, (both >> 64) as u8))
     }
 
     /// Enters a hook into the checker's table, or changes what it calls; `Ok(false)` if another is too near.
@@ -298,10 +300,7 @@ impl Views {
         let at = site_offset(site);
         let near = at.saturating_sub(SITE_STRIDE - 1)..(at + SITE_STRIDE).min(SITES - 8);
         for other in near {
-            let mut bytes = [0; 8];
-            self.read_state(pool, offset_of!(State, sites) + other, &mut bytes)
-                .ok_or(Exhausted)?;
-            let there = u64::from_le_bytes(bytes);
+            let (there, _) = self.site(pool, other).ok_or(Exhausted)?;
             // Where no entry begins, these are parts of one, which do not say that one begins there.
             if there != 0 && there != site && site_offset(there) == other {
                 return Ok(false);
@@ -314,10 +313,8 @@ impl Views {
 
     /// What a registered hook calls.
     pub fn handler(&self, pool: &mut Pool<'_>, site: u64) -> Option<Handler> {
-        let mut entry = [0u8; 9];
-        self.read_state(pool, offset_of!(State, sites) + site_offset(site), &mut entry)?;
-        let [numbers @ .., handler] = entry;
-        let registered = u64::from_le_bytes(numbers) == site && site != 0;
+        let (there, handler) = self.site(pool, site_offset(site))?;
+        let registered = there == site && site != 0;
         Handler::from_number(handler.into()).filter(|_| registered)
     }
 }
