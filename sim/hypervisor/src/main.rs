@@ -3,6 +3,7 @@
 #![no_std]
 #![no_main]
 
+mod apic;
 mod boot;
 mod calls;
 mod channel;
@@ -14,9 +15,12 @@ mod io;
 mod machine;
 mod msrs;
 mod outside;
+mod park;
+mod processor;
 mod serial;
 mod stepping;
 mod tell;
+mod timer;
 mod vmcs;
 
 use core::fmt::Write;
