@@ -44,6 +44,9 @@ impl From<Status> for StatusOf {
 }
 
 pub(crate) fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers) -> Outcome {
+    if let Some(outcome) = hypervisor.hook_left(registers) {
+        return outcome;
+    }
     let call = Call::from_number(registers.rax);
     let anybody = match call {
         Some(Call::Version) => true,
@@ -127,7 +130,7 @@ impl Hypervisor {
         if self.views.is_some() || self.image.is_empty() {
             return Err(Status::Monitor.into());
         }
-        if !exits::long_mode() || vmcs::read(vmcs::GUEST_CR4) & CR4_LA57 != 0 {
+        if !exits::long_mode() || five_levels() {
             return Err(Status::Argument.into());
         }
         let first = guest_page(stub).ok_or(Status::Argument)?;
@@ -138,21 +141,7 @@ impl Hypervisor {
         if first == second || first.max(second) >= self.ram_end {
             return Err(Status::Argument.into());
         }
-        let views = Views::new(
-            &mut self.pool,
-            self.image,
-            self.guest,
-            self.ram_end,
-            Hypervisor::own(),
-            stub,
-        )
-        .map_err(|refused| {
-            StatusOf(match refused {
-                Refused::Image => Status::Monitor,
-                Refused::Stub => Status::Argument,
-                Refused::Memory => Status::Memory,
-            })
-        })?;
+        self.make_views(stub)?;
         // SAFETY: both are RAM of the guest, identity-mapped, which the guest offers; nothing of ours refers to them.
         unsafe {
             gate::stub(
@@ -169,6 +158,26 @@ impl Hypervisor {
                 MemoryType::WriteBack,
             )?;
         }
+        invalidate();
+        Ok(0)
+    }
+
+    /// Makes the monitor's views, with the stub at this guest-virtual address. Its pages are the caller's to fill and to
+    /// protect.
+    pub(crate) fn make_views(&mut self, stub: u64) -> Result<(), Status> {
+        let views = Views::new(
+            &mut self.pool,
+            self.image,
+            self.guest,
+            self.ram_end,
+            Hypervisor::own(),
+            stub,
+        )
+        .map_err(|refused| match refused {
+            Refused::Image => Status::Monitor,
+            Refused::Stub => Status::Argument,
+            Refused::Memory => Status::Memory,
+        })?;
         vmcs::write(vmcs::EPTP_LIST, views.list);
         vmcs::write(vmcs::VM_FUNCTIONS, EPTP_SWITCHING);
         // Neither may be delivered in a view that is not the guest's.
@@ -177,8 +186,7 @@ impl Hypervisor {
             1 << exits::DEBUG | 1 << exits::MACHINE_CHECK,
         );
         self.views = Some(views);
-        invalidate();
-        Ok(0)
+        Ok(())
     }
 
     fn register(&mut self, site: u64, handler: u64) -> Result<u64, StatusOf> {
@@ -209,7 +217,7 @@ impl Hypervisor {
         Ok(0)
     }
 
-    fn lock(&mut self) {
+    pub(crate) fn lock(&mut self) {
         self.locked = true;
         msrs::lock(self.msr_bitmap);
         for (mask, shadow, real, pinned) in [
@@ -254,6 +262,11 @@ impl Hypervisor {
     }
 }
 
+/// Whether the guest's page tables have five levels.
+pub(crate) fn five_levels() -> bool {
+    vmcs::read(vmcs::GUEST_CR4) & CR4_LA57 != 0
+}
+
 /// The guest-physical address of a page of RAM that the guest has at a virtual address.
 fn guest_page(address: u64) -> Option<u64> {
     let cr3 = Dtb(vmcs::read(vmcs::GUEST_CR3));
@@ -264,7 +277,7 @@ fn guest_page(address: u64) -> Option<u64> {
 }
 
 /// Forgets all translations through extended page tables.
-fn invalidate() {
+pub(crate) fn invalidate() {
     let descriptor = [0u64; 2];
     // SAFETY: type 2, all contexts, which the processor has: translations are made anew.
     unsafe { asm!("invept {}, [{}]", in(reg) 2u64, in(reg) &descriptor, options(nostack)) };

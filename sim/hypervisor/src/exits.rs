@@ -7,22 +7,23 @@ use core::ptr::addr_of_mut;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use vmsight_arch::registers::control::{CR4_PKE, EFER_LMA};
-use vmsight_sim_abi::{SIGNATURE, SIGNATURE_LEAF, State};
+use vmsight_arch::registers::msr;
+use vmsight_sim_abi::{Call, SIGNATURE, SIGNATURE_LEAF, State};
 use vmsight_sim_hypervisor::ept::{MemoryType, Permissions};
 use vmsight_sim_hypervisor::{exit, gate};
 
 use crate::boot::Registers;
 use crate::guest::Hypervisor;
 use crate::serial::Console;
-use crate::{calls, machine, msrs, stop, vmcs};
+use crate::{calls, io, machine, msrs, stop, vmcs};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// Events as the VMCS has them.
-const VALID: u64 = 1 << 31;
+pub(crate) const VALID: u64 = 1 << 31;
 const HAS_ERROR_CODE: u64 = 1 << 11;
-const HARDWARE_EXCEPTION: u64 = 3 << 8;
-const NMI: u64 = VALID | 2 << 8 | 2;
-const KIND: u64 = 7 << 8;
+pub(crate) const HARDWARE_EXCEPTION: u64 = 3 << 8;
+pub(crate) const NMI: u64 = VALID | 2 << 8 | 2;
+pub(crate) const KIND: u64 = 7 << 8;
 /// Kinds of events that bring an instruction's length: software interrupts and exceptions.
 const WITH_LENGTH: core::ops::RangeInclusive<u64> = 4 << 8..=6 << 8;
 /// Exceptions.
@@ -82,7 +83,12 @@ extern "C" fn handle_exit(registers: &mut Registers) {
             );
         }
     }
-    let outcome = if vmcs::read(vmcs::EPT_POINTER) == hypervisor.guest.pointer() {
+    let outcome = if let Some(outcome) = hypervisor.end_step(reason) {
+        outcome
+    } else if hypervisor.is_doorbell(registers, reason) {
+        hypervisor.drain();
+        Outcome::Done
+    } else if vmcs::read(vmcs::EPT_POINTER) == hypervisor.guest.pointer() {
         handle(hypervisor, registers, reason)
     } else {
         hypervisor.recover(registers)
@@ -107,6 +113,7 @@ extern "C" fn handle_exit(registers: &mut Registers) {
             vmcs::write(vmcs::ENTRY_ERROR_CODE, 0);
         }
     }
+    hypervisor.talk();
     // SAFETY: a counter that only the NMI's entry and this change, each in one step.
     let nmis = unsafe { &host_nmis };
     if vmcs::read(vmcs::ENTRY_EVENT) & VALID == 0 && nmis.swap(0, Ordering::Relaxed) != 0 {
@@ -120,7 +127,13 @@ extern "C" fn handle_exit(registers: &mut Registers) {
 
 fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -> Outcome {
     match reason {
-        exit::CPUID => cpuid(registers),
+        exit::CPUID => {
+            if privilege() == 3 {
+                hypervisor.user_mode();
+            }
+            cpuid(registers)
+        }
+        exit::IO_INSTRUCTION => io::access(hypervisor, registers),
         exit::VMCALL => calls::handle(hypervisor, registers),
         exit::EPT_VIOLATION => violation(hypervisor),
         exit::CONTROL_REGISTER => control_register(registers),
@@ -133,6 +146,9 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
         },
         exit::WRMSR => {
             let value = registers.rdx << 32 | registers.rax & 0xffff_ffff;
+            if registers.rcx as u32 == msr::LSTAR && !hypervisor.locked {
+                return entry(hypervisor, value);
+            }
             match msrs::write(registers.rcx as u32, value) {
                 Some(()) => Outcome::Done,
                 None => Outcome::Exception(PROTECTION),
@@ -160,6 +176,15 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
 }
 
 impl Hypervisor {
+    /// Whether the monitor asks for its ring to be emptied.
+    fn is_doorbell(&self, registers: &Registers, reason: u16) -> bool {
+        let in_monitor = self
+            .views
+            .as_ref()
+            .is_some_and(|views| vmcs::read(vmcs::EPT_POINTER) == views.sim.pointer());
+        in_monitor && reason == exit::VMCALL && registers.rax == Call::Drain as u64
+    }
+
     /// The guest left out of another view than its own. Whatever it was, it goes on in its own, with nothing armed: at the
     /// hook, as if the handler had returned, or out of the gate, which nobody but an attacker leaves unless for an NMI or a
     /// machine check, with an invalid opcode.
@@ -227,6 +252,18 @@ fn nobodys_fault() -> Option<u64> {
         true if machine_check => Some(VALID | HARDWARE_EXCEPTION | MACHINE_CHECK),
         _ => None,
     }
+}
+
+/// The guest says where its kernel is entered by a system call, before the lockdown.
+fn entry(hypervisor: &mut Hypervisor, value: u64) -> Outcome {
+    let sign = value >> 47;
+    if sign != 0 && sign != 0x1_ffff {
+        return Outcome::Exception(PROTECTION);
+    }
+    // SAFETY: a canonical address, and the guest's own: the hypervisor makes no system calls.
+    unsafe { machine::wrmsr(msr::LSTAR, value) };
+    hypervisor.entry_known(value);
+    Outcome::Done
 }
 
 /// Bits that a physical address has.
@@ -312,6 +349,9 @@ fn shutdown() -> ! {
 fn violation(hypervisor: &mut Hypervisor) -> Outcome {
     let gpa = vmcs::read(vmcs::GUEST_PHYSICAL);
     let ours = Hypervisor::own().contains(&gpa);
+    if hypervisor.begin_step(gpa) {
+        return Outcome::Again;
+    }
     if ours || hypervisor.guest.translate(&mut hypervisor.pool, gpa).is_some() {
         // While an exception is being delivered, it is one fault too many: else the guest would never stop faulting here.
         let vectoring = vmcs::read(vmcs::VECTORING_EVENT);

@@ -16,9 +16,10 @@ use vmsight_sim_hypervisor::vmx::{CR4_VMXE, Controls, Missing, entry};
 use vmsight_sim_hypervisor::{LARGE, PAGE, acpi, exit};
 
 use crate::boot::{address, symbols};
+use crate::hooks::{Hooks, Options};
 use crate::machine::rdmsr;
 use crate::serial::Console;
-use crate::{host, msrs, serial, stop, vmcs};
+use crate::{host, io, msrs, serial, stop, vmcs};
 
 /// What is in the first megabyte for the kernel until it has its own: zero page, command line, GDT, page tables.
 const LOW: Range<u64> = 0x1_0000..0x1_9000;
@@ -44,6 +45,8 @@ const MONITOR_MOST: usize = 64 * 4096;
 #[unsafe(link_section = ".bss.pool")]
 static mut POOL: [Table; POOL_PAGES] = [Table::EMPTY; POOL_PAGES];
 static mut MSR_BITMAP: Table = Table::EMPTY;
+static mut IO_BITMAPS: [Table; 2] = [Table::EMPTY; 2];
+static mut HOOKS: Hooks = Hooks::NONE;
 static mut MONITOR: [u8; MONITOR_MOST] = [0; MONITOR_MOST];
 static mut HYPERVISOR: Option<Hypervisor> = None;
 
@@ -56,6 +59,8 @@ pub(crate) struct Hypervisor {
     /// The monitor's image, as it was booted; empty where there is none.
     pub(crate) image: &'static [u8],
     pub(crate) msr_bitmap: &'static mut Table,
+    /// What is hooked in the guest's kernel, if anything.
+    pub(crate) hooks: &'static mut Hooks,
     pub(crate) locked: bool,
     pub(crate) counts: [u64; exit::COUNT],
 }
@@ -140,7 +145,7 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
     if !map.is_ram(&LOW) {
         return Err(Error::NoMemory("what the kernel starts with"));
     }
-    let (mut kernel, mut initrd, mut image) = (None, 0..0, 0..0);
+    let (mut kernel, mut initrd, mut image, mut policy) = (None, 0..0, 0..0, None);
     let mut line = Line::default();
     let mut avoid = [const { 0..0 }; 8];
     for (module, slot) in information.modules().zip(avoid.iter_mut()) {
@@ -155,6 +160,7 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
             }
             ("initrd", _) => initrd = module.range,
             ("monitor", _) => image = module.range,
+            ("policy", rest) => policy = Some((module.range.clone(), Options::parse(rest))),
             _ => {}
         }
     }
@@ -177,6 +183,15 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
         host::enter_vmx();
         Hypervisor::new(&map, image)?
     };
+    if let Some((range, options)) = policy {
+        let sleep = information.rsdt().and_then(|at| acpi::sleep_ports(at, firmware));
+        // SAFETY: as above; the bitmaps are the processor's alone from the guest's first entry on.
+        unsafe {
+            io::intercept(&mut *addr_of_mut!(IO_BITMAPS), sleep.unwrap_or_default());
+            hypervisor.take_policy(module(range), options);
+        }
+        msrs::watch_entry(hypervisor.msr_bitmap);
+    }
     first_state(&controls, hypervisor, at);
     let _ = writeln!(
         Console,
@@ -260,13 +275,14 @@ impl Hypervisor {
     /// Called once.
     unsafe fn new(map: &MemoryMap, image: &[u8]) -> Result<&'static mut Self, Error> {
         // SAFETY: once, so that each static has one reference.
-        let (pool, bitmap, kept, hypervisor) = unsafe {
+        let (pool, bitmap, kept, hooks, hypervisor) = unsafe {
             let pages = addr_of_mut!(POOL);
             let pool = Pool::new(pages as u64, &mut *pages);
             (
                 pool,
                 &mut *addr_of_mut!(MSR_BITMAP),
                 &mut *addr_of_mut!(MONITOR),
+                &mut *addr_of_mut!(HOOKS),
                 &mut *addr_of_mut!(HYPERVISOR),
             )
         };
@@ -284,6 +300,7 @@ impl Hypervisor {
             views: None,
             image: kept,
             msr_bitmap: bitmap,
+            hooks,
             locked: false,
             counts: [0; exit::COUNT],
         }))
@@ -351,6 +368,8 @@ fn first_state(controls: &Controls, hypervisor: &mut Hypervisor, at: u64) {
         (vmcs::EPT_POINTER, hypervisor.guest.pointer()),
         (vmcs::VM_FUNCTIONS, 0),
         (vmcs::EPTP_LIST, 0),
+        (vmcs::IO_BITMAP_LOW, addr_of!(IO_BITMAPS) as u64),
+        (vmcs::IO_BITMAP_HIGH, addr_of!(IO_BITMAPS) as u64 + PAGE),
         (vmcs::MSR_BITMAPS, addr_of!(*hypervisor.msr_bitmap) as u64),
         (vmcs::LINK_POINTER, u64::MAX),
         (vmcs::CR0_MASK, CR0_KEPT),

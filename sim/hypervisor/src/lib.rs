@@ -8,12 +8,17 @@
 #![no_std]
 
 pub mod acpi;
+pub mod attempt;
+pub mod command;
 pub mod e820;
 pub mod ept;
 pub mod exit;
 pub mod gate;
+pub mod json;
 pub mod linux;
 pub mod multiboot;
+pub mod place;
+pub mod ports;
 pub mod views;
 pub mod vmx;
 

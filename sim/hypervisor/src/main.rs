@@ -5,12 +5,18 @@
 
 mod boot;
 mod calls;
+mod channel;
 mod exits;
 mod guest;
+mod hooks;
 mod host;
+mod io;
 mod machine;
 mod msrs;
+mod outside;
 mod serial;
+mod stepping;
+mod tell;
 mod vmcs;
 
 use core::fmt::Write;
