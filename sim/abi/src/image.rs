@@ -63,15 +63,22 @@ pub struct State {
     pub refuse: u64,
     /// 1 where the hypervisor serves [`crate::Call::Drain`].
     pub doorbell: u64,
-    /// 1 while the guest's vector registers are in `vectors` and not in the processor.
-    pub vectors_kept: u64,
-    /// They, as FXSAVE64 stores them: handlers that do more than count use vector registers.
+    /// What of the guest's registers is not in the processor but kept here: 0, [`KEPT_GENERAL`], [`KEPT_ALL`].
+    pub kept: u64,
+    /// RBX, RBP, R12 to R15.
+    pub general: [u64; 6],
+    /// Vector registers, as FXSAVE64 stores them: handlers that do more than count use vector registers.
     pub vectors: Vectors,
     /// Return addresses of the registered hooks and what they call, by [`site_offset`]; zeros where there is none.
     pub sites: [u8; SITES],
     /// What the handlers know and tell.
     pub watch: Watch,
 }
+
+/// Of [`State::kept`]: those general registers that functions keep, while a handler runs that is not the null one.
+pub const KEPT_GENERAL: u64 = 1;
+/// And the vector registers, while it does more than look at general ones.
+pub const KEPT_ALL: u64 = 2;
 
 /// What FXSAVE64 stores.
 #[derive(Debug)]
@@ -173,7 +180,8 @@ impl State {
         leave: 0,
         refuse: 0,
         doorbell: 0,
-        vectors_kept: 0,
+        kept: 0,
+        general: [0; 6],
         vectors: Vectors([0; 64]),
         sites: [0; SITES],
         watch: Watch::EMPTY,

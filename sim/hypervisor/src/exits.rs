@@ -3,7 +3,6 @@
 use core::arch::x86_64::__cpuid_count;
 use core::fmt::Write;
 use core::mem::offset_of;
-use core::ptr::addr_of_mut;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use vmsight_arch::registers::control::{CR4_PKE, EFER_LMA};
@@ -15,7 +14,7 @@ use vmsight_sim_hypervisor::{exit, gate};
 use crate::boot::Registers;
 use crate::guest::Hypervisor;
 use crate::serial::Console;
-use crate::{calls, io, machine, msrs, stop, vmcs};
+use crate::{calls, io, kept, machine, msrs, stop, vmcs};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// Events as the VMCS has them.
@@ -36,12 +35,7 @@ pub(crate) const MACHINE_CHECK: u64 = 18;
 unsafe extern "C" {
     /// NMIs that came while the hypervisor ran.
     static host_nmis: AtomicU64;
-    /// The guest's vector registers, as they were at the exit and will be after it.
-    static mut guest_fpu: [u64; GUEST_VECTORS];
 }
-
-/// Words that FXSAVE64 stores.
-const GUEST_VECTORS: usize = 64;
 
 /// How an exit was handled.
 pub(crate) enum Outcome {
@@ -206,6 +200,13 @@ impl Hypervisor {
         }
         let stack = views.header.base + views.header.text + views.header.data;
         let own = stack - views.header.data..=stack;
+        if in_monitor {
+            let state = |offset| views.state(&mut self.pool, offset).copied();
+            kept::restore(registers, &views.header, vmcs::read(vmcs::GUEST_RSP), state);
+            if let Some(kept) = views.state(&mut self.pool, offset_of!(State, kept)) {
+                *kept = 0;
+            }
+        }
         if in_monitor
             && own.contains(&vmcs::read(vmcs::GUEST_RSP))
             && let Some(kept) = views.state(&mut self.pool, offset_of!(State, stack))
@@ -222,17 +223,6 @@ impl Hypervisor {
             let [low, high] = words;
             vmcs::write(vmcs::GUEST_IDTR_LIMIT, low & 0xffff);
             vmcs::write(vmcs::GUEST_IDTR_BASE, low >> 16 | high << 48);
-        }
-        if in_monitor
-            && let Some(kept) = views.state(&mut self.pool, offset_of!(State, vectors_kept))
-            && core::mem::take(kept) == 1
-        {
-            for n in 0..GUEST_VECTORS {
-                if let Some(word) = views.state(&mut self.pool, offset_of!(State, vectors) + n * 8) {
-                    // SAFETY: what the exit's entry stored and will load again, of that length; nothing refers to it.
-                    unsafe { addr_of_mut!(guest_fpu).cast::<u64>().add(n).write(*word) };
-                }
-            }
         }
         vmcs::write(vmcs::GUEST_RFLAGS, 2);
         vmcs::write(vmcs::GUEST_RIP, views.address + gate::RETURNING as u64);
