@@ -1,5 +1,7 @@
 //! The monitor's image: a flat file that begins with a header and is mapped as it is.
 
+use core::sync::atomic::AtomicU64;
+
 use crate::{CALLS, Policy, Ring};
 
 /// Bytes of the checker's table.
@@ -101,6 +103,9 @@ pub struct Watch {
     pub x32_calls: u64,
     /// Calls with numbers beyond those that are told apart, or of which nothing could be read.
     pub other_calls: u64,
+    /// Counts up while a handler that takes long is getting on, as with a large module's hash: who bounds handlers in time
+    /// can tell it from one that hangs, and must, for a call that is ended lets pass what it was to judge.
+    pub progress: AtomicU64,
     /// What happened.
     pub ring: Ring,
 }
@@ -114,6 +119,7 @@ impl Watch {
         compat_calls: [0; CALLS],
         x32_calls: 0,
         other_calls: 0,
+        progress: AtomicU64::new(0),
         ring: Ring::EMPTY,
     };
 }
