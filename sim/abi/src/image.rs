@@ -1,5 +1,7 @@
 //! The monitor's image: a flat file that begins with a header and is mapped as it is.
 
+use core::sync::atomic::AtomicU64;
+
 use crate::{CALLS, Policy, Ring};
 
 /// Bytes of the checker's table.
@@ -63,15 +65,22 @@ pub struct State {
     pub refuse: u64,
     /// 1 where the hypervisor serves [`crate::Call::Drain`].
     pub doorbell: u64,
-    /// 1 while the guest's vector registers are in `vectors` and not in the processor.
-    pub vectors_kept: u64,
-    /// They, as FXSAVE64 stores them: handlers that do more than count use vector registers.
+    /// What of the guest's registers is not in the processor but kept here: 0, [`KEPT_GENERAL`], [`KEPT_ALL`].
+    pub kept: u64,
+    /// RBX, RBP, R12 to R15.
+    pub general: [u64; 6],
+    /// Vector registers, as FXSAVE64 stores them: handlers that do more than count use vector registers.
     pub vectors: Vectors,
     /// Return addresses of the registered hooks and what they call, by [`site_offset`]; zeros where there is none.
     pub sites: [u8; SITES],
     /// What the handlers know and tell.
     pub watch: Watch,
 }
+
+/// Of [`State::kept`]: those general registers that functions keep, while a handler runs that is not the null one.
+pub const KEPT_GENERAL: u64 = 1;
+/// And the vector registers, while it does more than look at general ones.
+pub const KEPT_ALL: u64 = 2;
 
 /// What FXSAVE64 stores.
 #[derive(Debug)]
@@ -94,12 +103,19 @@ pub struct Watch {
     pub x32_calls: u64,
     /// Calls with numbers beyond those that are told apart, or of which nothing could be read.
     pub other_calls: u64,
+    /// Counts up while a handler that takes long is getting on, as with a large module's hash: who bounds handlers in time
+    /// can tell it from one that hangs, and must, for a call that is ended lets pass what it was to judge.
+    pub progress: AtomicU64,
     /// What happened.
     pub ring: Ring,
 }
 
 impl Watch {
     /// That looks at nothing.
+    #[expect(
+        clippy::declare_interior_mutable_const,
+        reason = "what a static begins with, never used in place"
+    )]
     pub const EMPTY: Self = Self {
         policy: Policy::EMPTY,
         slide: 0,
@@ -107,6 +123,7 @@ impl Watch {
         compat_calls: [0; CALLS],
         x32_calls: 0,
         other_calls: 0,
+        progress: AtomicU64::new(0),
         ring: Ring::EMPTY,
     };
 }
@@ -162,6 +179,10 @@ pub const WINDOW: u64 = 1 << 46;
 
 impl State {
     /// Before the hypervisor fills it.
+    #[expect(
+        clippy::declare_interior_mutable_const,
+        reason = "what a static begins with, never used in place"
+    )]
     pub const EMPTY: Self = Self {
         stack: 0,
         handled: 0,
@@ -173,7 +194,8 @@ impl State {
         leave: 0,
         refuse: 0,
         doorbell: 0,
-        vectors_kept: 0,
+        kept: 0,
+        general: [0; 6],
         vectors: Vectors([0; 64]),
         sites: [0; SITES],
         watch: Watch::EMPTY,

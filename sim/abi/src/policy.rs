@@ -470,6 +470,14 @@ mod tests {
     }
 
     #[test]
+    fn the_seed_of_fuzzing_is_a_policy() {
+        let seed = include_bytes!("../../../fuzz/seeds/sim_monitor/policy");
+        let policy = Policy::from_bytes(seed).unwrap();
+        assert_eq!((policy.hooks().count(), policy.modules().len()), (3, 2));
+        assert_eq!(&policy.to_bytes(), seed);
+    }
+
+    #[test]
     fn what_is_none_is_refused() {
         let refused = |change: &dyn Fn(&mut Policy)| {
             let mut policy = policy();

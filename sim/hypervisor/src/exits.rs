@@ -17,7 +17,7 @@ use crate::guest::{self, Hypervisor};
 use crate::park::{self, Turn};
 use crate::processor::Processor;
 use crate::serial::Console;
-use crate::{calls, io, machine, msrs, stop, timer, vmcs};
+use crate::{calls, io, kept, machine, msrs, stop, timer, vmcs};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// Events as the VMCS has them.
@@ -243,6 +243,13 @@ impl Hypervisor {
         }
         let stack = views.header.base + views.header.text + views.header.data;
         let own = stack - views.header.data..=stack;
+        if in_monitor {
+            let state = |offset| views.state(&mut self.pool, number, offset).copied();
+            kept::restore(registers, &views.header, vmcs::read(vmcs::GUEST_RSP), state);
+            if let Some(kept) = views.state(&mut self.pool, number, offset_of!(State, kept)) {
+                *kept = 0;
+            }
+        }
         if in_monitor
             && own.contains(&vmcs::read(vmcs::GUEST_RSP))
             && let Some(kept) = views.state(&mut self.pool, number, offset_of!(State, stack))
@@ -259,15 +266,6 @@ impl Hypervisor {
             let [low, high] = words;
             vmcs::write(vmcs::GUEST_IDTR_LIMIT, low & 0xffff);
             vmcs::write(vmcs::GUEST_IDTR_BASE, low >> 16 | high << 48);
-        }
-        if in_monitor
-            && let Some(kept) = views.state(&mut self.pool, number, offset_of!(State, vectors_kept))
-            && core::mem::take(kept) == 1
-        {
-            for (n, word) in registers.vectors.iter_mut().enumerate() {
-                let kept = views.state(&mut self.pool, number, offset_of!(State, vectors) + n * 8);
-                *word = kept.map_or(*word, |kept| *kept);
-            }
         }
     }
 

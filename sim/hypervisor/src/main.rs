@@ -12,6 +12,7 @@ mod guest;
 mod hooks;
 mod host;
 mod io;
+mod kept;
 mod machine;
 mod msrs;
 mod outside;

@@ -680,7 +680,11 @@ mod tests {
 
     #[test]
     fn hooks_are_found_by_their_last_two_bytes() {
-        with(|pool, views, _| {
+        with(|pool, views, own| {
+            // Hooks are the same on all processors: one will do.
+            if own.list != views.own[0].list {
+                return;
+            }
             let sites = [
                 0xffff_ffff_8100_3325,
                 0xffff_ffff_810d_3bc5,

@@ -22,6 +22,8 @@ pub enum Program {
     Monitor,
     /// The guest that attacks it: a bzImage.
     Trial,
+    /// The first program of a Linux guest, which counts what it does: an ELF file.
+    Witness,
 }
 
 /// What has no operating system needs neither position independence nor start files, and must not unwind. SHA-256 is made of
@@ -54,6 +56,7 @@ impl Program {
             }
             Self::Monitor => ("vmsight-sim-monitor", "vmsight-monitor"),
             Self::Trial => ("vmsight-sim-trial", "vmsight-trial"),
+            Self::Witness => ("vmsight-sim-witness", "vmsight-witness"),
         }
     }
 

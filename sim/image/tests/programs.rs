@@ -10,7 +10,12 @@ use vmsight_sim_image::Program;
 /// Clippy's default run leaves out what needs the feature `freestanding`.
 #[test]
 fn programs_have_no_lints() {
-    for program in [Program::Hypervisor, Program::Monitor, Program::Trial] {
+    for program in [
+        Program::Hypervisor,
+        Program::Monitor,
+        Program::Trial,
+        Program::Witness,
+    ] {
         program.lint().unwrap_or_else(|e| panic!("{e:?}"));
     }
 }

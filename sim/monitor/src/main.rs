@@ -7,11 +7,14 @@ use core::mem::offset_of;
 use core::panic::PanicInfo;
 use core::ptr::{addr_of, addr_of_mut};
 
-use vmsight_sim_abi::{Call, FULL, Frame, Handler, MAGIC, State, VERSION, Verdict, WINDOW, site_offset};
+use vmsight_sim_abi::{
+    Call, FULL, Frame, Handler, KEPT_ALL, KEPT_GENERAL, MAGIC, State, VERSION, Verdict, WINDOW, site_offset,
+};
 use vmsight_sim_monitor::{Context, Memory, Rest};
 
-// Header, entry, and a stack of its own. The order of pushes is that of `Frame`, from its end. Until RFLAGS are loaded
-// nothing depends on the guest's: interrupts are masked already.
+// Header, entry, and a stack of its own. The order of pushes is that of `Frame`, from its end, and the hypervisor's, which
+// puts back what is on the stack where a call ends on the way. Until RFLAGS are loaded nothing depends on the guest's:
+// interrupts are masked already.
 global_asm!(
     r#"
     .section .header, "a"
@@ -26,13 +29,13 @@ monitor_entry:
     push r10
     sidt [rip + monitor_state + {idtr}]
     lidt [rip + monitor_state + {no_idt}]
-    push 2
-    popfq
     push rdi
     push rsi
     push rdx
     push r8
     push r9
+    push 2
+    popfq
     movzx eax, r10w
     cmp r10, [monitor_state + {sites} + rax]
     jne 1f
@@ -52,18 +55,26 @@ monitor_entry:
     jmp [rip + monitor_state + {leave}]
 
     # Another handler than the null one: first what looks at registers alone. For the rest, which uses vector registers,
-    # the guest's are kept; the hypervisor knows if this ends on the way. The stack as the ABI wants it at a call.
-2:  sub rsp, 8
+    # the guest's are kept, too. If this ends on the way, the hypervisor puts back what is kept. The stack is as the ABI
+    # wants it at a call.
+2:  mov [monitor_state + {general}], rbx
+    mov [monitor_state + {general} + 8], rbp
+    mov [monitor_state + {general} + 16], r12
+    mov [monitor_state + {general} + 24], r13
+    mov [monitor_state + {general} + 32], r14
+    mov [monitor_state + {general} + 40], r15
+    mov qword ptr [monitor_state + {kept}], {kept_general}
+    sub rsp, 8
     call monitor_count
     test al, al
     jz 3f
     fxsave64 [monitor_state + {vectors}]
-    mov qword ptr [monitor_state + {vectors_kept}], 1
+    mov qword ptr [monitor_state + {kept}], {kept_all}
     lea rdi, [rsp + 8]
     call monitor_look
     fxrstor64 [monitor_state + {vectors}]
-    mov qword ptr [monitor_state + {vectors_kept}], 0
 3:  add rsp, 8
+    mov qword ptr [monitor_state + {kept}], 0
     jmp 1b
 
     # The C library's, which the compiler calls. Of general registers: it may call them before the others are kept.
@@ -114,7 +125,10 @@ bcmp:
     sites = const offset_of!(State, sites),
     leave = const offset_of!(State, leave),
     vectors = const offset_of!(State, vectors),
-    vectors_kept = const offset_of!(State, vectors_kept),
+    kept = const offset_of!(State, kept),
+    general = const offset_of!(State, general),
+    kept_general = const KEPT_GENERAL,
+    kept_all = const KEPT_ALL,
 );
 
 #[unsafe(no_mangle)]
