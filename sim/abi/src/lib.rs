@@ -11,7 +11,7 @@ mod image;
 mod policy;
 pub mod view;
 
-pub use call::{Call, SIGNATURE, SIGNATURE_LEAF, Status, VERSION};
+pub use call::{Call, Part, SIGNATURE, SIGNATURE_LEAF, Status, VERSION};
 pub use event::{EVENT_WORDS, EVENTS, Event, FULL, Kind, Ring, TEXT};
 pub use frame::{Frame, Verdict};
 pub use image::{

@@ -40,6 +40,7 @@ reasons! {
     EPT_VIOLATION = 48, "EPT violation";
     EPT_MISCONFIGURATION = 49, "EPT misconfiguration";
     INVEPT = 50, "INVEPT";
+    PREEMPTION_TIMER = 52, "preemption timer";
     INVVPID = 53, "INVVPID";
     WBINVD = 54, "WBINVD";
     XSETBV = 55, "XSETBV";

@@ -14,6 +14,7 @@ use vmsight_sim_hypervisor::{PAGE, gate};
 
 use crate::channel::Channel;
 use crate::guest::{GuestTables, Hypervisor};
+use crate::processor::Processor;
 use crate::stepping::Step;
 use crate::{calls, exits, stop, vmcs};
 
@@ -115,6 +116,10 @@ pub(crate) struct Hooks {
 
 impl Hooks {
     /// What there is before anything is known. The policy is read in place, as large as it is.
+    #[expect(
+        clippy::declare_interior_mutable_const,
+        reason = "what a static begins with, never used in place"
+    )]
     pub(crate) const NONE: Self = Self {
         policy: Policy::EMPTY,
         options: Options {
@@ -194,11 +199,11 @@ impl Hypervisor {
     }
 
     /// A program runs in user mode.
-    pub(crate) fn user_mode(&mut self) {
+    pub(crate) fn user_mode(&mut self, processor: &Processor) {
         let Some((slide, cr3)) = self.hooks.kernel.filter(|_| !self.hooks.over) else {
             return;
         };
-        match self.install(slide, cr3) {
+        match self.alone(processor, |hypervisor| hypervisor.install(slide, cr3)) {
             Ok(()) => {
                 self.hooks.over = true;
                 self.say_installed();
@@ -307,7 +312,7 @@ impl Hypervisor {
             (watch + offset_of!(Watch, slide), slide),
             (offset_of!(State, doorbell), 1),
         ] {
-            *views.state(&mut self.pool, offset).ok_or(Exhausted)? = value;
+            views.set(&mut self.pool, offset, value).ok_or(Exhausted)?;
         }
         // SAFETY: an entry of the guest's that says nothing, below the end of what is identity-mapped, as it was read there.
         // What is not present is in no cache of translations.
@@ -315,7 +320,8 @@ impl Hypervisor {
         Ok(())
     }
 
-    /// Puts all hooks in, or takes them out. Which of the two the guest runs into is the same to it: its stub stays.
+    /// Puts all hooks in, or takes them out, with all processors stopped. Which of the two the guest runs into is the same
+    /// to it: its stub stays.
     pub(crate) fn exchange(&mut self, active: bool) {
         for patch in self.hooks.patches.iter().flatten() {
             if let Some(bytes) = text(patch.gpa) {
@@ -323,7 +329,6 @@ impl Hypervisor {
             }
         }
         self.hooks.active = active;
-        calls::invalidate();
     }
 }
 

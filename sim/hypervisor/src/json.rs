@@ -26,9 +26,10 @@ impl Display for Text<'_> {
     }
 }
 
-/// An event as an object, without the line's end.
+/// An event as an object, without the line's end, and the number of the processor that it happened on, each of which
+/// numbers its own events.
 #[derive(Debug, Clone, Copy)]
-pub struct Line<'a>(pub &'a Event);
+pub struct Line<'a>(pub &'a Event, pub usize);
 
 impl Display for Line<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -53,8 +54,8 @@ impl Display for Line<'_> {
         };
         write!(
             f,
-            "{{\"event\":\"{name}\",\"sequence\":{},\"pid\":{},\"tgid\":{},\"errno\":{}",
-            event.sequence, event.pid, event.tgid, event.errno
+            "{{\"event\":\"{name}\",\"processor\":{},\"sequence\":{},\"pid\":{},\"tgid\":{},\"errno\":{}",
+            self.1, event.sequence, event.pid, event.tgid, event.errno
         )?;
         for (key, word) in words.iter().zip(event.words) {
             write!(f, ",\"{key}\":{word}")?;
@@ -109,24 +110,24 @@ mod tests {
     fn events_are_objects() {
         let process = event(Kind::Process as u32, [58, 58, 57, 56, 0, 0, 0], b"sh");
         assert_eq!(
-            Line(&process).to_string(),
-            r#"{"event":"process","sequence":9,"pid":57,"tgid":56,"errno":0,"child":58,"child_tgid":58,"parent":57,"parent_tgid":56,"kernel":0,"name":"sh","cut":false}"#
+            Line(&process, 1).to_string(),
+            r#"{"event":"process","processor":1,"sequence":9,"pid":57,"tgid":56,"errno":0,"child":58,"child_tgid":58,"parent":57,"parent_tgid":56,"kernel":0,"name":"sh","cut":false}"#
         );
         let mut call = event(Kind::Call as u32, [41, 2, u64::MAX, 0, 0, 0, 7], b"");
         call.errno = 13;
         assert_eq!(
-            Line(&call).to_string(),
-            r#"{"event":"call","sequence":9,"pid":57,"tgid":56,"errno":13,"number":41,"arguments":["0x2","0xffffffffffffffff","0x0","0x0","0x0","0x7"]}"#
+            Line(&call, 1).to_string(),
+            r#"{"event":"call","processor":1,"sequence":9,"pid":57,"tgid":56,"errno":13,"number":41,"arguments":["0x2","0xffffffffffffffff","0x0","0x0","0x0","0x7"]}"#
         );
         let module = event(Kind::Module as u32, [1, 0, 0, 1 << 63, 4096, 2, 0], b"m.ko");
         let hash = std::format!("01{}80", "00".repeat(30));
         assert_eq!(
-            Line(&module).to_string(),
+            Line(&module, 1).to_string(),
             std::format!(
-                r#"{{"event":"module","sequence":9,"pid":57,"tgid":56,"errno":0,"sha256":"{hash}","bytes":4096,"listed":2,"file":"m.ko","cut":false}}"#
+                r#"{{"event":"module","processor":1,"sequence":9,"pid":57,"tgid":56,"errno":0,"sha256":"{hash}","bytes":4096,"listed":2,"file":"m.ko","cut":false}}"#
             )
         );
-        assert!(Line(&event(77, [0; 7], b"")).to_string().contains("unknown"));
+        assert!(Line(&event(77, [0; 7], b""), 1).to_string().contains("unknown"));
     }
 
     #[test]

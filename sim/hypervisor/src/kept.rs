@@ -1,19 +1,11 @@
 //! The guest's registers where a call of the monitor ends on the way: what of them the monitor's entry code has kept.
 
 use core::mem::offset_of;
-use core::ptr::addr_of_mut;
 
 use vmsight_sim_abi::{Header, KEPT_ALL, KEPT_GENERAL, State};
 
 use crate::boot::Registers;
 
-unsafe extern "C" {
-    /// The guest's vector registers, as they were at the exit and will be after it.
-    static mut guest_fpu: [u64; VECTORS];
-}
-
-/// Words that FXSAVE64 stores.
-const VECTORS: usize = 64;
 /// What the entry code pushes before the arguments: R11 and R10, which nobody needs any more.
 const BEFORE: u64 = 16;
 
@@ -61,11 +53,8 @@ pub(crate) fn restore(
         }
     }
     if kept == KEPT_ALL {
-        for n in 0..VECTORS {
-            if let Some(value) = state(offset_of!(State, vectors) + n * 8) {
-                // SAFETY: what the exit's entry stored and will load again, of that length; nothing refers to it.
-                unsafe { addr_of_mut!(guest_fpu).cast::<u64>().add(n).write(value) };
-            }
+        for (n, word) in registers.vectors.iter_mut().enumerate() {
+            *word = state(offset_of!(State, vectors) + n * 8).unwrap_or(*word);
         }
     }
 }

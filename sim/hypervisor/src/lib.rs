@@ -9,6 +9,7 @@
 
 pub mod acpi;
 pub mod attempt;
+pub mod bytes;
 pub mod command;
 pub mod e820;
 pub mod ept;
@@ -29,3 +30,5 @@ extern crate std;
 pub const PAGE: u64 = 4096;
 /// Bytes of a large page.
 pub const LARGE: u64 = 2 << 20;
+/// The most processors that the hypervisor runs a guest on.
+pub const PROCESSORS: usize = 4;

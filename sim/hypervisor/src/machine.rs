@@ -126,6 +126,25 @@ pub(crate) fn wbinvd() {
     unsafe { asm!("wbinvd", options(nostack)) };
 }
 
+/// Lets NMIs come that were blocked, as the return from an interrupt does: Bochs 2.7 leaves them so after a SIPI.
+pub(crate) fn unblock_nmis() {
+    // SAFETY: returns to the next instruction, with the stack as it was.
+    unsafe {
+        asm!(
+            "mov {0}, rsp",
+            "push 0x10",
+            "push {0}",
+            "pushfq",
+            "push 8",
+            "lea {0}, [rip + 2f]",
+            "push {0}",
+            "iretq",
+            "2:",
+            out(reg) _,
+        );
+    }
+}
+
 /// Stops for good.
 pub(crate) fn halt() -> ! {
     loop {

@@ -3,6 +3,7 @@
 #![no_std]
 #![no_main]
 
+mod apic;
 mod boot;
 mod calls;
 mod channel;
@@ -15,9 +16,12 @@ mod kept;
 mod machine;
 mod msrs;
 mod outside;
+mod park;
+mod processor;
 mod serial;
 mod stepping;
 mod tell;
+mod timer;
 mod vmcs;
 
 use core::fmt::Write;

@@ -5,6 +5,7 @@ use vmsight_sim_hypervisor::{PAGE, exit, place, vmx};
 
 use crate::exits::{self, DEBUG, HARDWARE_EXCEPTION, KIND, MACHINE_CHECK, Outcome, VALID};
 use crate::guest::{GuestTables, Hypervisor};
+use crate::processor::Processor;
 use crate::{calls, hooks, machine, vmcs};
 
 const TRAP: u64 = 1 << 8;
@@ -23,6 +24,7 @@ const LONGEST: usize = 15;
 /// What was changed for the sake of one step.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Step {
+    processor: usize,
     rip: u64,
     flags: u64,
     debug_control: u64,
@@ -32,16 +34,21 @@ pub(crate) struct Step {
 impl Hypervisor {
     /// The guest writes to a page that is read-only. If it holds hooks and the write is a plain store, it is tried; `true`:
     /// the guest goes on.
-    pub(crate) fn begin_step(&mut self, gpa: u64) -> bool {
+    pub(crate) fn begin_step(&mut self, gpa: u64, processor: &Processor) -> bool {
         let gpa = gpa & !(PAGE - 1);
         let qualification = vmcs::read(vmcs::QUALIFICATION);
         let is_store = qualification & (WRITE | FETCH) == WRITE && qualification & FINAL == FINAL;
         let in_event = vmcs::read(vmcs::VECTORING_EVENT) & VALID != 0;
         let rip = vmcs::read(vmcs::GUEST_RIP);
-        let another = self.hooks.step.is_some_and(|step| step.rip != rip);
-        let allowed = is_store && !in_event && !another && exits::privilege() == 0;
+        let allowed = is_store && !in_event && exits::privilege() == 0;
         if !allowed || !self.hooks.is_hooked(gpa) || !attempt::is_store(&code(rip)) {
             return false;
+        }
+        match self.hooks.step {
+            // There is one set of copies: this processor tries again until the other is done.
+            Some(step) if step.processor != processor.number() => return true,
+            Some(step) if step.rip != rip => return false,
+            _ => {}
         }
         let Some(content) = hooks::page(gpa) else {
             return false;
@@ -57,6 +64,7 @@ impl Hypervisor {
         };
         if self.hooks.step.is_none() {
             self.hooks.step = Some(Step {
+                processor: processor.number(),
                 rip,
                 flags: vmcs::read(vmcs::GUEST_RFLAGS),
                 debug_control: vmcs::read(vmcs::GUEST_DEBUGCTL),
@@ -87,10 +95,13 @@ impl Hypervisor {
     }
 
     /// The guest has left while a write was tried. `None`: nothing is tried any more, and the exit is one like any other.
-    pub(crate) fn end_step(&mut self, reason: u16) -> Option<Outcome> {
-        let step = self.hooks.step?;
+    pub(crate) fn end_step(&mut self, reason: u16, processor: &Processor) -> Option<Outcome> {
+        let step = self
+            .hooks
+            .step
+            .filter(|step| step.processor == processor.number())?;
         let qualification = vmcs::read(vmcs::QUALIFICATION);
-        if reason == exit::EPT_VIOLATION && self.begin_step(vmcs::read(vmcs::GUEST_PHYSICAL)) {
+        if reason == exit::EPT_VIOLATION && self.begin_step(vmcs::read(vmcs::GUEST_PHYSICAL), processor) {
             return Some(Outcome::Again);
         }
         let event = vmcs::read(vmcs::EXIT_EVENT);

@@ -11,6 +11,7 @@ use vmsight_sim_hypervisor::json::Line;
 
 use crate::guest::Hypervisor;
 use crate::hooks::Refused;
+use crate::processor::Processor;
 
 /// The ring in the monitor's state.
 const RING: usize = offset_of!(State, watch) + offset_of!(Watch, ring);
@@ -21,56 +22,59 @@ const TOLD: u64 = 16;
 
 impl Hypervisor {
     /// Tells what there is to tell, and does what the host has ordered: at each exit.
-    pub(crate) fn talk(&mut self) {
+    pub(crate) fn talk(&mut self, processor: &Processor) {
         if !self.hooks.is_wanted() {
             return;
         }
         self.drain();
         match self.hooks.channel.command() {
             Some(Command::Stats) => self.say_stats("stats"),
-            Some(Command::Hook) => self.switch(true),
-            Some(Command::Unhook) => self.switch(false),
+            Some(Command::Hook) => self.switch(true, processor),
+            Some(Command::Unhook) => self.switch(false, processor),
             None => {}
         }
     }
 
-    fn switch(&mut self, active: bool) {
+    fn switch(&mut self, active: bool, processor: &Processor) {
         if self.hooks.patches().next().is_some() {
-            self.exchange(active);
+            self.alone(processor, |hypervisor| hypervisor.exchange(active));
         }
         self.say_stats(if active { "hooked" } else { "unhooked" });
     }
 
-    /// Empties the ring.
+    /// Empties the rings, of which each processor has one.
     pub(crate) fn drain(&mut self) {
-        // No more than it holds: who fills it again meanwhile waits for the next exit.
-        for _ in 0..EVENTS {
-            let Some(event) = self.event() else { return };
-            let _ = writeln!(self.hooks.channel, "{}", Line(&event));
+        for number in 0..Processor::all().count() {
+            // No more than it holds: who fills it again meanwhile waits for the next exit.
+            for _ in 0..EVENTS {
+                let Some(event) = self.event(number) else { break };
+                let _ = writeln!(self.hooks.channel, "{}", Line(&event, number));
+            }
         }
     }
 
-    fn event(&mut self) -> Option<Event> {
+    fn event(&mut self, number: usize) -> Option<Event> {
         if self.hooks.out_of_guest() {
             return self.hooks.watch.ring.take();
         }
         let views = self.views.as_ref()?;
-        let next = *views.state(&mut self.pool, RING + offset_of!(Ring, next))?;
-        let taken = *views.state(&mut self.pool, RING + offset_of!(Ring, taken))?;
+        let pool = &mut self.pool;
+        let next = *views.state(pool, number, RING + offset_of!(Ring, next))?;
+        let taken = *views.state(pool, number, RING + offset_of!(Ring, taken))?;
         let waiting = next.wrapping_sub(taken);
         if waiting == 0 {
             return None;
         }
         let gone = waiting.saturating_sub(EVENTS as u64);
-        let lost = views.state(&mut self.pool, RING + offset_of!(Ring, lost))?;
+        let lost = views.state(pool, number, RING + offset_of!(Ring, lost))?;
         *lost = lost.wrapping_add(gone);
         let sequence = taken.wrapping_add(gone);
         let mut words = [0; EVENT_WORDS];
         let at = RING + Ring::place(sequence);
         for (word, offset) in words.iter_mut().zip((at..).step_by(8)) {
-            *word = *views.state(&mut self.pool, offset)?;
+            *word = *views.state(pool, number, offset)?;
         }
-        *views.state(&mut self.pool, RING + offset_of!(Ring, taken))? = sequence.wrapping_add(1);
+        *views.state(pool, number, RING + offset_of!(Ring, taken))? = sequence.wrapping_add(1);
         Some(Event::from_words(&words))
     }
 
@@ -115,9 +119,9 @@ impl Hypervisor {
             counts = self.hooks.watch.calls;
         } else if let Some(views) = &self.views {
             for (count, offset) in counts.iter_mut().zip((COUNTS..).step_by(8)) {
-                *count = views.state(&mut self.pool, offset).map_or(0, |c| *c);
+                *count = views.sum(&mut self.pool, offset).unwrap_or(0);
             }
-            let mut read = |offset| views.state(&mut self.pool, offset).map_or(0, |word| *word);
+            let mut read = |offset| views.sum(&mut self.pool, offset).unwrap_or(0);
             handled = read(offset_of!(State, handled));
             lost = read(RING + offset_of!(Ring, lost));
         }

@@ -60,6 +60,7 @@ fields! {
     GUEST_SS_ACCESS = 0x4818;
     GUEST_INTERRUPTIBILITY = 0x4824;
     GUEST_ACTIVITY = 0x4826;
+    PREEMPTION_TIMER = 0x482e;
     CR0_MASK = 0x6000;
     CR4_MASK = 0x6002;
     CR0_SHADOW = 0x6004;
@@ -79,6 +80,7 @@ fields! {
     HOST_CR0 = 0x6c00;
     HOST_CR3 = 0x6c02;
     HOST_CR4 = 0x6c04;
+    HOST_GS_BASE = 0x6c08;
     HOST_TR_BASE = 0x6c0a;
     HOST_GDTR_BASE = 0x6c0c;
     HOST_IDTR_BASE = 0x6c0e;

@@ -222,33 +222,6 @@ user_vmcall:
     vmcall
     hlt
 
-    .globl memcpy, memset, memmove, memcmp, bcmp
-memcpy:
-memmove:
-    mov rax, rdi
-    mov rcx, rdx
-    rep movsb
-    ret
-memset:
-    mov r8, rdi
-    mov eax, esi
-    mov rcx, rdx
-    rep stosb
-    mov rax, r8
-    ret
-memcmp:
-bcmp:
-    xor eax, eax
-    xor r8d, r8d
-3:  cmp r8, rdx
-    je 4f
-    movzx eax, byte ptr [rdi + r8]
-    movzx ecx, byte ptr [rsi + r8]
-    inc r8
-    sub eax, ecx
-    je 3b
-4:  ret
-
     .section .bss
     .balign 16
     .globl attempt_rsp, exception_rip, timer_ticks, jump_rsp
@@ -271,6 +244,8 @@ user_stack_end:
     .skip 16
 "#
 );
+
+global_asm!(include_str!("../../memory.s"));
 
 /// Registers for [`jump_with`]: where to, RBX, RCX, RDX, RSI, RDI, RBP, R8 to R12, RFLAGS, RAX.
 pub(crate) type Jump = [u64; 14];
