@@ -110,10 +110,6 @@ pub struct Watch {
 
 impl Watch {
     /// That looks at nothing.
-    #[expect(
-        clippy::declare_interior_mutable_const,
-        reason = "what a static begins with, never used in place"
-    )]
     pub const EMPTY: Self = Self {
         policy: Policy::EMPTY,
         slide: 0,
@@ -176,10 +172,6 @@ pub const WINDOW: u64 = 1 << 46;
 
 impl State {
     /// Before the hypervisor fills it.
-    #[expect(
-        clippy::declare_interior_mutable_const,
-        reason = "what a static begins with, never used in place"
-    )]
     pub const EMPTY: Self = Self {
         stack: 0,
         handled: 0,

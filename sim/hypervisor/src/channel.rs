@@ -13,6 +13,8 @@ const SCRATCH: u16 = DATA + 7;
 /// Of the status: a byte has come; there is room.
 const RECEIVED: u8 = 1;
 const EMPTY: u8 = 0x20;
+/// And the last byte has left.
+const IDLE: u8 = 0x40;
 /// Bytes that the port takes at once.
 const FIFO: u8 = 16;
 /// Bytes that are read at one exit, so that a host that sends and sends does not stop the guest.
@@ -75,6 +77,14 @@ impl Channel {
             }
         }
         None
+    }
+
+    /// Waits until all that was said is on the line, as must be before the machine is off.
+    pub(crate) fn flush(&mut self) {
+        if self.present {
+            // SAFETY: reading the status.
+            self.present = (0..10_000_000).any(|_| unsafe { inb(STATUS) } & IDLE != 0);
+        }
     }
 
     fn send(&mut self, byte: u8) {

@@ -110,6 +110,7 @@ impl Hypervisor {
     pub(crate) fn say_last(&mut self) {
         self.drain();
         self.say_stats("off");
+        self.hooks.channel.flush();
     }
 
     fn say_stats(&mut self, state: &str) {
