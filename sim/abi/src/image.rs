@@ -1,7 +1,5 @@
 //! The monitor's image: a flat file that begins with a header and is mapped as it is.
 
-use core::sync::atomic::AtomicU64;
-
 use crate::{CALLS, Policy, Ring};
 
 /// Bytes of the checker's table.
@@ -65,6 +63,9 @@ pub struct State {
     pub refuse: u64,
     /// 1 where the hypervisor serves [`crate::Call::Drain`].
     pub doorbell: u64,
+    /// Counts up while a handler that takes long is getting on, as with a large module's hash: who bounds handlers in time
+    /// can tell it from one that hangs, and must, for a call that is ended lets pass what it was to judge.
+    pub progress: u64,
     /// What of the guest's registers is not in the processor but kept here: 0, [`KEPT_GENERAL`], [`KEPT_ALL`].
     pub kept: u64,
     /// RBX, RBP, R12 to R15.
@@ -103,19 +104,12 @@ pub struct Watch {
     pub x32_calls: u64,
     /// Calls with numbers beyond those that are told apart, or of which nothing could be read.
     pub other_calls: u64,
-    /// Counts up while a handler that takes long is getting on, as with a large module's hash: who bounds handlers in time
-    /// can tell it from one that hangs, and must, for a call that is ended lets pass what it was to judge.
-    pub progress: AtomicU64,
     /// What happened.
     pub ring: Ring,
 }
 
 impl Watch {
     /// That looks at nothing.
-    #[expect(
-        clippy::declare_interior_mutable_const,
-        reason = "what a static begins with, never used in place"
-    )]
     pub const EMPTY: Self = Self {
         policy: Policy::EMPTY,
         slide: 0,
@@ -123,7 +117,6 @@ impl Watch {
         compat_calls: [0; CALLS],
         x32_calls: 0,
         other_calls: 0,
-        progress: AtomicU64::new(0),
         ring: Ring::EMPTY,
     };
 }
@@ -179,10 +172,6 @@ pub const WINDOW: u64 = 1 << 46;
 
 impl State {
     /// Before the hypervisor fills it.
-    #[expect(
-        clippy::declare_interior_mutable_const,
-        reason = "what a static begins with, never used in place"
-    )]
     pub const EMPTY: Self = Self {
         stack: 0,
         handled: 0,
@@ -194,6 +183,7 @@ impl State {
         leave: 0,
         refuse: 0,
         doorbell: 0,
+        progress: 0,
         kept: 0,
         general: [0; 6],
         vectors: Vectors([0; 64]),

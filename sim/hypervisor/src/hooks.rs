@@ -116,10 +116,6 @@ pub(crate) struct Hooks {
 
 impl Hooks {
     /// What there is before anything is known. The policy is read in place, as large as it is.
-    #[expect(
-        clippy::declare_interior_mutable_const,
-        reason = "what a static begins with, never used in place"
-    )]
     pub(crate) const NONE: Self = Self {
         policy: Policy::EMPTY,
         options: Options {

@@ -3,7 +3,7 @@
 use core::mem::offset_of;
 use core::sync::atomic::Ordering;
 
-use vmsight_sim_abi::{State, Watch};
+use vmsight_sim_abi::State;
 use vmsight_sim_hypervisor::vmx;
 
 use crate::boot::Registers;
@@ -45,7 +45,7 @@ impl Hypervisor {
         }
         let handled = self.views.as_ref().and_then(|views| {
             let mut word = |offset| views.state(&mut self.pool, processor.number(), offset).copied();
-            let progress = word(offset_of!(State, watch) + offset_of!(Watch, progress))?;
+            let progress = word(offset_of!(State, progress))?;
             Some(word(offset_of!(State, handled))?.wrapping_add(progress))
         });
         // Each call counts itself in its first instructions, and counts on while it gets on: the same count is the same call,

@@ -13,6 +13,8 @@ pub trait Memory {
     fn read(&self, gpa: u64) -> Option<u64>;
     /// Writes one; `false` likewise.
     fn write(&mut self, gpa: u64, word: u64) -> bool;
+    /// Called now and then by a handler that takes long: it does not hang.
+    fn getting_on(&self) {}
 }
 
 /// What of the processor is not in the [`Frame`].
@@ -86,6 +88,11 @@ impl<'a, M: Memory> Context<'a, M> {
         let mut bytes = [0; 2];
         self.bytes(address, &mut bytes)?;
         Some(u16::from_le_bytes(bytes))
+    }
+
+    /// Shows that the handler, which takes long, does not hang.
+    pub fn getting_on(&self) {
+        self.memory.getting_on();
     }
 
     /// Reads bytes as long as they are there and wanted: how many.

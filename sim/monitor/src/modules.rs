@@ -1,7 +1,5 @@
 //! Modules, as they are given to the kernel: the whole file is in its memory, and nothing of it was looked at yet.
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use sha2::{Digest, Sha256};
 use vmsight_sim_abi::{Event, Handler, Kind, LISTED_MODULES_ONLY, Member, Verdict, Watch};
 
@@ -58,7 +56,7 @@ fn judge<M: Memory>(
     (address, length): (u64, u64),
     handler: Handler,
 ) -> Verdict {
-    let hash = hash(context, address, length, &watch.progress);
+    let hash = hash(context, address, length);
     let listed = hash.is_some_and(|hash| watch.policy.modules().contains(&hash));
     let verdict = if listed || watch.policy.flags & LISTED_MODULES_ONLY == 0 {
         Verdict::Continue
@@ -86,12 +84,7 @@ fn judge<M: Memory>(
 }
 
 /// SHA-256 over memory; `None` if not all of it can be read.
-fn hash<M: Memory>(
-    context: &Context<'_, M>,
-    address: u64,
-    length: u64,
-    progress: &AtomicU64,
-) -> Option<[u8; 32]> {
+fn hash<M: Memory>(context: &Context<'_, M>, address: u64, length: u64) -> Option<[u8; 32]> {
     const CHUNK: u64 = 512;
     if length > MOST {
         return None;
@@ -102,8 +95,7 @@ fn hash<M: Memory>(
         let part = chunk.get_mut(..(length - at).min(CHUNK) as usize)?;
         context.bytes(address.wrapping_add(at), part)?;
         digest.update(part);
-        // Seen by others in the middle of it.
-        progress.fetch_add(1, Ordering::Relaxed);
+        context.getting_on();
     }
     Some(digest.finalize().into())
 }
@@ -166,7 +158,7 @@ mod tests {
         );
         assert_eq!(lines.len(), 6);
         // What was hashed three times shows that it gets on.
-        let progress = guest.watch.progress.load(Ordering::Relaxed);
+        let progress = guest.progress.get();
         assert!(progress >= 3 * (5001 / 512), "{progress}");
     }
 
