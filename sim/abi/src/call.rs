@@ -5,7 +5,7 @@
 //! until the lockdown, [`Call::Report`].
 
 /// Version of everything in this crate. A monitor or guest of another one is refused.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// The CPUID leaf where hypervisors say who they are.
 pub const SIGNATURE_LEAF: u32 = 0x4000_0000;
@@ -60,6 +60,8 @@ numbered! {
         /// RDX = physical address of page RDI of [`Part`] RSI of what the monitor consists of: for those who want to
         /// attack it. [`Status::Argument`] past the last.
         MonitorPage = 0x7369_6d0a,
+        /// From within the monitor alone: its ring of events is to be emptied, and it goes on after the call.
+        Drain = 0x7369_6d0b,
         /// RDX = how many calls of the monitor were ended since they took too long.
         Ended = 0x7369_6d10,
     }

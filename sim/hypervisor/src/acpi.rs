@@ -1,4 +1,5 @@
-//! The processors that there are, by the firmware's tables (ACPI 6.5, 5.2.7 RSDT and 5.2.12 MADT).
+//! The processors that there are, and by which ports the machine is switched off, by the firmware's tables (ACPI 6.5, 5.2.7
+//! RSDT, 5.2.9 FADT and 5.2.12 MADT).
 
 use crate::PROCESSORS;
 use crate::bytes::u32_at;
@@ -9,6 +10,9 @@ const CAN_BE_ENABLED: u32 = 2;
 /// Entries of the MADT: a local APIC, and one with a wide number.
 const LOCAL_APIC: u8 = 0;
 const LOCAL_X2APIC: u8 = 9;
+/// PM1a_CNT_BLK and PM1b_CNT_BLK of the FADT.
+const PM1A_CONTROL: usize = 64;
+const PM1B_CONTROL: usize = 68;
 
 /// The processors of a machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -30,14 +34,7 @@ impl Processors {
 /// The processors by the RSDT at `rsdt`. `memory` gives so many bytes from a physical address on. `None` where there are
 /// no such tables.
 pub fn processors<'a>(rsdt: u64, memory: impl Fn(u64, usize) -> Option<&'a [u8]>) -> Option<Processors> {
-    let table = |at: u64, signature: &[u8; 4]| {
-        let header = memory(at, HEADER)?;
-        let length = u32_at(header, 4)? as usize;
-        (header.get(..4)? == signature && length >= HEADER).then(|| memory(at, length))?
-    };
-    let root = table(rsdt, b"RSDT")?;
-    let mut entries = root.get(HEADER..)?.chunks_exact(4).filter_map(|e| u32_at(e, 0));
-    let madt = entries.find_map(|at| table(at.into(), b"APIC"))?;
+    let madt = find(rsdt, b"APIC", memory)?;
     let mut rest = madt.get(HEADER + 8..)?;
     let mut found = Processors::default();
     while let [kind, length, ..] = *rest {
@@ -58,6 +55,32 @@ pub fn processors<'a>(rsdt: u64, memory: impl Fn(u64, usize) -> Option<&'a [u8]>
         rest = rest.get(usize::from(length).max(2)..)?;
     }
     Some(found)
+}
+
+/// The ports of the power management control registers, by which the system goes to sleep: two, or one and 0. Both are two
+/// bytes wide. `None` where there are no such tables, or no such ports.
+pub fn sleep_ports<'a>(rsdt: u64, memory: impl Fn(u64, usize) -> Option<&'a [u8]>) -> Option<[u16; 2]> {
+    let fadt = find(rsdt, b"FACP", memory)?;
+    let [first, second] = [PM1A_CONTROL, PM1B_CONTROL].map(|at| u32_at(fadt, at));
+    let first = first.and_then(|port| u16::try_from(port).ok())?;
+    let second = second.and_then(|port| u16::try_from(port).ok()).unwrap_or(0);
+    (first != 0).then_some([first, second])
+}
+
+/// The table of this name.
+fn find<'a>(
+    rsdt: u64,
+    signature: &[u8; 4],
+    memory: impl Fn(u64, usize) -> Option<&'a [u8]>,
+) -> Option<&'a [u8]> {
+    let table = |at: u64, signature: &[u8; 4]| {
+        let header = memory(at, HEADER)?;
+        let length = u32_at(header, 4)? as usize;
+        (header.get(..4)? == signature && length >= HEADER).then(|| memory(at, length))?
+    };
+    let root = table(rsdt, b"RSDT")?;
+    let mut entries = root.get(HEADER..)?.chunks_exact(4).filter_map(|e| u32_at(e, 0));
+    entries.find_map(|at| table(at.into(), signature))
 }
 
 #[cfg(test)]
@@ -116,6 +139,34 @@ mod tests {
         assert_eq!(
             (all.enabled as usize, all.apics().count()),
             (PROCESSORS + 1, PROCESSORS)
+        );
+    }
+
+    #[test]
+    fn the_ports_of_the_switch_are_found() {
+        let mut fadt = std::vec![0; 0x50];
+        let mut ports = |first: u32, second: u32| {
+            fadt[PM1A_CONTROL - HEADER..][..4].copy_from_slice(&first.to_le_bytes());
+            fadt[PM1B_CONTROL - HEADER..][..4].copy_from_slice(&second.to_le_bytes());
+            let tables = [
+                (0x1000u64, table(b"RSDT", &0x2000u32.to_le_bytes())),
+                (0x2000, table(b"FACP", &fadt)),
+            ];
+            sleep_ports(0x1000, |at, length| {
+                tables.iter().find(|(start, _)| *start == at)?.1.get(..length)
+            })
+        };
+        assert_eq!(ports(0xb004, 0), Some([0xb004, 0]));
+        assert_eq!(ports(0xb004, 0xb014), Some([0xb004, 0xb014]));
+        assert_eq!(ports(0, 0), None);
+        assert_eq!(ports(0x1_b004, 0), None);
+        // The tables above have one of eight bytes.
+        let short = memory(&[]);
+        assert_eq!(
+            sleep_ports(0x1000, |at, length| {
+                short.iter().find(|(start, _)| *start == at)?.1.get(..length)
+            }),
+            None
         );
     }
 

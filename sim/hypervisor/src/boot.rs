@@ -101,7 +101,7 @@ exit_entry:
     push r15
     sub rsp, 520
     fxsave64 [rsp]
-    lea rdi, [rsp + 520]
+    mov rdi, rsp
     mov rsi, gs:[0]
     call handle_exit
     fxrstor64 [rsp]
@@ -226,9 +226,13 @@ starting_stack:
 global_asm!(include_str!("../../memory.s"), include_str!("../../startup.s"));
 
 /// The guest's general registers, as the exit's entry pushes them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Registers {
+    /// What FXSAVE64 stores.
+    pub(crate) vectors: [u64; 64],
+    /// Nothing: the stack is aligned.
+    gap: u64,
     pub(crate) r15: u64,
     pub(crate) r14: u64,
     pub(crate) r13: u64,
@@ -267,6 +271,30 @@ impl Registers {
             15 => self.r15,
             _ => return None,
         })
+    }
+
+    /// The general registers as an INIT leaves them.
+    pub(crate) fn clear(&mut self) {
+        let Self { vectors, gap, .. } = *self;
+        *self = Self {
+            vectors,
+            gap,
+            r15: 0,
+            r14: 0,
+            r13: 0,
+            r12: 0,
+            r11: 0,
+            r10: 0,
+            r9: 0,
+            r8: 0,
+            rdi: 0,
+            rsi: 0,
+            rbp: 0,
+            rbx: 0,
+            rdx: 0,
+            rcx: 0,
+            rax: 0,
+        };
     }
 }
 

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use vmsight_arch::paging::{self, PagingMode};
 use vmsight_arch::registers::control::{CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_SMAP, CR4_SMEP};
 use vmsight_arch::{Dtb, Gva};
-use vmsight_sim_abi::{Call, Frame, Handler, Part, SITES, State, Status, VERSION};
+use vmsight_sim_abi::{Call, Frame, Handler, Part, State, Status, VERSION};
 use vmsight_sim_hypervisor::ept::{Exhausted, MemoryType, Permissions};
 use vmsight_sim_hypervisor::views::{Refused, Views};
 use vmsight_sim_hypervisor::{PAGE, PROCESSORS, exit, gate};
@@ -55,6 +55,9 @@ pub(crate) fn handle(
     registers: &mut Registers,
     processor: &Processor,
 ) -> Outcome {
+    if let Some(outcome) = hypervisor.hook_left(registers) {
+        return outcome;
+    }
     let call = Call::from_number(registers.rax);
     let anybody = match call {
         Some(Call::Version) => true,
@@ -124,6 +127,8 @@ impl Hypervisor {
                 let page = usize::try_from(argument).ok().and_then(|n| views.page(part, n));
                 Ok(page.ok_or(Status::Argument)?)
             }
+            // Not the guest's to call.
+            Call::Drain => Err(Status::Unknown.into()),
             Call::Ended => Ok(self.ended),
         }
     }
@@ -145,7 +150,7 @@ impl Hypervisor {
         if self.views.is_some() || self.image.is_empty() {
             return Err(Status::Monitor.into());
         }
-        if !exits::long_mode() || vmcs::read(vmcs::GUEST_CR4) & CR4_LA57 != 0 {
+        if !exits::long_mode() || five_levels() {
             return Err(Status::Argument.into());
         }
         let first = guest_page(stub).ok_or(Status::Argument)?;
@@ -156,26 +161,7 @@ impl Hypervisor {
         if first == second || first.max(second) >= self.ram_end {
             return Err(Status::Argument.into());
         }
-        let views = Views::new(
-            &mut self.pool,
-            self.image,
-            self.guest,
-            self.ram_end,
-            Hypervisor::own(),
-            stub,
-            Processor::all().count(),
-        )
-        .map_err(|refused| {
-            StatusOf(match refused {
-                Refused::Image => Status::Monitor,
-                Refused::Stub => Status::Argument,
-                Refused::Memory => Status::Memory,
-            })
-        })?;
-        for (list, number) in LISTS.iter().zip(0..) {
-            list.store(views.own(number).map_or(0, |own| own.list), Ordering::Relaxed);
-        }
-        self.views = Some(views);
+        self.make_views(stub)?;
         self.alone(processor, |hypervisor| {
             // SAFETY: both are RAM of the guest, identity-mapped, which the guest offers; nothing of ours refers to them.
             unsafe {
@@ -197,26 +183,40 @@ impl Hypervisor {
         Ok(0)
     }
 
+    /// Makes the monitor's views, with the stub at this guest-virtual address. Its pages are the caller's to fill and to
+    /// protect, with all other processors stopped: from then on they have the views.
+    pub(crate) fn make_views(&mut self, stub: u64) -> Result<(), Status> {
+        let views = Views::new(
+            &mut self.pool,
+            self.image,
+            self.guest,
+            self.ram_end,
+            Hypervisor::own(),
+            stub,
+            Processor::all().count(),
+        )
+        .map_err(|refused| match refused {
+            Refused::Image => Status::Monitor,
+            Refused::Stub => Status::Argument,
+            Refused::Memory => Status::Memory,
+        })?;
+        for (list, number) in LISTS.iter().zip(0..) {
+            list.store(views.own(number).map_or(0, |own| own.list), Ordering::Relaxed);
+        }
+        self.views = Some(views);
+        Ok(())
+    }
+
     fn register(&mut self, site: u64, handler: u64) -> Result<u64, StatusOf> {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
-        let at = offset_of!(State, sites) + site as usize % SITES * 8;
-        let there = *views.state(&mut self.pool, 0, at).ok_or(Status::Monitor)?;
         let handler = Handler::from_number(handler).ok_or(Status::Argument)?;
         if site == 0 {
             return Err(Status::Argument.into());
         }
-        if there != 0 && there != site {
-            return Err(Status::Collision.into());
+        match views.register(&mut self.pool, site, handler)? {
+            true => Ok(0),
+            false => Err(Status::Collision.into()),
         }
-        // A word holds the handlers of eight sites.
-        let index = site as usize % SITES;
-        let word_at = offset_of!(State, handlers) + index / 8 * 8;
-        let word = *views.state(&mut self.pool, 0, word_at).ok_or(Status::Monitor)?;
-        let shift = index % 8 * 8;
-        let word = word & !(0xff << shift) | (handler as u64) << shift;
-        views.set(&mut self.pool, word_at, word).ok_or(Status::Monitor)?;
-        views.set(&mut self.pool, at, site).ok_or(Status::Monitor)?;
-        Ok(0)
     }
 
     fn protect(&mut self, processor: &Processor, gpa: u64) -> Result<u64, StatusOf> {
@@ -236,7 +236,7 @@ impl Hypervisor {
         Ok(0)
     }
 
-    fn lock(&mut self) {
+    pub(crate) fn lock(&mut self) {
         self.locked = true;
         msrs::lock(self.msr_bitmap);
         PIN.store(true, Ordering::Relaxed);
@@ -245,11 +245,8 @@ impl Hypervisor {
     /// The monitor's handler, called out here: the checker's question, then what the handler does.
     fn invoke(&mut self, processor: &Processor, site: u64) -> Result<u64, StatusOf> {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
-        let at = offset_of!(State, sites) + site as usize % SITES * 8;
+        views.handler(&mut self.pool, site).ok_or(Status::Argument)?;
         let number = processor.number();
-        if *views.state(&mut self.pool, number, at).ok_or(Status::Monitor)? != site || site == 0 {
-            return Err(Status::Argument.into());
-        }
         let frame = Frame {
             site,
             ..Frame::default()
@@ -257,7 +254,8 @@ impl Hypervisor {
         let handled = views
             .state(&mut self.pool, number, offset_of!(State, handled))
             .ok_or(Status::Monitor)?;
-        Ok(vmsight_sim_monitor::null(&frame, handled) as u64)
+        vmsight_sim_monitor::null(&frame, handled);
+        Ok(0)
     }
 
     fn hash(&mut self, part: u64) -> Answer {
@@ -275,6 +273,11 @@ impl Hypervisor {
         let bytes: [u8; 8] = quarter.and_then(|q| q.try_into().ok()).ok_or(Status::Argument)?;
         Ok(u64::from_le_bytes(bytes))
     }
+}
+
+/// Whether the guest's page tables have five levels.
+pub(crate) fn five_levels() -> bool {
+    vmcs::read(vmcs::GUEST_CR4) & CR4_LA57 != 0
 }
 
 /// The guest-physical address of a page of RAM that the guest has at a virtual address.
@@ -311,6 +314,11 @@ pub(crate) fn settle(processor: &Processor) {
             vmcs::write(mask, vmcs::read(mask) | pinned);
         }
     }
+    invalidate();
+}
+
+/// Forgets all translations of this processor through extended page tables.
+pub(crate) fn invalidate() {
     let descriptor = [0u64; 2];
     // SAFETY: type 2, all contexts, which the processor has: translations are made anew.
     unsafe { asm!("invept {}, [{}]", in(reg) 2u64, in(reg) &descriptor, options(nostack)) };

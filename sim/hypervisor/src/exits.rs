@@ -6,7 +6,8 @@ use core::mem::offset_of;
 use core::sync::atomic::Ordering;
 
 use vmsight_arch::registers::control::{CR0_PE, CR4_PKE, EFER_LMA};
-use vmsight_sim_abi::{SIGNATURE, SIGNATURE_LEAF, State};
+use vmsight_arch::registers::msr;
+use vmsight_sim_abi::{Call, SIGNATURE, SIGNATURE_LEAF, State};
 use vmsight_sim_hypervisor::ept::{MemoryType, Permissions};
 use vmsight_sim_hypervisor::vmx::primary::NMI_WINDOW;
 use vmsight_sim_hypervisor::{exit, gate};
@@ -16,15 +17,15 @@ use crate::guest::{self, Hypervisor};
 use crate::park::{self, Turn};
 use crate::processor::Processor;
 use crate::serial::Console;
-use crate::{calls, machine, msrs, stop, timer, vmcs};
+use crate::{calls, io, kept, machine, msrs, stop, timer, vmcs};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// Events as the VMCS has them.
-const VALID: u64 = 1 << 31;
+pub(crate) const VALID: u64 = 1 << 31;
 const HAS_ERROR_CODE: u64 = 1 << 11;
-const HARDWARE_EXCEPTION: u64 = 3 << 8;
-const NMI: u64 = VALID | 2 << 8 | 2;
-const KIND: u64 = 7 << 8;
+pub(crate) const HARDWARE_EXCEPTION: u64 = 3 << 8;
+pub(crate) const NMI: u64 = VALID | 2 << 8 | 2;
+pub(crate) const KIND: u64 = 7 << 8;
 /// Kinds of events that bring an instruction's length: software interrupts and exceptions.
 const WITH_LENGTH: core::ops::RangeInclusive<u64> = 4 << 8..=6 << 8;
 /// Exceptions.
@@ -85,21 +86,28 @@ extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Process
             );
         }
     }
-    let outcome = match reason {
-        // These are for nothing that the guest does, in whatever view, and it goes on where it is.
-        exit::NMI_WINDOW => Outcome::Again,
-        exit::EXCEPTION_OR_NMI if is_nmi() => {
-            machine::unblock_nmis();
-            if !park::is_ours(processor) {
-                processor.nmis.store(1, Ordering::Relaxed);
+    let outcome = if let Some(outcome) = hypervisor.end_step(reason, processor) {
+        outcome
+    } else if hypervisor.is_doorbell(registers, processor, reason) {
+        hypervisor.drain();
+        Outcome::Done
+    } else {
+        match reason {
+            // These are for nothing that the guest does, in whatever view, and it goes on where it is.
+            exit::NMI_WINDOW => Outcome::Again,
+            exit::EXCEPTION_OR_NMI if is_nmi() => {
+                machine::unblock_nmis();
+                if !park::is_ours(processor) {
+                    processor.nmis.store(1, Ordering::Relaxed);
+                }
+                Outcome::Again
             }
-            Outcome::Again
+            exit::PREEMPTION_TIMER => hypervisor.timer(registers, processor),
+            exit::INIT => hypervisor.init(registers, processor),
+            exit::SIPI => hypervisor.sipi(processor),
+            _ if hypervisor.in_own_view() => handle(hypervisor, registers, processor, reason),
+            _ => hypervisor.recover(registers, processor),
         }
-        exit::PREEMPTION_TIMER => hypervisor.timer(registers, processor),
-        exit::INIT => hypervisor.init(registers, processor),
-        exit::SIPI => hypervisor.sipi(processor),
-        _ if hypervisor.in_own_view() => handle(hypervisor, registers, processor, reason),
-        _ => hypervisor.recover(registers, processor),
     };
     match outcome {
         Outcome::Done => skip(vmcs::read(vmcs::INSTRUCTION_LENGTH)),
@@ -114,6 +122,7 @@ extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Process
             vmcs::write(vmcs::ENTRY_ERROR_CODE, 0);
         }
     }
+    hypervisor.talk(processor);
     hypervisor.deliver_nmi(processor);
 }
 
@@ -143,7 +152,13 @@ fn handle(
     reason: u16,
 ) -> Outcome {
     match reason {
-        exit::CPUID => cpuid(registers),
+        exit::CPUID => {
+            if privilege() == 3 {
+                hypervisor.user_mode(processor);
+            }
+            cpuid(registers)
+        }
+        exit::IO_INSTRUCTION => io::access(hypervisor, registers),
         exit::VMCALL => calls::handle(hypervisor, registers, processor),
         exit::EPT_VIOLATION => violation(hypervisor, registers, processor),
         exit::CONTROL_REGISTER => control_register(registers),
@@ -156,6 +171,9 @@ fn handle(
         },
         exit::WRMSR => {
             let value = registers.rdx << 32 | registers.rax & 0xffff_ffff;
+            if registers.rcx as u32 == msr::LSTAR && !hypervisor.locked {
+                return entry(hypervisor, value);
+            }
             match msrs::write(registers.rcx as u32, value) {
                 Some(()) => Outcome::Done,
                 None => Outcome::Exception(PROTECTION),
@@ -170,7 +188,7 @@ fn handle(
         exit::EXCEPTION_OR_NMI => exception(),
         exit::VMFUNC => Outcome::Exception(INVALID_OPCODE),
         _ if exit::is_hidden_instruction(reason) => Outcome::Exception(INVALID_OPCODE),
-        exit::TRIPLE_FAULT => shutdown(),
+        exit::TRIPLE_FAULT => shutdown(hypervisor),
         _ => stop(format_args!(
             "{} ({reason}) at {:#x}, qualification {:#x}",
             exit::name(reason),
@@ -181,6 +199,11 @@ fn handle(
 }
 
 impl Hypervisor {
+    /// Whether the monitor asks for its ring to be emptied.
+    fn is_doorbell(&self, registers: &Registers, processor: &Processor, reason: u16) -> bool {
+        self.in_monitor(processor) && reason == exit::VMCALL && registers.rax == Call::Drain as u64
+    }
+
     /// Whether the guest is in its own view.
     pub(crate) fn in_own_view(&self) -> bool {
         vmcs::read(vmcs::EPT_POINTER) == self.guest.pointer()
@@ -225,6 +248,13 @@ impl Hypervisor {
         }
         let stack = views.header.base + views.header.text + views.header.data;
         let own = stack - views.header.data..=stack;
+        if in_monitor {
+            let state = |offset| views.state(&mut self.pool, number, offset).copied();
+            kept::restore(registers, &views.header, vmcs::read(vmcs::GUEST_RSP), state);
+            if let Some(kept) = views.state(&mut self.pool, number, offset_of!(State, kept)) {
+                *kept = 0;
+            }
+        }
         if in_monitor
             && own.contains(&vmcs::read(vmcs::GUEST_RSP))
             && let Some(kept) = views.state(&mut self.pool, number, offset_of!(State, stack))
@@ -247,10 +277,11 @@ impl Hypervisor {
     /// An INIT: from another processor, or for the first one, from a keyboard controller that is told to reset the machine.
     fn init(&mut self, registers: &mut Registers, processor: &Processor) -> Outcome {
         if processor.number() == 0 {
+            self.say_last();
             machine::reset();
         }
         self.leave_view(registers, processor);
-        *registers = Registers::default();
+        registers.clear();
         vmcs::write(vmcs::ENTRY_EVENT, 0);
         processor.nmis.store(0, Ordering::Relaxed);
         processor.waiting.store(true, Ordering::SeqCst);
@@ -306,6 +337,18 @@ fn machine_check() -> Option<u64> {
     let left_for_it = vmcs::read(vmcs::EXIT_REASON) as u16 == exit::EXCEPTION_OR_NMI && event & VALID != 0;
     let is_one = event & (KIND | 0xff) == HARDWARE_EXCEPTION | MACHINE_CHECK;
     (left_for_it && is_one).then_some(VALID | HARDWARE_EXCEPTION | MACHINE_CHECK)
+}
+
+/// The guest says where its kernel is entered by a system call, before the lockdown.
+fn entry(hypervisor: &mut Hypervisor, value: u64) -> Outcome {
+    let sign = value >> 47;
+    if sign != 0 && sign != 0x1_ffff {
+        return Outcome::Exception(PROTECTION);
+    }
+    // SAFETY: a canonical address, and the guest's own: the hypervisor makes no system calls.
+    unsafe { machine::wrmsr(msr::LSTAR, value) };
+    hypervisor.entry_known(value);
+    Outcome::Done
 }
 
 /// Bits that a physical address has.
@@ -369,7 +412,8 @@ fn cpuid(registers: &mut Registers) -> Outcome {
 }
 
 /// What a processor does after a triple fault.
-fn shutdown() -> ! {
+fn shutdown(hypervisor: &mut Hypervisor) -> ! {
+    hypervisor.say_last();
     let rip = vmcs::read(vmcs::GUEST_RIP);
     let _ = writeln!(
         Console,
@@ -385,12 +429,15 @@ fn violation(hypervisor: &mut Hypervisor, registers: &Registers, processor: &Pro
         return hypervisor.apic_store(registers, processor, gpa);
     }
     let ours = Hypervisor::own().contains(&gpa);
+    if hypervisor.begin_step(gpa, processor) {
+        return Outcome::Again;
+    }
     if ours || hypervisor.guest.translate(&mut hypervisor.pool, gpa).is_some() {
         // While an exception is being delivered, it is one fault too many: else the guest would never stop faulting here.
         let vectoring = vmcs::read(vmcs::VECTORING_EVENT);
         return match vectoring & (VALID | KIND) == VALID | HARDWARE_EXCEPTION {
             false => Outcome::Exception(PROTECTION),
-            true if vectoring & 0xff == DOUBLE_FAULT => shutdown(),
+            true if vectoring & 0xff == DOUBLE_FAULT => shutdown(hypervisor),
             true => Outcome::Exception(DOUBLE_FAULT),
         };
     }

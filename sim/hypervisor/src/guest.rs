@@ -17,10 +17,11 @@ use vmsight_sim_hypervisor::vmx::{CR4_VMXE, Controls, Missing, entry};
 use vmsight_sim_hypervisor::{LARGE, PAGE, PROCESSORS, acpi, exit};
 
 use crate::boot::{address, symbols};
+use crate::hooks::{Hooks, Options};
 use crate::machine::rdmsr;
 use crate::processor::{self, Processor};
 use crate::serial::Console;
-use crate::{apic, host, msrs, serial, stop, vmcs};
+use crate::{apic, host, io, msrs, serial, stop, vmcs};
 
 /// What is in the first megabyte for the kernel until it has its own: zero page, command line, GDT, page tables; and what
 /// the other processors start with.
@@ -50,6 +51,8 @@ const MONITOR_MOST: usize = 64 * 4096;
 #[unsafe(link_section = ".bss.pool")]
 static mut POOL: [Table; POOL_PAGES] = [Table::EMPTY; POOL_PAGES];
 static mut MSR_BITMAP: Table = Table::EMPTY;
+static mut IO_BITMAPS: [Table; 2] = [Table::EMPTY; 2];
+static mut HOOKS: Hooks = Hooks::NONE;
 static mut MONITOR: [u8; MONITOR_MOST] = [0; MONITOR_MOST];
 static mut HYPERVISOR: Option<Hypervisor> = None;
 
@@ -62,6 +65,8 @@ pub(crate) struct Hypervisor {
     /// The monitor's image, as it was booted; empty where there is none.
     pub(crate) image: &'static [u8],
     pub(crate) msr_bitmap: &'static mut Table,
+    /// What is hooked in the guest's kernel, if anything.
+    pub(crate) hooks: &'static mut Hooks,
     pub(crate) locked: bool,
     /// Stores to the APIC leave: see [`crate::apic`].
     pub(crate) apic_watched: bool,
@@ -156,7 +161,7 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
     if !map.is_ram(&LOW) {
         return Err(Error::NoMemory("what the kernel starts with"));
     }
-    let (mut kernel, mut initrd, mut image) = (None, 0..0, 0..0);
+    let (mut kernel, mut initrd, mut image, mut policy) = (None, 0..0, 0..0, None);
     let mut line = Line::default();
     let mut avoid = [const { 0..0 }; 8];
     for (module, slot) in information.modules().zip(avoid.iter_mut()) {
@@ -171,6 +176,7 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
             }
             ("initrd", _) => initrd = module.range,
             ("monitor", _) => image = module.range,
+            ("policy", rest) => policy = Some((module.range.clone(), Options::parse(rest))),
             _ => {}
         }
     }
@@ -195,6 +201,15 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
         host::enter_vmx(first);
         Hypervisor::new(&map, image)?
     };
+    if let Some((range, options)) = policy {
+        let sleep = information.rsdt().and_then(|at| acpi::sleep_ports(at, firmware));
+        // SAFETY: as above; the bitmaps are the processor's alone from the guest's first entry on.
+        unsafe {
+            io::intercept(&mut *addr_of_mut!(IO_BITMAPS), sleep.unwrap_or_default());
+            hypervisor.take_policy(module(range), options);
+        }
+        msrs::watch_entry(hypervisor.msr_bitmap);
+    }
     first_state(&controls, hypervisor, Begin::At(at));
     first.online.store(true, Ordering::SeqCst);
     // SAFETY: the page is RAM, and nobody's until the guest runs.
@@ -291,13 +306,14 @@ impl Hypervisor {
     /// Called once.
     unsafe fn new(map: &MemoryMap, image: &[u8]) -> Result<&'static mut Self, Error> {
         // SAFETY: once, so that each static has one reference.
-        let (pool, bitmap, kept, hypervisor) = unsafe {
+        let (pool, bitmap, kept, hooks, hypervisor) = unsafe {
             let pages = addr_of_mut!(POOL);
             let pool = Pool::new(pages as u64, &mut *pages);
             (
                 pool,
                 &mut *addr_of_mut!(MSR_BITMAP),
                 &mut *addr_of_mut!(MONITOR),
+                &mut *addr_of_mut!(HOOKS),
                 &mut *addr_of_mut!(HYPERVISOR),
             )
         };
@@ -315,6 +331,7 @@ impl Hypervisor {
             views: None,
             image: kept,
             msr_bitmap: bitmap,
+            hooks,
             locked: false,
             apic_watched: false,
             ended: 0,
@@ -379,6 +396,8 @@ pub(crate) fn first_state(controls: &Controls, hypervisor: &Hypervisor, begin: B
         (vmcs::EPT_POINTER, hypervisor.guest.pointer()),
         (vmcs::VM_FUNCTIONS, 0),
         (vmcs::EPTP_LIST, 0),
+        (vmcs::IO_BITMAP_LOW, addr_of!(IO_BITMAPS) as u64),
+        (vmcs::IO_BITMAP_HIGH, addr_of!(IO_BITMAPS) as u64 + PAGE),
         (vmcs::PREEMPTION_TIMER, u64::from(u32::MAX)),
         (vmcs::MSR_BITMAPS, addr_of!(*hypervisor.msr_bitmap) as u64),
         (vmcs::LINK_POINTER, u64::MAX),

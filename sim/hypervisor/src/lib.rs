@@ -8,13 +8,18 @@
 #![no_std]
 
 pub mod acpi;
+pub mod attempt;
 pub mod bytes;
+pub mod command;
 pub mod e820;
 pub mod ept;
 pub mod exit;
 pub mod gate;
+pub mod json;
 pub mod linux;
 pub mod multiboot;
+pub mod place;
+pub mod ports;
 pub mod store;
 pub mod views;
 pub mod vmx;

@@ -6,14 +6,21 @@
 mod apic;
 mod boot;
 mod calls;
+mod channel;
 mod exits;
 mod guest;
+mod hooks;
 mod host;
+mod io;
+mod kept;
 mod machine;
 mod msrs;
+mod outside;
 mod park;
 mod processor;
 mod serial;
+mod stepping;
+mod tell;
 mod timer;
 mod vmcs;
 

@@ -44,10 +44,12 @@ impl Hypervisor {
             return Outcome::Again;
         }
         let handled = self.views.as_ref().and_then(|views| {
-            let word = views.state(&mut self.pool, processor.number(), offset_of!(State, handled));
-            word.copied()
+            let mut word = |offset| views.state(&mut self.pool, processor.number(), offset).copied();
+            let progress = word(offset_of!(State, progress))?;
+            Some(word(offset_of!(State, handled))?.wrapping_add(progress))
         });
-        // Each call counts itself in its first instructions: the same count is the same call.
+        // Each call counts itself in its first instructions, and counts on while it gets on: the same count is the same call,
+        // which hangs.
         let same = processor.handling.swap(handled.unwrap_or(0), Ordering::Relaxed) == handled.unwrap_or(0);
         let before = processor.running.load(Ordering::Relaxed);
         if !same || before == 0 {

@@ -10,7 +10,9 @@
 use core::mem::offset_of;
 use core::ops::Range;
 
-use vmsight_sim_abi::{Header, MAGIC, Part, State, VERSION, WINDOW};
+use vmsight_sim_abi::{
+    Handler, Header, MAGIC, Part, SITE_STRIDE, SITES, State, VERSION, WINDOW, site_offset,
+};
 
 use crate::ept::{ENTRIES, Ept, Exhausted, MemoryType, Permissions, Pool};
 use crate::gate::{self, Addresses};
@@ -267,6 +269,7 @@ impl Views {
             (offset_of!(State, own_start), whole.start),
             (offset_of!(State, own_end), whole.end),
             (offset_of!(State, leave), address + gate::LEAVING as u64),
+            (offset_of!(State, refuse), address + gate::REFUSING as u64),
         ] {
             views.set(pool, offset, value).ok_or(Exhausted)?;
         }
@@ -332,6 +335,55 @@ impl Views {
         let offset = self.header.state - self.header.base - self.header.text + offset as u64;
         let page = *self.own(processor)?.data.all().get((offset / PAGE) as usize)?;
         pool.page(page)?.get_mut((offset % PAGE / 8) as usize)
+    }
+
+    /// Writes bytes into the monitor's state on all processors, wherever they begin.
+    pub fn write_state(&self, pool: &mut Pool<'_>, offset: usize, bytes: &[u8]) -> Option<()> {
+        for number in 0..self.processors {
+            for (at, byte) in (offset..).zip(bytes) {
+                let word = self.state(pool, number, at / 8 * 8)?;
+                let shift = at % 8 * 8;
+                *word = *word & !(0xff << shift) | u64::from(*byte) << shift;
+            }
+        }
+        Some(())
+    }
+
+    /// The entry of the checker's table at a place: the site and the number of what it calls.
+    fn site(&self, pool: &mut Pool<'_>, at: usize) -> Option<(u64, u8)> {
+        let offset = offset_of!(State, sites) + at;
+        // Nine bytes: in two words, wherever they begin.
+        let low = *self.state(pool, 0, offset / 8 * 8)?;
+        let high = *self.state(pool, 0, offset / 8 * 8 + 8)?;
+        let both = (u128::from(high) << 64 | u128::from(low)) >> (offset % 8 * 8);
+        Some((both as u64, (both >> 64) as u8))
+    }
+
+    /// Enters a hook into the checker's table, or changes what it calls; `Ok(false)` if another is too near.
+    pub fn register(&self, pool: &mut Pool<'_>, site: u64, handler: Handler) -> Result<bool, Exhausted> {
+        let mut entry = [0u8; 9];
+        let [numbers @ .., called] = &mut entry;
+        numbers.copy_from_slice(&site.to_le_bytes());
+        *called = handler as u8;
+        let at = site_offset(site);
+        let near = at.saturating_sub(SITE_STRIDE - 1)..(at + SITE_STRIDE).min(SITES - 8);
+        for other in near {
+            let (there, _) = self.site(pool, other).ok_or(Exhausted)?;
+            // Where no entry begins, these are parts of one, which do not say that one begins there.
+            if there != 0 && there != site && site_offset(there) == other {
+                return Ok(false);
+            }
+        }
+        self.write_state(pool, offset_of!(State, sites) + at, &entry)
+            .ok_or(Exhausted)?;
+        Ok(true)
+    }
+
+    /// What a registered hook calls.
+    pub fn handler(&self, pool: &mut Pool<'_>, site: u64) -> Option<Handler> {
+        let (there, handler) = self.site(pool, site_offset(site))?;
+        let registered = there == site && site != 0;
+        Handler::from_number(handler.into()).filter(|_| registered)
     }
 
     /// Sets that word on all processors.
@@ -454,7 +506,7 @@ mod tests {
             VERSION,
             0x1000_0000,
             PAGE,
-            2 * PAGE,
+            32 * PAGE,
             0x1000_0040,
             0x1000_1000,
         ];
@@ -627,6 +679,40 @@ mod tests {
     }
 
     #[test]
+    fn hooks_are_found_by_their_last_two_bytes() {
+        with(|pool, views, own| {
+            // Hooks are the same on all processors: one will do.
+            if own.list != views.own[0].list {
+                return;
+            }
+            let sites = [
+                0xffff_ffff_8100_3325,
+                0xffff_ffff_810d_3bc5,
+                0xffff_ffff_8149_0005,
+                0xffff_ffff_8101_fff5,
+            ];
+            for (site, handler) in
+                sites
+                    .into_iter()
+                    .zip([Handler::Null, Handler::Call, Handler::Exec, Handler::Copy])
+            {
+                assert_eq!(views.handler(pool, site), None);
+                assert_eq!(views.register(pool, site, handler), Ok(true));
+                assert_eq!(views.handler(pool, site), Some(handler));
+            }
+            // Again is a change; too near is refused, on both sides, and changes nothing.
+            assert_eq!(views.register(pool, sites[0], Handler::Process), Ok(true));
+            for near in [0xffff_ffff_8200_3325, sites[0] + 15, sites[0] - 15] {
+                assert_eq!(views.register(pool, near, Handler::Null), Ok(false));
+                assert_eq!(views.handler(pool, near), None);
+            }
+            assert_eq!(views.register(pool, sites[0] + 16, Handler::Null), Ok(true));
+            assert_eq!(views.handler(pool, sites[0]), Some(Handler::Process));
+            assert_eq!(views.handler(pool, 0), None);
+        });
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused() {
         let mut tables = std::vec![Table::EMPTY; 64];
         let mut pool = Pool::new(POOL, &mut tables);
@@ -635,7 +721,7 @@ mod tests {
             |image: &[u8], stub| Views::new(&mut pool, image, guest, 0, OWN, stub, 1).unwrap_err();
         assert_eq!(refused(&image()[..32], STUB), Refused::Image);
         let mut other = image();
-        other[8] = 2;
+        other[8] += 1;
         assert_eq!(refused(&other, STUB), Refused::Image);
         let mut outside = image();
         outside[40..48].copy_from_slice(&0x1000_1000u64.to_le_bytes());

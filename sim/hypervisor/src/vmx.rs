@@ -17,6 +17,10 @@ pub mod pin {
 pub mod primary {
     /// The guest leaves as soon as it takes an NMI; turned on only while there is one.
     pub const NMI_WINDOW: u32 = 1 << 22;
+    /// The I/O bitmaps decide which accesses to ports leave the guest.
+    pub const IO_BITMAPS: u32 = 1 << 25;
+    /// The guest leaves after one instruction.
+    pub const MONITOR_TRAP: u32 = 1 << 27;
     /// The MSR bitmap decides which MSR accesses leave the guest.
     pub const MSR_BITMAPS: u32 = 1 << 28;
     /// There are secondary controls.
@@ -130,6 +134,7 @@ pub fn controls(mut read: impl FnMut(u32) -> u64) -> Result<Controls, Missing> {
     }
     let wanted = [
         (primary::MSR_BITMAPS, "MSR bitmaps"),
+        (primary::IO_BITMAPS, "I/O bitmaps"),
         (primary::SECONDARY, "secondary processor-based controls"),
     ];
     let value = read(msr::TRUE_PRIMARY);
@@ -220,7 +225,10 @@ mod tests {
     #[test]
     fn only_what_is_wanted_and_what_must_be_is_on() {
         let controls = controls(able).unwrap();
-        assert_eq!(controls.primary, primary::MSR_BITMAPS | primary::SECONDARY | 2);
+        assert_eq!(
+            controls.primary,
+            primary::MSR_BITMAPS | primary::IO_BITMAPS | primary::SECONDARY | 2
+        );
         assert_eq!(
             controls.pin,
             pin::NMI_EXITING | pin::VIRTUAL_NMIS | pin::PREEMPTION_TIMER

@@ -150,6 +150,7 @@ stranger_call:
 
     # flags_call(address, flags): the same with flags of its own; what they are afterwards.
     .globl flags_call, flags_site
+    .balign 32
 flags_call:
     pushfq
     push rsi
@@ -163,6 +164,7 @@ flags_site:
 
     # copy_call(address, from, to): a hooked function with two arguments.
     .globl copy_call, copy_site
+    .balign 32
 copy_call:
     mov rax, rdi
     mov rdi, rsi
