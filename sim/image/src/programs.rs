@@ -20,6 +20,8 @@ pub enum Program {
     TwoViewsApt,
     /// The monitor: a flat image.
     Monitor,
+    /// The monitor with a handler that does not end, for one argument.
+    EndlessMonitor,
     /// The guest that attacks it: a bzImage.
     Trial,
     /// The first program of a Linux guest, which counts what it does: an ELF file.
@@ -45,6 +47,7 @@ impl Program {
         match self {
             Self::TwoViews => "freestanding,two-views",
             Self::TwoViewsApt => "freestanding,two-views-apt",
+            Self::EndlessMonitor => "freestanding,endless",
             _ => "freestanding",
         }
     }
@@ -54,7 +57,7 @@ impl Program {
             Self::Hypervisor | Self::TwoViews | Self::TwoViewsApt => {
                 ("vmsight-sim-hypervisor", "vmsight-hypervisor")
             }
-            Self::Monitor => ("vmsight-sim-monitor", "vmsight-monitor"),
+            Self::Monitor | Self::EndlessMonitor => ("vmsight-sim-monitor", "vmsight-monitor"),
             Self::Trial => ("vmsight-sim-trial", "vmsight-trial"),
             Self::Witness => ("vmsight-sim-witness", "vmsight-witness"),
         }
@@ -117,7 +120,7 @@ impl Program {
         let path = folder.join(name);
         let bytes = fs::read(&path).with_context(|| format!("read {}, of {package}", path.display()))?;
         match self {
-            Self::Monitor | Self::Trial => {
+            Self::Monitor | Self::EndlessMonitor | Self::Trial => {
                 flat(&bytes).with_context(|| format!("flatten {}", path.display()))
             }
             _ => Ok(bytes),

@@ -115,6 +115,40 @@ fn controls_reach_the_monitor() {
     }
 }
 
+/// What two processors find, of which one does what it can while the other goes through the gate.
+const FINDINGS_OF_TWO: &[&str] = &[
+    "the other processor starts: ok exit 3: 0; exit 4: 1",
+    "calls on both processors at once: ok",
+    "the race to re-arm: ok",
+    "hooks in a storm of NMIs: ok 2200 of 2200 handled",
+    "a handler without an end: ok 1 ended",
+    "a processor restarted after the lockdown: ok came again: false",
+];
+
+#[test]
+fn two_processors_do_not_get_past_each_other() {
+    let monitor = Program::EndlessMonitor
+        .bytes()
+        .unwrap_or_else(|e| panic!("{e:?}"));
+    let image = trial().monitor(monitor).command_line("2P");
+    let machine = Machine::with_processors(&image, WITH_VMX, 2).unwrap_or_else(|e| panic!("{e:?}"));
+    let run = machine.wait(LIMIT).unwrap();
+    for finding in FINDINGS_OF_TWO {
+        assert!(
+            run.serial.contains(&format!("trial: {finding}")),
+            "not found: {finding}\n{}",
+            run.serial
+        );
+    }
+    let serial = &run.serial;
+    assert!(
+        !serial.contains("FAILED") && serial.contains(" passed, 0 failed"),
+        "{serial}"
+    );
+    assert!(run.off, "it did not switch the machine off\n{serial}");
+    println!("{serial}");
+}
+
 #[test]
 fn a_guest_that_resets_the_machine_comes_back() {
     let machine = Machine::start(&trial().command_line("RB"), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));

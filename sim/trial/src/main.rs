@@ -5,6 +5,8 @@
 
 mod attacks;
 mod cost;
+mod hooked;
+mod processors;
 mod serial;
 mod start;
 mod tables;
@@ -62,6 +64,14 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         signature == SIGNATURE,
         format_args!("says who it is"),
     );
+    if control == *b"HK" {
+        hooked::all(&mut trial);
+        finish(&trial)
+    }
+    let two = control == *b"2P";
+    if two {
+        processors::come(&mut trial);
+    }
     call(Call::LoadMonitor, tables::STUB);
     let site = tables::at(&raw const start::hook_site);
     call(Call::RegisterHook, site);
@@ -80,9 +90,18 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         let _ = writeln!(Console, "trial: {name}: reached the monitor {reached} times");
         power_off()
     }
-    cost::measure(&mut trial, site);
-    attacks::all(&mut trial, site);
+    if two {
+        call(Call::Lockdown, 0);
+        processors::all(&mut trial);
+    } else {
+        cost::measure(&mut trial, site);
+        attacks::all(&mut trial, site);
+    }
     call(Call::Report, 0);
+    finish(&trial)
+}
+
+fn finish(trial: &Trial) -> ! {
     let Trial { passed, failed } = trial;
     let _ = writeln!(Console, "trial: {passed} passed, {failed} failed");
     power_off()
