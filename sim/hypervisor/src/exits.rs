@@ -94,7 +94,7 @@ extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Process
     } else {
         match reason {
             // These are for nothing that the guest does, in whatever view, and it goes on where it is.
-            exit::NMI_WINDOW => Outcome::Again,
+            exit::NMI_WINDOW | exit::MONITOR_TRAP => Outcome::Again,
             exit::EXCEPTION_OR_NMI if is_nmi() => {
                 machine::unblock_nmis();
                 if !park::is_ours(processor) {

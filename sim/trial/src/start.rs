@@ -239,10 +239,13 @@ compat_code:
     .code64
 
     # What user mode runs.
-    .globl user_vmfunc, user_vmcall
+    .globl user_vmfunc, user_vmcall, user_cpuid
 user_vmfunc:
     vmfunc
     ud2
+user_cpuid:
+    cpuid
+    hlt
 user_vmcall:
     mov eax, 0x73696d06
     vmcall
@@ -302,6 +305,7 @@ unsafe extern "C" {
     pub(crate) safe static flags_site: u8;
     pub(crate) safe static user_vmfunc: u8;
     pub(crate) safe static user_vmcall: u8;
+    pub(crate) safe static user_cpuid: u8;
     pub(crate) safe static jump_back: u8;
     pub(crate) safe static exception_entries: u8;
     pub(crate) safe static timer_entry: u8;
