@@ -18,6 +18,8 @@ pub enum Program {
     TwoViews,
     /// The same, but that page tables of the monitor's are used whatever CR3 says.
     TwoViewsApt,
+    /// The hypervisor with a gate that leaves the guest's page tables in use. A control likewise.
+    GuestTables,
     /// The monitor: a flat image.
     Monitor,
     /// The monitor with a handler that does not end, for one argument.
@@ -47,6 +49,7 @@ impl Program {
         match self {
             Self::TwoViews => "freestanding,two-views",
             Self::TwoViewsApt => "freestanding,two-views-apt",
+            Self::GuestTables => "freestanding,guest-tables",
             Self::EndlessMonitor => "freestanding,endless",
             _ => "freestanding",
         }
@@ -54,7 +57,7 @@ impl Program {
 
     fn package_and_name(self) -> (&'static str, &'static str) {
         match self {
-            Self::Hypervisor | Self::TwoViews | Self::TwoViewsApt => {
+            Self::Hypervisor | Self::TwoViews | Self::TwoViewsApt | Self::GuestTables => {
                 ("vmsight-sim-hypervisor", "vmsight-hypervisor")
             }
             Self::Monitor | Self::EndlessMonitor => ("vmsight-sim-monitor", "vmsight-monitor"),

@@ -86,7 +86,7 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         format_args!("a hook with a handler"),
     );
     // A hypervisor without the view of the gate: does the attack that it is to stop succeed?
-    if let b"A1" | b"A3" = &control {
+    if let b"A1" | b"A3" | b"A5" = &control {
         let reached = attacks::control(&control, site);
         let name = core::str::from_utf8(&control).unwrap_or_default();
         let _ = writeln!(Console, "trial: {name}: reached the monitor {reached} times");
