@@ -75,7 +75,7 @@ fn forge_the_list() -> u64 {
 
 /// Whether the monitor has cleared a word of the attacker's in place of its own list's.
 fn list_was_forged() -> bool {
-    code()[16..24] == [0; 8]
+    code()[16..20] == [0; 4]
 }
 
 /// How often the handler is called by an attack.
