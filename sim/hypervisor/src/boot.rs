@@ -251,6 +251,28 @@ pub(crate) struct Registers {
 }
 
 impl Registers {
+    /// The register of this number in an instruction's encoding. RSP is not among them.
+    pub(crate) fn get(&self, number: u8) -> Option<u64> {
+        Some(match number {
+            0 => self.rax,
+            1 => self.rcx,
+            2 => self.rdx,
+            3 => self.rbx,
+            5 => self.rbp,
+            6 => self.rsi,
+            7 => self.rdi,
+            8 => self.r8,
+            9 => self.r9,
+            10 => self.r10,
+            11 => self.r11,
+            12 => self.r12,
+            13 => self.r13,
+            14 => self.r14,
+            15 => self.r15,
+            _ => return None,
+        })
+    }
+
     /// The general registers as an INIT leaves them.
     pub(crate) fn clear(&mut self) {
         let Self { vectors, gap, .. } = *self;
@@ -273,28 +295,6 @@ impl Registers {
             rcx: 0,
             rax: 0,
         };
-    }
-
-    /// The register of this number in an instruction's encoding. RSP is not among them.
-    pub(crate) fn get(&self, number: u8) -> Option<u64> {
-        Some(match number {
-            0 => self.rax,
-            1 => self.rcx,
-            2 => self.rdx,
-            3 => self.rbx,
-            5 => self.rbp,
-            6 => self.rsi,
-            7 => self.rdi,
-            8 => self.r8,
-            9 => self.r9,
-            10 => self.r10,
-            11 => self.r11,
-            12 => self.r12,
-            13 => self.r13,
-            14 => self.r14,
-            15 => self.r15,
-            _ => return None,
-        })
     }
 }
 

@@ -49,6 +49,8 @@ const FINDINGS: &[&str] = &[
     "breakpoint on the gate: ok exit 0",
     "breakpoint after the arming: ok exit 0",
     "breakpoint on the monitor's entry: ok exit 0",
+    "breakpoint on what a handler reads: ok exit 0: 1; end 0; handler called 1 times",
+    "registers after a handler that ended: ok",
     "stack pointer in the monitor's stack: ok",
     "IDT in guest memory as the monitor sees it: ok",
     "a call from what is no registered hook: ok",

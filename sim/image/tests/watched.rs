@@ -132,11 +132,11 @@ fn the_monitor_tells_what_the_guest_did() {
     every_call_is_counted(&witness, end);
     every_process_is_told(&witness, &told);
     what_is_against_the_rules_is_refused(&witness, &told, &listed);
-    // Thousands of hooks were hit: none of them left the guest, but for a ring that was full.
+    // Hundreds of hooks were hit: none of them left the guest, but for a ring that was full.
     let calls: u64 = end["calls"].as_object().unwrap().values().map(number).sum();
     assert!(number(&end["handled"]) > calls, "{end}");
     let left = end["exits"].get("VMCALL").map_or(0, number);
-    assert!(calls > 500 && left < 5, "{calls} calls; {end}");
+    assert!(calls > 400 && left < 5, "{calls} calls; {end}");
 }
 
 fn every_call_is_counted(witness: &Witness, end: &Value) {

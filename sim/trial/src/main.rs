@@ -78,6 +78,8 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
     call(Call::RegisterHook, tables::at(&raw const start::flags_site));
     let copying = (tables::at(&raw const start::copy_site), Handler::Copy as u64);
     let (status, _) = start::vmcall_with(Call::RegisterHook as u64, copying.0, copying.1);
+    let looking = (tables::at(&raw const start::kept_site), Handler::Process as u64);
+    start::vmcall_with(Call::RegisterHook as u64, looking.0, looking.1);
     trial.check(
         "register",
         status == Status::Done as u64,

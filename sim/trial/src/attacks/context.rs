@@ -52,6 +52,41 @@ pub(super) fn debugging(trial: &mut Trial, site: u64) {
     }
 }
 
+/// A handler that ends in the middle, where it has used the registers for itself: a breakpoint on what it reads.
+pub(super) fn ended_handler(trial: &mut Trial) {
+    const READ: u64 = 1 | 3 << 16 | 2 << 18;
+    static mut LOST: u64 = u64::MAX;
+    unsafe extern "C" fn called(argument: u64) {
+        // SAFETY: the stub is there; one processor.
+        unsafe { addr_of_mut!(LOST).write(kept_call(ENTRY, argument)) };
+    }
+    // The members' offsets are all 0 without a policy: what is taken for a task is read from its first word on.
+    let task = at(addr_of_mut!(CODE));
+    // SAFETY: the trial itself does not read there.
+    unsafe {
+        set_dr0(WINDOW + task);
+        set_dr7(0x400 | READ);
+    }
+    trial.attack(
+        "breakpoint on what a handler reads",
+        EXCEPTION,
+        RETURNS,
+        1,
+        called,
+        task,
+    );
+    // SAFETY: none; one processor.
+    let lost = unsafe {
+        set_dr7(0x400);
+        addr_of_mut!(LOST).read()
+    };
+    trial.check(
+        "registers after a handler that ended",
+        lost == 0,
+        format_args!("as they were"),
+    );
+}
+
 /// Stack, flags, segments and tables of the attacker's choice.
 pub(super) fn context(trial: &mut Trial, site: u64) {
     let own = at(addr_of_mut!(CODE));

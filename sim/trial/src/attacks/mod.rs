@@ -218,6 +218,7 @@ pub(crate) fn all(trial: &mut Trial, site: u64) {
     gate::every_offset(trial, site);
     gate::page_tables(trial);
     context::debugging(trial, site);
+    context::ended_handler(trial);
     context::context(trial, site);
     memory::pointers(trial);
     kept::privileges(trial);
