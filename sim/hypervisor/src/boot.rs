@@ -80,7 +80,8 @@ enter_guest:
     setc al
     ret
 
-    # Where VM exits go, on the stack that ends at exit_stack_end.
+    # Where VM exits go, on the processor's own stack. GS is at what the processor has of its own, which begins with its
+    # own address.
     .globl exit_entry
 exit_entry:
     push rax
@@ -98,12 +99,13 @@ exit_entry:
     push r13
     push r14
     push r15
-    sub rsp, 8
-    fxsave64 [guest_fpu]
-    lea rdi, [rsp + 8]
+    sub rsp, 520
+    fxsave64 [rsp]
+    mov rdi, rsp
+    mov rsi, gs:[0]
     call handle_exit
-    fxrstor64 [guest_fpu]
-    add rsp, 8
+    fxrstor64 [rsp]
+    add rsp, 520
     pop r15
     pop r14
     pop r13
@@ -147,50 +149,56 @@ exception_common:
     and rsp, -16
     call host_exception
     ud2
-    # Kept for the guest, to which it goes on the next exit.
+    # An NMI while the hypervisor runs.
 nmi_entry:
-    lock inc qword ptr [host_nmis]
+    push rax
+    push rcx
+    push rdx
+    push rsi
+    push rdi
+    push r8
+    push r9
+    push r10
+    push r11
+    push rbp
+    mov rbp, rsp
+    sub rsp, 512
+    and rsp, -16
+    fxsave64 [rsp]
+    cld
+    mov rdi, gs:[0]
+    call host_nmi
+    fxrstor64 [rsp]
+    mov rsp, rbp
+    pop rbp
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rax
     iretq
 
-    # The C library's, which the compiler calls.
-    .globl memcpy, memmove, memset, memcmp, bcmp
-memcpy:
-    mov rax, rdi
-    mov rcx, rdx
-    rep movsb
-    ret
-memmove:
-    mov rax, rdi
-    mov rcx, rdi
-    sub rcx, rsi
-    cmp rcx, rdx
-    jae memcpy
-    mov rcx, rdx
-    lea rsi, [rsi + rdx - 1]
-    lea rdi, [rdi + rdx - 1]
-    std
-    rep movsb
-    cld
-    ret
-memset:
-    mov r8, rdi
-    mov eax, esi
-    mov rcx, rdx
-    rep stosb
-    mov rax, r8
-    ret
-memcmp:
-bcmp:
+    # Another processor, after what stands in startup.s.
+    .set startup_tables, boot_tables
+    .set startup_table, boot_gdt
+    .set startup_limit, 39
+    .set startup_selector, 8
+startup_64:
+    mov ax, 0x10
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
     xor eax, eax
-    xor r8d, r8d
-3:  cmp r8, rdx
-    je 4f
-    movzx eax, byte ptr [rdi + r8]
-    movzx ecx, byte ptr [rsi + r8]
-    inc r8
-    sub eax, ecx
-    je 3b
-4:  ret
+    mov fs, ax
+    mov gs, ax
+    mov rdi, [starting]
+    mov rsp, [starting_stack]
+    call start_processor
+    ud2
 
     .section .data
     .balign 16
@@ -203,25 +211,28 @@ boot_gdtr:
 
     .section .bss
     .balign 4096
-    .globl boot_tables, boot_stack_end, exit_stack_end, guest_fpu, host_nmis
+    .globl boot_tables, boot_stack_end, starting, starting_stack
 boot_tables:
     .skip 0x6000
-    .skip 0x8000
+    .skip 0x10000
 boot_stack_end:
-    .skip 0x8000
-exit_stack_end:
-    .balign 16
-guest_fpu:
-    .skip 512
-host_nmis:
+starting:
+    .skip 8
+starting_stack:
     .skip 8
 "#
 );
 
+global_asm!(include_str!("../../memory.s"), include_str!("../../startup.s"));
+
 /// The guest's general registers, as the exit's entry pushes them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Registers {
+    /// What FXSAVE64 stores.
+    pub(crate) vectors: [u64; 64],
+    /// Nothing: the stack is aligned.
+    gap: u64,
     pub(crate) r15: u64,
     pub(crate) r14: u64,
     pub(crate) r13: u64,
@@ -239,16 +250,69 @@ pub(crate) struct Registers {
     pub(crate) rax: u64,
 }
 
+impl Registers {
+    /// The register of this number in an instruction's encoding. RSP is not among them.
+    pub(crate) fn get(&self, number: u8) -> Option<u64> {
+        Some(match number {
+            0 => self.rax,
+            1 => self.rcx,
+            2 => self.rdx,
+            3 => self.rbx,
+            5 => self.rbp,
+            6 => self.rsi,
+            7 => self.rdi,
+            8 => self.r8,
+            9 => self.r9,
+            10 => self.r10,
+            11 => self.r11,
+            12 => self.r12,
+            13 => self.r13,
+            14 => self.r14,
+            15 => self.r15,
+            _ => return None,
+        })
+    }
+
+    /// The general registers as an INIT leaves them.
+    pub(crate) fn clear(&mut self) {
+        let Self { vectors, gap, .. } = *self;
+        *self = Self {
+            vectors,
+            gap,
+            r15: 0,
+            r14: 0,
+            r13: 0,
+            r12: 0,
+            r11: 0,
+            r10: 0,
+            r9: 0,
+            r8: 0,
+            rdi: 0,
+            rsi: 0,
+            rbp: 0,
+            rbx: 0,
+            rdx: 0,
+            rcx: 0,
+            rax: 0,
+        };
+    }
+}
+
 /// Addresses of what the code above defines; never called or read as what they are declared.
 pub(crate) mod symbols {
+    use core::sync::atomic::AtomicU64;
+
     unsafe extern "C" {
         pub(crate) safe static boot_gdt: [u64; 5];
-        pub(crate) safe static exit_stack_end: u8;
         pub(crate) safe static boot_tables: u8;
         pub(crate) safe static image_start: u8;
         pub(crate) safe static image_end: u8;
         pub(crate) safe static exit_entry: u8;
         pub(crate) safe static exception_entries: u8;
+        pub(crate) safe static startup: u8;
+        pub(crate) safe static startup_end: u8;
+        pub(crate) static starting: AtomicU64;
+        pub(crate) static starting_stack: AtomicU64;
         pub(crate) fn enter_guest(rsi: u64) -> u8;
     }
 }

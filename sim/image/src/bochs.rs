@@ -9,10 +9,12 @@ use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 use vmsight_lab::cache::Lock;
 
-use crate::Image;
+use crate::{Channel, Image};
 
 /// The processor of the machine, as Bochs calls it.
 pub const WITH_VMX: &str = "corei7_skylake_x";
+/// One that has the monitor trap flag, too.
+pub const WITH_TRAP_FLAG: &str = "corei7_icelake_u";
 /// One with long mode but without VT-x.
 pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
 
@@ -24,6 +26,7 @@ pub const HALTED: &str = "vmsight-hypervisor: halted";
 pub struct Machine {
     folder: TempDir,
     process: Child,
+    channel: Channel,
     _lock: Lock,
 }
 
@@ -34,6 +37,8 @@ pub struct Run {
     pub off: bool,
     /// The serial port's output. Bytes that are no UTF-8 are replaced.
     pub serial: String,
+    /// The second serial port's: the hypervisor's lines, if it has a policy.
+    pub channel: String,
 }
 
 impl Machine {
@@ -47,7 +52,9 @@ impl Machine {
         let lock = Lock::wait("bochs")?;
         let folder = tempfile::tempdir().context("make a temporary folder")?;
         image.write(&folder.path().join("image.iso"))?;
-        fs::write(folder.path().join("bochsrc"), configuration(processor, count))?;
+        let channel = Channel::listen()?;
+        let configuration = configuration(processor, count, channel.port());
+        fs::write(folder.path().join("bochsrc"), configuration)?;
         // Debian's Bochs has its debugger in, which asks before it starts and after each reset.
         fs::write(folder.path().join("commands"), "c\n".repeat(8))?;
         let process = Command::new("nice")
@@ -61,8 +68,19 @@ impl Machine {
         Ok(Self {
             folder,
             process,
+            channel,
             _lock: lock,
         })
+    }
+
+    /// The line to the hypervisor.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// What has come over the first serial port.
+    pub fn serial(&self) -> Result<String> {
+        read(&self.folder.path().join("serial"))
     }
 
     /// Waits until the machine is switched off, or the hypervisor has halted, or `limit` is over.
@@ -77,7 +95,12 @@ impl Machine {
                 bail!("bochs ended before the machine said anything:\n{output}");
             }
             if off || halted || Instant::now() > deadline {
-                return Ok(Run { off, serial });
+                let channel = if off {
+                    self.channel.rest()
+                } else {
+                    self.channel.text()
+                };
+                return Ok(Run { off, serial, channel });
             }
             std::thread::sleep(Duration::from_millis(200));
         }
@@ -100,7 +123,7 @@ fn read(path: &Path) -> Result<String> {
     }
 }
 
-fn configuration(processor: &str, count: u32) -> String {
+fn configuration(processor: &str, count: u32, port: u16) -> String {
     format!(
         "megs: 256\n\
          romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
@@ -109,6 +132,7 @@ fn configuration(processor: &str, count: u32) -> String {
          plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=0, gameport=0\n\
          display_library: rfb, options=\"timeout=0\"\n\
          com1: enabled=1, mode=file, dev=serial\n\
+         com2: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
          ata0-master: type=cdrom, path=image.iso, status=inserted\n\
          boot: cdrom\n\
          log: log\n\

@@ -5,10 +5,12 @@
 //! about time.
 
 pub mod bochs;
+pub mod channel;
 pub mod programs;
 pub mod rescue;
 pub mod user;
 
 pub use bochs::Machine;
+pub use channel::Channel;
 pub use programs::Program;
 pub use rescue::Image;

@@ -18,15 +18,24 @@ pub enum Program {
     TwoViews,
     /// The same, but that page tables of the monitor's are used whatever CR3 says.
     TwoViewsApt,
+    /// The hypervisor with a gate that leaves the guest's page tables in use. A control likewise.
+    GuestTables,
     /// The monitor: a flat image.
     Monitor,
+    /// The monitor with a handler that does not end, for one argument.
+    EndlessMonitor,
     /// The guest that attacks it: a bzImage.
     Trial,
+    /// The first program of a Linux guest, which counts what it does: an ELF file.
+    Witness,
 }
 
-/// What has no operating system needs neither position independence nor start files, and must not unwind.
+/// What has no operating system needs neither position independence nor start files, and must not unwind. SHA-256 is made of
+/// general instructions: asking the processor for better ones, by CPUID, would make the monitor leave the guest. There are no tables of
+/// jumps: what a piece of code can reach is to be seen in it.
 const FLAGS: &str = "-Crelocation-model=static -Ccode-model=small -Clink-arg=-nostartfiles -Clink-arg=-nodefaultlibs \
-    -Clink-arg=-static -Clink-arg=-no-pie -Clink-arg=-Wl,--build-id=none -Clink-arg=-Wl,-z,max-page-size=4096";
+    -Clink-arg=-static -Clink-arg=-no-pie -Clink-arg=-Wl,--build-id=none -Clink-arg=-Wl,-z,max-page-size=4096 \
+    -Cllvm-args=-min-jump-table-entries=1000 --cfg=sha2_backend=\"soft\"";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: [&str; 4] = [
     "profile.release.panic=\"abort\"",
@@ -40,17 +49,20 @@ impl Program {
         match self {
             Self::TwoViews => "freestanding,two-views",
             Self::TwoViewsApt => "freestanding,two-views-apt",
+            Self::GuestTables => "freestanding,guest-tables",
+            Self::EndlessMonitor => "freestanding,endless",
             _ => "freestanding",
         }
     }
 
     fn package_and_name(self) -> (&'static str, &'static str) {
         match self {
-            Self::Hypervisor | Self::TwoViews | Self::TwoViewsApt => {
+            Self::Hypervisor | Self::TwoViews | Self::TwoViewsApt | Self::GuestTables => {
                 ("vmsight-sim-hypervisor", "vmsight-hypervisor")
             }
-            Self::Monitor => ("vmsight-sim-monitor", "vmsight-monitor"),
+            Self::Monitor | Self::EndlessMonitor => ("vmsight-sim-monitor", "vmsight-monitor"),
             Self::Trial => ("vmsight-sim-trial", "vmsight-trial"),
+            Self::Witness => ("vmsight-sim-witness", "vmsight-witness"),
         }
     }
 
@@ -111,7 +123,7 @@ impl Program {
         let path = folder.join(name);
         let bytes = fs::read(&path).with_context(|| format!("read {}, of {package}", path.display()))?;
         match self {
-            Self::Monitor | Self::Trial => {
+            Self::Monitor | Self::EndlessMonitor | Self::Trial => {
                 flat(&bytes).with_context(|| format!("flatten {}", path.display()))
             }
             _ => Ok(bytes),

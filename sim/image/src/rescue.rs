@@ -16,6 +16,8 @@ pub struct Image {
     command_line: String,
     initrd: Option<Vec<u8>>,
     monitor: Option<Vec<u8>>,
+    policy: Option<Vec<u8>>,
+    policy_options: String,
 }
 
 /// Modules of GRUB that the configuration below needs. All of them would make loading it take longer than what it loads.
@@ -30,6 +32,8 @@ impl Image {
             command_line: command_line.to_owned(),
             initrd: None,
             monitor: None,
+            policy: None,
+            policy_options: String::new(),
         }
     }
 
@@ -61,16 +65,21 @@ impl Image {
         self
     }
 
+    /// With a policy: what of the kernel is hooked. `options` are words with blanks between: `exits`, the handlers run in the
+    /// hypervisor, which each hook leaves to; `fail-closed`, a kernel that the policy is not for does not go on.
+    #[must_use]
+    pub fn policy(mut self, policy: Vec<u8>, options: &str) -> Self {
+        self.policy = Some(policy);
+        options.clone_into(&mut self.policy_options);
+        self
+    }
+
     /// Writes the disc's image.
     pub fn write(&self, to: &Path) -> Result<()> {
-        if self
-            .command_line
-            .contains(['\n', '\'', '"', '\\', '$', ';', '{', '}'])
-        {
-            bail!(
-                "GRUB would not take the kernel's command line as it is: {}",
-                self.command_line
-            );
+        for line in [&self.command_line, &self.policy_options] {
+            if line.contains(['\n', '\'', '"', '\\', '$', ';', '{', '}']) {
+                bail!("GRUB would not take this command line as it is: {line}");
+            }
         }
         let folder = tempfile::tempdir().context("make a temporary folder")?;
         let boot = folder.path().join("boot");
@@ -83,6 +92,7 @@ impl Image {
             ("kernel", Some(&self.kernel), self.command_line.as_str()),
             ("initrd", self.initrd.as_ref(), ""),
             ("monitor", self.monitor.as_ref(), ""),
+            ("policy", self.policy.as_ref(), self.policy_options.as_str()),
         ];
         for (name, bytes, rest) in modules {
             let Some(bytes) = bytes else { continue };

@@ -1,6 +1,7 @@
 //! The begin, exceptions, and single instructions.
 
 use core::arch::{asm, global_asm};
+use core::sync::atomic::AtomicU64;
 
 global_asm!(
     r#"
@@ -54,14 +55,19 @@ attempt:
     push r14
     push r15
     pushfq
-    mov [attempt_rsp], rsp
+    # The task registers of the two processors are 0x30 and 0x40.
+    str eax
+    shr eax
+    mov [attempt_rsp + rax - 24], rsp
     mov rax, rdi
     mov rdi, rsi
     call rax
     xor eax, eax
 attempt_end:
-    mov rsp, [attempt_rsp]
-    mov qword ptr [attempt_rsp], 0
+    str ecx
+    shr ecx
+    mov rsp, [attempt_rsp + rcx - 24]
+    mov qword ptr [attempt_rsp + rcx - 24], 0
     popfq
     pop r15
     pop r14
@@ -87,12 +93,12 @@ exception_entries:
     .set vector, vector + 1
     .endr
 exception_common:
-    cmp qword ptr [attempt_rsp], 0
+    str ecx
+    shr ecx
+    cmp qword ptr [attempt_rsp + rcx - 24], 0
     je 1f
     mov eax, [rsp]
     inc eax
-    mov rcx, [rsp + 16]
-    mov [exception_rip], rcx
     xor ecx, ecx
     mov ds, cx
     mov es, cx
@@ -112,6 +118,26 @@ timer_entry:
     pop rax
     iretq
 
+    # NMIs: counted.
+    .globl nmi_entry
+nmi_entry:
+    lock inc qword ptr [nmi_count]
+    iretq
+
+    # Another processor, after what stands in startup.s.
+    .set startup_tables, trial_tables
+    .set startup_table, trial_gdt
+    .set startup_limit, 79
+    .set startup_selector, 0x10
+startup_64:
+    mov ax, 0x18
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
+    mov rsp, offset second_stack_end
+    call second
+    ud2
+
     # call_at(stub, registers): calls an address as the head of a hooked function does.
     .globl hook_call, hook_site, stranger_call
 hook_call:
@@ -124,6 +150,7 @@ stranger_call:
 
     # flags_call(address, flags): the same with flags of its own; what they are afterwards.
     .globl flags_call, flags_site
+    .balign 32
 flags_call:
     pushfq
     push rsi
@@ -137,12 +164,81 @@ flags_site:
 
     # copy_call(address, from, to): a hooked function with two arguments.
     .globl copy_call, copy_site
+    .balign 32
 copy_call:
     mov rax, rdi
     mov rdi, rsi
     mov rsi, rdx
     call rax
 copy_site:
+    ret
+
+    # kept_call(address, argument): a hooked function with other registers than the compiler's; 0 if all are as they were.
+    .globl kept_call, kept_site
+    .balign 32
+kept_call:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    push rsi
+    mov rax, rdi
+    mov rdi, rsi
+    mov rbx, 0x0123456789abcdef
+    movq xmm0, rbx
+    movq xmm15, rbx
+    mov esi, 0x21
+    mov edx, 0x22
+    mov r8d, 0x23
+    mov r9d, 0x24
+    mov ebp, 0x25
+    mov r12d, 0x26
+    mov r13d, 0x27
+    mov r14d, 0x28
+    mov r15d, 0x29
+    call rax
+kept_site:
+    cmp rdi, [rsp]
+    jne 2f
+    movq rax, xmm0
+    cmp rax, rbx
+    jne 2f
+    movq rax, xmm15
+    cmp rax, rbx
+    jne 2f
+    mov rax, 0x0123456789abcdef
+    cmp rbx, rax
+    jne 2f
+    cmp rsi, 0x21
+    jne 2f
+    cmp rdx, 0x22
+    jne 2f
+    cmp r8, 0x23
+    jne 2f
+    cmp r9, 0x24
+    jne 2f
+    cmp rbp, 0x25
+    jne 2f
+    cmp r12, 0x26
+    jne 2f
+    cmp r13, 0x27
+    jne 2f
+    cmp r14, 0x28
+    jne 2f
+    cmp r15, 0x29
+    jne 2f
+    xor eax, eax
+    jmp 3f
+2:  mov eax, 1
+3:  pop rsi
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
     ret
 
     # jump_with(registers): jumps to registers[0] with the rest loaded; what comes back by RET comes back here.
@@ -211,64 +307,46 @@ compat_code:
     .code64
 
     # What user mode runs.
-    .globl user_vmfunc, user_vmcall
+    .globl user_vmfunc, user_vmcall, user_cpuid
 user_vmfunc:
     vmfunc
     ud2
+user_cpuid:
+    cpuid
+    hlt
 user_vmcall:
     mov eax, 0x73696d06
     vmcall
     hlt
 
-    .globl memcpy, memset, memmove, memcmp, bcmp
-memcpy:
-memmove:
-    mov rax, rdi
-    mov rcx, rdx
-    rep movsb
-    ret
-memset:
-    mov r8, rdi
-    mov eax, esi
-    mov rcx, rdx
-    rep stosb
-    mov rax, r8
-    ret
-memcmp:
-bcmp:
-    xor eax, eax
-    xor r8d, r8d
-3:  cmp r8, rdx
-    je 4f
-    movzx eax, byte ptr [rdi + r8]
-    movzx ecx, byte ptr [rsi + r8]
-    inc r8
-    sub eax, ecx
-    je 3b
-4:  ret
-
     .section .bss
     .balign 16
-    .globl attempt_rsp, exception_rip, timer_ticks, jump_rsp
+    .globl timer_ticks, nmi_count
 attempt_rsp:
-    .skip 8
-exception_rip:
-    .skip 8
+    .skip 16
 timer_ticks:
+    .skip 8
+nmi_count:
     .skip 8
 jump_rsp:
     .skip 8
     .balign 4096
     .skip 0x10000
-    .globl stack_end, exception_stack_end
+    # Exceptions, interrupts and NMIs have a stack each on each processor, in the order of their numbers in the task state
+    # segment.
+    .globl exception_stacks
 stack_end:
-    .skip 0x4000
-exception_stack_end:
+    .skip 0x8000
+second_stack_end:
+exception_stacks:
+    .skip 0x6000
     .skip 0x1000
 user_stack_end:
     .skip 16
 "#
 );
+
+global_asm!(include_str!("../../memory.s"), include_str!("../../startup.s"));
 
 /// Registers for [`jump_with`]: where to, RBX, RCX, RDX, RSI, RDI, RBP, R8 to R12, RFLAGS, RAX.
 pub(crate) type Jump = [u64; 14];
@@ -289,16 +367,24 @@ unsafe extern "C" {
     pub(crate) safe static hook_site: u8;
     /// Calls the address as the head of a hooked function of two arguments would.
     pub(crate) fn copy_call(address: u64, first: u64, second: u64);
+    /// Calls the address with that argument and registers of its own: 0 if they are the same afterwards.
+    pub(crate) fn kept_call(address: u64, argument: u64) -> u64;
+    pub(crate) safe static kept_site: u8;
     /// VMFUNC in compatibility mode; the argument is of no use.
     pub(crate) fn compat_vmfunc(nothing: u64);
     pub(crate) safe static copy_site: u8;
     pub(crate) safe static flags_site: u8;
     pub(crate) safe static user_vmfunc: u8;
     pub(crate) safe static user_vmcall: u8;
+    pub(crate) safe static user_cpuid: u8;
     pub(crate) safe static jump_back: u8;
     pub(crate) safe static exception_entries: u8;
     pub(crate) safe static timer_entry: u8;
-    pub(crate) safe static exception_stack_end: u8;
+    pub(crate) safe static exception_stacks: u8;
+    pub(crate) safe static nmi_entry: u8;
+    pub(crate) safe static startup: u8;
+    pub(crate) safe static startup_end: u8;
+    pub(crate) safe static nmi_count: AtomicU64;
     pub(crate) static timer_ticks: u64;
 }
 
