@@ -56,7 +56,7 @@ until busybox hostname free 2>/dev/null; do :; done
 echo 'guest: until hooked'
 while busybox hostname free 2>/dev/null; do :; done
 echo \"guest: $(busybox hostname)\"
-busybox dmesg | busybox grep -E 'BUG|WARNING|Oops' && echo 'guest: not well'
+busybox dmesg | busybox grep -E 'kernel BUG|Oops' && echo 'guest: not well'
 busybox sleep 1
 busybox poweroff -f
 ";
