@@ -84,7 +84,7 @@ fn an_unmodified_debian_boots_works_and_powers_off() {
         ("exception or NMI", 4),
         ("SIPI", 2),
         // Until the other processor starts, each store to the APIC, of which an interrupt takes one.
-        ("EPT violation", 5000),
+        ("EPT violation", 2000),
     ] {
         assert!(exits(name).unwrap_or(0) <= most, "{name}\n{serial}");
     }
