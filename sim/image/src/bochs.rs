@@ -1,15 +1,16 @@
 //! Running an image in Bochs, headless.
 
-use std::fs;
-use std::path::Path;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
-use vmsight_lab::cache::Lock;
 
-use crate::Image;
+use crate::error::io;
+use crate::{Error, Image, packages};
 
 /// The processor of the machine, as Bochs calls it.
 pub const WITH_VMX: &str = "corei7_skylake_x";
@@ -19,12 +20,56 @@ pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
 /// What the hypervisor says last when there is no guest.
 pub const HALTED: &str = "vmsight-hypervisor: halted";
 
-/// A machine: 256 MiB, one disc.
+const BIOS: &str = "/usr/share/bochs/BIOS-bochs-latest";
+const VGA_BIOS: &str = "/usr/share/bochs/VGABIOS-lgpl-latest";
+
+/// How often it is looked whether there is more to read.
+const PERIOD: Duration = Duration::from_millis(200);
+
+/// What the machine is like.
+#[derive(Debug, Clone)]
+pub struct Hardware {
+    /// Bochs's name of the processor.
+    pub processor: String,
+    /// How many there are.
+    pub processors: u32,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// A command that becomes Bochs, given as the rest of its arguments: for those who want it to end with them.
+    pub through: Vec<OsString>,
+}
+
+impl Default for Hardware {
+    /// One processor with VT-x, 256 MiB.
+    fn default() -> Self {
+        Self {
+            processor: WITH_VMX.to_owned(),
+            processors: 1,
+            memory: 256,
+            through: Vec::new(),
+        }
+    }
+}
+
+/// A machine with one disc. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Machine {
     folder: TempDir,
     process: Child,
-    _lock: Lock,
+    console: Tail,
+    events: Tail,
+    seen: Vec<u8>,
+}
+
+/// What a running machine has said since it was asked last.
+#[derive(Debug)]
+pub struct News {
+    /// Over the first serial port: the hypervisor's console and the guest's.
+    pub console: Vec<u8>,
+    /// Over the second: the monitor's events.
+    pub events: Vec<u8>,
+    /// Whether the machine was switched off; nothing comes any more.
+    pub is_off: bool,
 }
 
 /// How a run ended, and what came over the serial port.
@@ -37,49 +82,141 @@ pub struct Run {
 }
 
 impl Machine {
-    /// Starts an image. One Bochs at a time: others wait.
-    pub fn start(image: &Image, processor: &str) -> Result<Self> {
+    /// Starts an image.
+    ///
+    /// # Errors
+    /// Those of [`Image::write`] and [`Machine::boot`].
+    pub fn start(image: &Image, processor: &str) -> Result<Self, Error> {
         Self::with_processors(image, processor, 1)
     }
 
     /// The same with more than one processor.
-    pub fn with_processors(image: &Image, processor: &str, count: u32) -> Result<Self> {
-        let lock = Lock::wait("bochs")?;
-        let folder = tempfile::tempdir().context("make a temporary folder")?;
-        image.write(&folder.path().join("image.iso"))?;
-        fs::write(folder.path().join("bochsrc"), configuration(processor, count))?;
+    ///
+    /// # Errors
+    /// Those of [`Image::write`] and [`Machine::boot`].
+    pub fn with_processors(image: &Image, processor: &str, count: u32) -> Result<Self, Error> {
+        let hardware = Hardware {
+            processor: processor.to_owned(),
+            processors: count,
+            ..Hardware::default()
+        };
+        Self::new(image, &hardware)
+    }
+
+    /// Starts an image on this hardware.
+    ///
+    /// # Errors
+    /// Those of [`Image::write`] and [`Machine::boot`].
+    pub fn new(image: &Image, hardware: &Hardware) -> Result<Self, Error> {
+        let folder = folder()?;
+        let disc = folder.path().join("image.iso");
+        installed()?;
+        image.write(&disc)?;
+        Self::launch(folder, &disc, hardware)
+    }
+
+    /// Starts from a disc's image that is there already.
+    ///
+    /// # Errors
+    /// [`Error::NotInstalled`] where Bochs or what it needs is missing, and what the system says.
+    pub fn boot(disc: &Path, hardware: &Hardware) -> Result<Self, Error> {
+        installed()?;
+        let disc = disc.canonicalize().map_err(io("find", disc))?;
+        Self::launch(folder()?, &disc, hardware)
+    }
+
+    fn launch(folder: TempDir, disc: &Path, hardware: &Hardware) -> Result<Self, Error> {
+        let put = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).map_err(io("write", path.clone()))
+        };
+        put("bochsrc", &configuration(disc, hardware))?;
         // Debian's Bochs has its debugger in, which asks before it starts and after each reset.
-        fs::write(folder.path().join("commands"), "c\n".repeat(8))?;
-        let process = Command::new("nice")
-            .args(["bochs", "-q", "-f", "bochsrc", "-rc", "commands"])
+        put("commands", &"c\n".repeat(8))?;
+        let output = folder.path().join("output");
+        let output = File::create(&output).map_err(io("write", output.clone()))?;
+        let mut words = hardware.through.clone();
+        words.extend(["nice", "bochs", "-q", "-f", "bochsrc", "-rc", "commands"].map(OsString::from));
+        let mut words = words.iter();
+        let process = Command::new(words.next().map_or("bochs".as_ref(), OsString::as_os_str))
+            .args(words)
             .current_dir(folder.path())
             .stdin(Stdio::null())
-            .stdout(fs::File::create(folder.path().join("output"))?)
+            .stdout(output)
             .stderr(Stdio::null())
             .spawn()
-            .context("start bochs (see script/packages.txt)")?;
+            .map_err(io("run", "bochs"))?;
         Ok(Self {
+            console: Tail::new(folder.path().join("serial")),
+            events: Tail::new(folder.path().join("events")),
             folder,
             process,
-            _lock: lock,
+            seen: Vec::new(),
         })
     }
 
+    /// What has come since this was asked last, and whether the machine still runs.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] with what Bochs said, if it ended before the machine said anything.
+    pub fn look(&mut self) -> Result<News, Error> {
+        // Asked first: what is read after its end is all there is.
+        let ended = self
+            .process
+            .try_wait()
+            .map_err(io("wait for", "bochs"))?
+            .is_some();
+        let news = News {
+            console: self.console.read()?,
+            events: self.events.read()?,
+            is_off: ended,
+        };
+        self.seen.extend_from_slice(&news.console);
+        if ended && self.seen.is_empty() {
+            let output = fs::read(self.folder.path().join("output")).unwrap_or_default();
+            return Err(Error::Failed {
+                program: "bochs",
+                output: String::from_utf8_lossy(&output).trim().to_owned(),
+            });
+        }
+        Ok(news)
+    }
+
+    /// All that came over the first serial port so far. Bytes that are no UTF-8 are replaced.
+    pub fn said(&self) -> String {
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
+    /// Whether the hypervisor has said that it has no guest.
+    pub fn is_halted(&self) -> bool {
+        let last = self.seen.len().saturating_sub(256);
+        String::from_utf8_lossy(self.seen.get(last..).unwrap_or_default()).contains(HALTED)
+    }
+
     /// Waits until the machine is switched off, or the hypervisor has halted, or `limit` is over.
-    pub fn wait(mut self, limit: Duration) -> Result<Run> {
+    ///
+    /// # Errors
+    /// Those of [`Machine::look`].
+    pub fn wait(self, limit: Duration) -> Result<Run, Error> {
+        self.watch(limit, |_| true)
+    }
+
+    /// The same; `each` gets what came, every fifth of a second, and may end it by saying no.
+    ///
+    /// # Errors
+    /// Those of [`Machine::look`].
+    pub fn watch(mut self, limit: Duration, mut each: impl FnMut(&News) -> bool) -> Result<Run, Error> {
         let deadline = Instant::now() + limit;
         loop {
-            let off = self.process.try_wait().context("wait for bochs")?.is_some();
-            let serial = read(&self.folder.path().join("serial"))?;
-            let halted = serial.contains(HALTED);
-            if off && serial.is_empty() {
-                let output = read(&self.folder.path().join("output"))?;
-                bail!("bochs ended before the machine said anything:\n{output}");
+            let news = self.look()?;
+            let on = each(&news);
+            if news.is_off || !on || self.is_halted() || Instant::now() > deadline {
+                return Ok(Run {
+                    off: news.is_off,
+                    serial: self.said(),
+                });
             }
-            if off || halted || Instant::now() > deadline {
-                return Ok(Run { off, serial });
-            }
-            std::thread::sleep(Duration::from_millis(200));
+            std::thread::sleep(PERIOD);
         }
     }
 }
@@ -92,30 +229,102 @@ impl Drop for Machine {
     }
 }
 
-fn read(path: &Path) -> Result<String> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+/// A file that another process writes, read as it grows.
+#[derive(Debug)]
+struct Tail {
+    path: PathBuf,
+    done: u64,
+}
+
+impl Tail {
+    fn new(path: PathBuf) -> Self {
+        Self { path, done: 0 }
+    }
+
+    /// What is new in it; nothing while it is not there.
+    fn read(&mut self) -> Result<Vec<u8>, Error> {
+        let mut file = match File::open(&self.path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io("open", &self.path)(error)),
+        };
+        let mut new = Vec::new();
+        file.seek(SeekFrom::Start(self.done))
+            .and_then(|_| file.read_to_end(&mut new))
+            .map_err(io("read", &self.path))?;
+        self.done += new.len() as u64;
+        Ok(new)
     }
 }
 
-fn configuration(processor: &str, count: u32) -> String {
+fn folder() -> Result<TempDir, Error> {
+    tempfile::tempdir().map_err(io("make a temporary folder in", std::env::temp_dir()))
+}
+
+/// Whether Bochs is there with what it needs.
+fn installed() -> Result<(), Error> {
+    let missing = |program| Error::NotInstalled {
+        program,
+        packages: "bochs, bochsbios and vgabios",
+    };
+    if packages::find("bochs").is_none() {
+        return Err(missing("bochs"));
+    }
+    for file in [BIOS, VGA_BIOS] {
+        if !Path::new(file).is_file() {
+            return Err(missing(file));
+        }
+    }
+    Ok(())
+}
+
+fn configuration(disc: &Path, hardware: &Hardware) -> String {
+    let Hardware {
+        processor,
+        processors,
+        memory,
+        ..
+    } = hardware;
     format!(
-        "megs: 256\n\
-         romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
-         vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest\n\
-         cpu: model={processor}, count={count}, ips=50000000, reset_on_triple_fault=1\n\
+        "megs: {memory}\n\
+         romimage: file={BIOS}\n\
+         vgaromimage: file={VGA_BIOS}\n\
+         cpu: model={processor}, count={processors}, ips=50000000, reset_on_triple_fault=1\n\
          plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=0, gameport=0\n\
          display_library: rfb, options=\"timeout=0\"\n\
          com1: enabled=1, mode=file, dev=serial\n\
-         ata0-master: type=cdrom, path=image.iso, status=inserted\n\
+         com2: enabled=1, mode=file, dev=events\n\
+         ata0-master: type=cdrom, path=\"{}\", status=inserted\n\
          boot: cdrom\n\
          log: log\n\
          panic: action=fatal\n\
          error: action=ignore\n\
          info: action=ignore\n\
          debug: action=ignore\n\
-         clock: sync=none\n"
+         clock: sync=none\n",
+        disc.display()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_grows_is_read_once() {
+        let folder = folder().unwrap();
+        let path = folder.path().join("serial");
+        let mut tail = Tail::new(path.clone());
+        assert!(tail.read().unwrap().is_empty());
+        let mut file = File::create(&path).unwrap();
+        file.write_all(b"one").unwrap();
+        assert_eq!(tail.read().unwrap(), b"one");
+        file.write_all(b"two").unwrap();
+        assert_eq!(tail.read().unwrap(), b"two");
+        assert!(tail.read().unwrap().is_empty());
+    }
 }

@@ -2,14 +2,33 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::path::Path;
+
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Register};
 use vmsight_sim_image::Program;
+
+#[path = "../build/freestanding.rs"]
+mod freestanding;
+
+use freestanding::Source;
 
 /// Clippy's default run leaves out what needs the feature `freestanding`.
 #[test]
 fn programs_have_no_lints() {
-    for program in [Program::Hypervisor, Program::Monitor, Program::Trial] {
-        program.lint().unwrap_or_else(|e| panic!("{e:?}"));
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("sim");
+    for (package, program) in [
+        ("vmsight-sim-hypervisor", "vmsight-hypervisor"),
+        ("vmsight-sim-monitor", "vmsight-monitor"),
+        ("vmsight-sim-trial", "vmsight-trial"),
+    ] {
+        let source = Source {
+            package,
+            program,
+            features: "",
+        };
+        source
+            .cargo("clippy", &target, &["--", "-D", "warnings"])
+            .unwrap_or_else(|e| panic!("{e}"));
     }
 }
 

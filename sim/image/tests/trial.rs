@@ -4,15 +4,22 @@
 
 use std::time::Duration;
 
-use vmsight_sim_image::bochs::{HALTED, WITH_VMX, WITHOUT_VMX};
+use vmsight_lab::cache::Lock;
+use vmsight_sim_image::bochs::{HALTED, Run, WITH_VMX, WITHOUT_VMX};
 use vmsight_sim_image::{Image, Machine, Program};
 
 /// For a machine that has others to run too.
 const LIMIT: Duration = Duration::from_secs(420);
 
 fn trial() -> Image {
-    let kernel = Program::Trial.bytes().unwrap_or_else(|e| panic!("{e:?}"));
-    Image::new(kernel, "").monitor(Program::Monitor.bytes().unwrap_or_else(|e| panic!("{e:?}")))
+    Image::trial().unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// One Bochs at a time.
+fn run(image: &Image, processor: &str, count: u32) -> Run {
+    let _lock = Lock::wait("bochs").unwrap();
+    let machine = Machine::with_processors(image, processor, count).unwrap_or_else(|e| panic!("{e}"));
+    machine.wait(LIMIT).unwrap()
 }
 
 /// Each attack, and what must be found: that it was stopped by the exit that is said to stop it.
@@ -68,8 +75,7 @@ const FINDINGS: &[&str] = &[
 
 #[test]
 fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
-    let machine = Machine::start(&trial(), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
-    let run = machine.wait(LIMIT).unwrap();
+    let run = run(&trial(), WITH_VMX, 1);
     let serial = run.serial.replace('\r', "");
     for finding in FINDINGS {
         let found = serial
@@ -104,8 +110,7 @@ fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
 fn controls_reach_the_monitor() {
     for (hypervisor, attack) in [(Program::TwoViews, "A1"), (Program::TwoViewsApt, "A3")] {
         let image = trial().hypervisor(hypervisor).command_line(attack);
-        let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
-        let run = machine.wait(LIMIT).unwrap();
+        let run = run(&image, WITH_VMX, 1);
         let finding = format!("trial: {attack}: reached the monitor 1 times");
         assert!(
             run.off && run.serial.contains(&finding),
@@ -117,8 +122,7 @@ fn controls_reach_the_monitor() {
 
 #[test]
 fn a_guest_that_resets_the_machine_comes_back() {
-    let machine = Machine::start(&trial().command_line("RB"), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
-    let run = machine.wait(LIMIT).unwrap();
+    let run = run(&trial().command_line("RB"), WITH_VMX, 1);
     for times in 0..3 {
         assert!(
             run.serial.contains(&format!("trial: reset {times} times")),
@@ -139,9 +143,7 @@ fn a_machine_that_cannot_be_watched_is_refused() {
         (WITHOUT_VMX, 1, "this processor lacks VT-x"),
         (WITH_VMX, 2, "this machine has 2 processors"),
     ] {
-        let machine =
-            Machine::with_processors(&trial(), processor, count).unwrap_or_else(|e| panic!("{e:?}"));
-        let run = machine.wait(LIMIT).unwrap();
+        let run = run(&trial(), processor, count);
         assert!(
             run.serial.contains(why) && run.serial.contains(HALTED),
             "{}",
