@@ -50,6 +50,7 @@ const COMMANDS: &[&str] = &[
     "strings",
     "symbols",
     "types",
+    "sim",
     "completions",
     "man",
 ];

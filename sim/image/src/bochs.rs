@@ -20,6 +20,9 @@ pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
 /// What the hypervisor says last when there is no guest.
 pub const HALTED: &str = "vmsight-hypervisor: halted";
 
+/// What GRUB says when it could not do what it was to do, and asks.
+const PROMPT: &str = "grub>";
+
 const BIOS: &str = "/usr/share/bochs/BIOS-bochs-latest";
 const VGA_BIOS: &str = "/usr/share/bochs/VGABIOS-lgpl-latest";
 
@@ -187,13 +190,14 @@ impl Machine {
         String::from_utf8_lossy(&self.seen).into_owned()
     }
 
-    /// Whether the hypervisor has said that it has no guest.
+    /// Whether there will be no guest: the hypervisor, or GRUB before it, has said so.
     pub fn is_halted(&self) -> bool {
         let last = self.seen.len().saturating_sub(256);
-        String::from_utf8_lossy(self.seen.get(last..).unwrap_or_default()).contains(HALTED)
+        let last = String::from_utf8_lossy(self.seen.get(last..).unwrap_or_default());
+        last.contains(HALTED) || last.trim_end().ends_with(PROMPT)
     }
 
-    /// Waits until the machine is switched off, or the hypervisor has halted, or `limit` is over.
+    /// Waits until the machine is switched off, or there is no guest, or `limit` is over.
     ///
     /// # Errors
     /// Those of [`Machine::look`].
@@ -257,6 +261,21 @@ impl Tail {
     }
 }
 
+/// Why there is no guest, where the hypervisor or GRUB has said so in a console's output.
+pub fn refusal(console: &str) -> Option<&str> {
+    if let Some((before, _)) = console.rsplit_once(HALTED) {
+        let why = before.trim_end().lines().next_back()?;
+        return Some(why.strip_prefix("vmsight-hypervisor: ").unwrap_or(why));
+    }
+    if !console.trim_end().ends_with(PROMPT) {
+        return None;
+    }
+    let error = console
+        .split_once("error: ")
+        .and_then(|(_, why)| why.lines().next());
+    Some(error.unwrap_or("GRUB did not find the hypervisor"))
+}
+
 fn folder() -> Result<TempDir, Error> {
     tempfile::tempdir().map_err(io("make a temporary folder in", std::env::temp_dir()))
 }
@@ -313,6 +332,16 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn why_there_is_no_guest_is_found() {
+        let console = "\x1b[Hvmsight-hypervisor 0.1.0\r\n\
+            vmsight-hypervisor: this processor lacks VT-x\r\nvmsight-hypervisor: halted\r\n";
+        assert_eq!(refusal(console), Some("this processor lacks VT-x"));
+        let console = "\x1b[1;1Herror: out of memory.\r\n\x1b[HGNU GRUB  version 2.06\r\n\r\ngrub> ";
+        assert_eq!(refusal(console), Some("out of memory."));
+        assert_eq!(refusal("vmsight-hypervisor: kernel at 0x1000000\r\n"), None);
+    }
 
     #[test]
     fn a_file_that_grows_is_read_once() {

@@ -18,6 +18,7 @@ pub(crate) mod raw;
 pub(crate) mod recover;
 pub(crate) mod regs;
 pub(crate) mod shell;
+pub(crate) mod sim;
 pub(crate) mod stream;
 pub(crate) mod strings;
 pub(crate) mod symbols;
