@@ -15,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 
 /// The name under which `src/programs.rs` includes each, what it is made of, and whether what is wanted is what of it is
 /// loaded into memory.
-const PROGRAMS: [(&str, Source, bool); 5] = [
+const PROGRAMS: [(&str, Source, bool); 6] = [
     ("HYPERVISOR", hypervisor(""), false),
     ("TWO_VIEWS", hypervisor("two-views"), false),
     ("TWO_VIEWS_APT", hypervisor("two-views-apt"), false),
@@ -36,6 +36,15 @@ const PROGRAMS: [(&str, Source, bool); 5] = [
             features: "",
         },
         true,
+    ),
+    (
+        "WITNESS",
+        Source {
+            package: "vmsight-sim-witness",
+            program: "vmsight-witness",
+            features: "",
+        },
+        false,
     ),
 ];
 

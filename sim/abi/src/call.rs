@@ -5,7 +5,7 @@
 //! until the lockdown, [`Call::Report`].
 
 /// Version of everything in this crate. A monitor or guest of another one is refused.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// The CPUID leaf where hypervisors say who they are.
 pub const SIGNATURE_LEAF: u32 = 0x4000_0000;
@@ -55,11 +55,29 @@ numbered! {
         /// RDI = 0 to 3: RDX = that quarter, little-endian, of the SHA-256 over all that the guest must not change:
         /// the monitor's text, the gates, the monitor's page tables.
         MonitorHash = 0x7369_6d08,
-        /// RDX = how many hooks the monitor has handled.
+        /// RDX = how many hooks the monitor has handled, on all processors.
         Handled = 0x7369_6d09,
-        /// RDX = guest-physical address of the page RDI of what the monitor consists of: for those who want to attack
-        /// it. [`Status::Argument`] past the last.
+        /// RDX = physical address of page RDI of [`Part`] RSI of what the monitor consists of: for those who want to
+        /// attack it. [`Status::Argument`] past the last.
         MonitorPage = 0x7369_6d0a,
+        /// From within the monitor alone: its ring of events is to be emptied, and it goes on after the call.
+        Drain = 0x7369_6d0b,
+        /// RDX = how many calls of the monitor were ended since they took too long.
+        Ended = 0x7369_6d10,
+    }
+}
+
+numbered! {
+    /// Parts of what a monitor consists of.
+    Part {
+        /// Gates, landing, page tables.
+        Fixed = 0,
+        /// The image's code and constants.
+        Text = 1,
+        /// Lists of EPT pointers, one to each processor.
+        Lists = 2,
+        /// Data and stack: all pages of the first processor, then of the next.
+        Data = 3,
     }
 }
 

@@ -23,8 +23,10 @@ pub struct Frame {
 
 /// What a handler decides about the hooked function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u64)]
 pub enum Verdict {
     /// It goes on.
-    Continue = 0,
+    Continue,
+    /// It returns this at once: a negative error number. The monitor puts [`crate::State::refuse`] where the guest's stack
+    /// has the site, and the value into [`Frame::site`], which becomes R10: the way of what goes on is no longer for it.
+    Refuse(i64),
 }

@@ -1,7 +1,18 @@
 //! The monitor's image: a flat file that begins with a header and is mapped as it is.
 
-/// How many hooks the checker's table has room for: one for each last byte of a return address.
-pub const SITES: usize = 256;
+use crate::{CALLS, Policy, Ring};
+
+/// Bytes of the checker's table.
+pub const SITES: usize = 0x1_0000 + SITE_STRIDE;
+/// Sites that are registered lie this far from each other in the table, in bytes, at least. Functions of a kernel, which
+/// are aligned so, do.
+pub const SITE_STRIDE: usize = 16;
+
+/// Where in the checker's table a site is: at its last two bytes, so that the monitor's entry finds it in two instructions.
+/// There lies the site, in 8 bytes, and after it the [`Handler`]'s number in one.
+pub const fn site_offset(site: u64) -> usize {
+    site as usize & 0xffff
+}
 
 /// The first bytes of a monitor's image: a jump over the header, as flat images begin, and a name.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"\xeb\x36vmsim\0");
@@ -47,10 +58,67 @@ pub struct State {
     pub own_end: u64,
     /// Where to go when done: [`Header`] does not know, the hypervisor does.
     pub leave: u64,
-    /// Return addresses of the registered hooks, each at the place of its last byte; 0 where there is none.
-    pub sites: [u64; SITES],
-    /// What each of them calls: a [`Handler`] at the same place.
-    pub handlers: [u8; SITES],
+    /// Where in the guest a hooked function goes on that is refused: the value that it returns is in R10 then. 0 where the
+    /// hypervisor has no such place.
+    pub refuse: u64,
+    /// 1 where the hypervisor serves [`crate::Call::Drain`].
+    pub doorbell: u64,
+    /// Counts up while a handler that takes long is getting on, as with a large module's hash: who bounds handlers in time
+    /// can tell it from one that hangs, and must, for a call that is ended lets pass what it was to judge.
+    pub progress: u64,
+    /// What of the guest's registers is not in the processor but kept here: 0, [`KEPT_GENERAL`], [`KEPT_ALL`].
+    pub kept: u64,
+    /// RBX, RBP, R12 to R15.
+    pub general: [u64; 6],
+    /// Vector registers, as FXSAVE64 stores them: handlers that do more than count use vector registers.
+    pub vectors: Vectors,
+    /// Return addresses of the registered hooks and what they call, by [`site_offset`]; zeros where there is none.
+    pub sites: [u8; SITES],
+    /// What the handlers know and tell.
+    pub watch: Watch,
+}
+
+/// Of [`State::kept`]: those general registers that functions keep, while a handler runs that is not the null one.
+pub const KEPT_GENERAL: u64 = 1;
+/// And the vector registers, while it does more than look at general ones.
+pub const KEPT_ALL: u64 = 2;
+
+/// What FXSAVE64 stores.
+#[derive(Debug)]
+#[repr(C, align(16))]
+pub struct Vectors(pub [u64; 64]);
+
+/// What handlers know and tell. The monitor has one, and the hypervisor another for the handlers that it calls itself.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Watch {
+    /// What is looked at.
+    pub policy: Policy,
+    /// KASLR's: run-time minus link-time address.
+    pub slide: u64,
+    /// System calls of 64 bits, by number.
+    pub calls: [u64; CALLS],
+    /// System calls of 32 bits, by number.
+    pub compat_calls: [u64; CALLS],
+    /// System calls of x32, all together.
+    pub x32_calls: u64,
+    /// Calls with numbers beyond those that are told apart, or of which nothing could be read.
+    pub other_calls: u64,
+    /// What happened.
+    pub ring: Ring,
+}
+
+impl Watch {
+    /// That looks at nothing.
+    pub const EMPTY: Self = Self {
+        policy: Policy::EMPTY,
+        slide: 0,
+        calls: [0; CALLS],
+        compat_calls: [0; CALLS],
+        x32_calls: 0,
+        other_calls: 0,
+        ring: Ring::EMPTY,
+    };
 }
 
 /// What a hook calls.
@@ -62,6 +130,22 @@ pub enum Handler {
     /// Counts, and copies the word at its first argument to its second, both guest-virtual addresses: it shows that the
     /// monitor reads and writes the guest's memory.
     Copy = 1,
+    /// System calls of 64 bits, at `x64_sys_call(regs, number)`.
+    Call = 2,
+    /// Those of 32 bits, at `ia32_sys_call(regs, number)`.
+    CompatCall = 3,
+    /// Those of x32, at `x32_sys_call(regs, number)`.
+    X32Call = 4,
+    /// New processes and threads, at `wake_up_new_task(task)`.
+    Process = 5,
+    /// Programs that are executed, at `begin_new_exec(bprm)`.
+    Exec = 6,
+    /// Modules from files, at `security_kernel_post_read_file(file, bytes, length, id)`.
+    ModuleFile = 7,
+    /// Modules from memory, at `security_kernel_post_load_data(bytes, length, id, description)`.
+    ModuleData = 8,
+    /// Credentials, at `commit_creds(new)`.
+    Credentials = 9,
 }
 
 impl Handler {
@@ -70,6 +154,14 @@ impl Handler {
         match number {
             0 => Some(Self::Null),
             1 => Some(Self::Copy),
+            2 => Some(Self::Call),
+            3 => Some(Self::CompatCall),
+            4 => Some(Self::X32Call),
+            5 => Some(Self::Process),
+            6 => Some(Self::Exec),
+            7 => Some(Self::ModuleFile),
+            8 => Some(Self::ModuleData),
+            9 => Some(Self::Credentials),
             _ => None,
         }
     }
@@ -89,7 +181,13 @@ impl State {
         own_start: 0,
         own_end: 0,
         leave: 0,
+        refuse: 0,
+        doorbell: 0,
+        progress: 0,
+        kept: 0,
+        general: [0; 6],
+        vectors: Vectors([0; 64]),
         sites: [0; SITES],
-        handlers: [0; SITES],
+        watch: Watch::EMPTY,
     };
 }

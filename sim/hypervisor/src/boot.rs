@@ -80,7 +80,8 @@ enter_guest:
     setc al
     ret
 
-    # Where VM exits go, on the stack that ends at exit_stack_end.
+    # Where VM exits go, on the processor's own stack. GS is at what the processor has of its own, which begins with its
+    # own address.
     .globl exit_entry
 exit_entry:
     push rax
@@ -98,12 +99,13 @@ exit_entry:
     push r13
     push r14
     push r15
-    sub rsp, 8
-    fxsave64 [guest_fpu]
-    lea rdi, [rsp + 8]
+    sub rsp, 520
+    fxsave64 [rsp]
+    mov rdi, rsp
+    mov rsi, gs:[0]
     call handle_exit
-    fxrstor64 [guest_fpu]
-    add rsp, 8
+    fxrstor64 [rsp]
+    add rsp, 520
     pop r15
     pop r14
     pop r13
@@ -147,50 +149,84 @@ exception_common:
     and rsp, -16
     call host_exception
     ud2
-    # Kept for the guest, to which it goes on the next exit.
+    # An NMI while the hypervisor runs.
 nmi_entry:
-    lock inc qword ptr [host_nmis]
+    push rax
+    push rcx
+    push rdx
+    push rsi
+    push rdi
+    push r8
+    push r9
+    push r10
+    push r11
+    push rbp
+    mov rbp, rsp
+    sub rsp, 512
+    and rsp, -16
+    fxsave64 [rsp]
+    cld
+    mov rdi, gs:[0]
+    call host_nmi
+    fxrstor64 [rsp]
+    mov rsp, rbp
+    pop rbp
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rax
     iretq
 
-    # The C library's, which the compiler calls.
-    .globl memcpy, memmove, memset, memcmp, bcmp
-memcpy:
-    mov rax, rdi
-    mov rcx, rdx
-    rep movsb
-    ret
-memmove:
-    mov rax, rdi
-    mov rcx, rdi
-    sub rcx, rsi
-    cmp rcx, rdx
-    jae memcpy
-    mov rcx, rdx
-    lea rsi, [rsi + rdx - 1]
-    lea rdi, [rdi + rdx - 1]
-    std
-    rep movsb
+    # What another processor begins with: a page of the first megabyte gets a copy of this, and a SIPI its number. In one
+    # step from real mode to long mode.
+    .globl startup, startup_end
+    .code16
+startup:
+    cli
     cld
-    ret
-memset:
-    mov r8, rdi
-    mov eax, esi
-    mov rcx, rdx
-    rep stosb
-    mov rax, r8
-    ret
-memcmp:
-bcmp:
+    mov eax, cr4
+    or eax, 0x620
+    mov cr4, eax
+    mov eax, offset boot_tables
+    mov cr3, eax
+    mov ecx, 0xc0000080
+    rdmsr
+    or eax, 0x900
+    wrmsr
+    # lgdt cs:[startup_gdtr - startup], with a base of 32 bits
+    .byte 0x2e, 0x66, 0x0f, 0x01, 0x16
+    .short startup_gdtr - startup
+    mov eax, cr0
+    and eax, 0x9ffffff3
+    or eax, 0x80010023
+    mov cr0, eax
+    # jmp 8:startup_64
+    .byte 0x66, 0xea
+    .long startup_64
+    .short 8
+startup_gdtr:
+    .short 39
+    .long boot_gdt
+startup_end:
+
+    .code64
+startup_64:
+    mov ax, 0x10
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
     xor eax, eax
-    xor r8d, r8d
-3:  cmp r8, rdx
-    je 4f
-    movzx eax, byte ptr [rdi + r8]
-    movzx ecx, byte ptr [rsi + r8]
-    inc r8
-    sub eax, ecx
-    je 3b
-4:  ret
+    mov fs, ax
+    mov gs, ax
+    mov rdi, [starting]
+    mov rsp, [starting_stack]
+    call start_processor
+    ud2
 
     .section .data
     .balign 16
@@ -203,25 +239,28 @@ boot_gdtr:
 
     .section .bss
     .balign 4096
-    .globl boot_tables, boot_stack_end, exit_stack_end, guest_fpu, host_nmis
+    .globl boot_tables, boot_stack_end, starting, starting_stack
 boot_tables:
     .skip 0x6000
-    .skip 0x8000
+    .skip 0x10000
 boot_stack_end:
-    .skip 0x8000
-exit_stack_end:
-    .balign 16
-guest_fpu:
-    .skip 512
-host_nmis:
+starting:
+    .skip 8
+starting_stack:
     .skip 8
 "#
 );
 
+global_asm!(include_str!("../../memory.s"));
+
 /// The guest's general registers, as the exit's entry pushes them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Registers {
+    /// What FXSAVE64 stores.
+    pub(crate) vectors: [u64; 64],
+    /// Nothing: the stack is aligned.
+    gap: u64,
     pub(crate) r15: u64,
     pub(crate) r14: u64,
     pub(crate) r13: u64,
@@ -239,16 +278,47 @@ pub(crate) struct Registers {
     pub(crate) rax: u64,
 }
 
+impl Registers {
+    /// The general registers as an INIT leaves them.
+    pub(crate) fn clear(&mut self) {
+        let Self { vectors, gap, .. } = *self;
+        *self = Self {
+            vectors,
+            gap,
+            r15: 0,
+            r14: 0,
+            r13: 0,
+            r12: 0,
+            r11: 0,
+            r10: 0,
+            r9: 0,
+            r8: 0,
+            rdi: 0,
+            rsi: 0,
+            rbp: 0,
+            rbx: 0,
+            rdx: 0,
+            rcx: 0,
+            rax: 0,
+        };
+    }
+}
+
 /// Addresses of what the code above defines; never called or read as what they are declared.
 pub(crate) mod symbols {
+    use core::sync::atomic::AtomicU64;
+
     unsafe extern "C" {
         pub(crate) safe static boot_gdt: [u64; 5];
-        pub(crate) safe static exit_stack_end: u8;
         pub(crate) safe static boot_tables: u8;
         pub(crate) safe static image_start: u8;
         pub(crate) safe static image_end: u8;
         pub(crate) safe static exit_entry: u8;
         pub(crate) safe static exception_entries: u8;
+        pub(crate) safe static startup: u8;
+        pub(crate) safe static startup_end: u8;
+        pub(crate) static starting: AtomicU64;
+        pub(crate) static starting_stack: AtomicU64;
         pub(crate) fn enter_guest(rsi: u64) -> u8;
     }
 }

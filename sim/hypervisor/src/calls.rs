@@ -3,27 +3,34 @@
 use core::arch::asm;
 use core::fmt::Write;
 use core::mem::offset_of;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use sha2::{Digest, Sha256};
 use vmsight_arch::paging::{self, PagingMode};
 use vmsight_arch::registers::control::{CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_SMAP, CR4_SMEP};
 use vmsight_arch::{Dtb, Gva};
-use vmsight_sim_abi::{Call, Frame, Handler, SITES, State, Status, VERSION};
+use vmsight_sim_abi::{Call, Frame, Handler, Part, State, Status, VERSION};
 use vmsight_sim_hypervisor::ept::{Exhausted, MemoryType, Permissions};
 use vmsight_sim_hypervisor::views::{Refused, Views};
-use vmsight_sim_hypervisor::{PAGE, exit, gate};
+use vmsight_sim_hypervisor::{PAGE, PROCESSORS, exit, gate};
 
 use crate::boot::Registers;
 use crate::exits::{self, Outcome};
 use crate::guest::{GuestTables, Hypervisor};
+use crate::processor::Processor;
 use crate::serial::Console;
-use crate::{msrs, vmcs};
+use crate::{msrs, timer, vmcs};
 
 /// Bits that stay as they are from the lockdown on.
 const CR0_PINNED: u64 = CR0_PE | CR0_PG | CR0_WP;
 const CR4_PINNED: u64 = CR4_PAE | CR4_LA57 | CR4_SMEP | CR4_SMAP;
 /// VM function 0: EPTP switching.
 const EPTP_SWITCHING: u64 = 1;
+
+/// The list of EPT pointers of each processor; 0 while there is no monitor.
+static LISTS: [AtomicU64; PROCESSORS] = [const { AtomicU64::new(0) }; PROCESSORS];
+/// Bits are to be pinned.
+static PIN: AtomicBool = AtomicBool::new(false);
 
 /// A call's answer: a value, or why there is none.
 type Answer = Result<u64, Status>;
@@ -43,7 +50,14 @@ impl From<Status> for StatusOf {
     }
 }
 
-pub(crate) fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers) -> Outcome {
+pub(crate) fn handle(
+    hypervisor: &mut Hypervisor,
+    registers: &mut Registers,
+    processor: &Processor,
+) -> Outcome {
+    if let Some(outcome) = hypervisor.hook_left(registers) {
+        return outcome;
+    }
     let call = Call::from_number(registers.rax);
     let anybody = match call {
         Some(Call::Version) => true,
@@ -55,7 +69,7 @@ pub(crate) fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers) -> 
     }
     let answer = match call {
         Some(call) => hypervisor
-            .call(call, registers.rdi, registers.rsi)
+            .call(processor, call, registers.rdi, registers.rsi)
             .map_err(|StatusOf(status)| status),
         None => Err(Status::Unknown),
     };
@@ -67,7 +81,13 @@ pub(crate) fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers) -> 
 }
 
 impl Hypervisor {
-    fn call(&mut self, call: Call, argument: u64, second: u64) -> Result<u64, StatusOf> {
+    fn call(
+        &mut self,
+        processor: &Processor,
+        call: Call,
+        argument: u64,
+        second: u64,
+    ) -> Result<u64, StatusOf> {
         let changes = matches!(
             call,
             Call::LoadMonitor | Call::RegisterHook | Call::Protect | Call::Lockdown
@@ -85,26 +105,30 @@ impl Hypervisor {
                 self.report();
                 Ok(0)
             }
-            Call::LoadMonitor => self.load(argument),
+            Call::LoadMonitor => self.load(processor, argument),
             Call::RegisterHook => self.register(argument, second),
-            Call::Protect => self.protect(argument),
+            Call::Protect => self.protect(processor, argument),
             Call::Lockdown => {
-                self.lock();
+                self.alone(processor, Self::lock);
                 Ok(0)
             }
-            Call::Invoke => self.invoke(argument),
+            Call::Invoke => self.invoke(processor, argument),
             Call::MonitorHash => self.hash(argument).map_err(Into::into),
             Call::Handled => {
                 let views = self.views.as_ref().ok_or(Status::Monitor)?;
-                Ok(*views
-                    .state(&mut self.pool, offset_of!(State, handled))
+                Ok(views
+                    .sum(&mut self.pool, offset_of!(State, handled))
                     .ok_or(Status::Monitor)?)
             }
             Call::MonitorPage => {
                 let views = self.views.as_ref().ok_or(Status::Monitor)?;
-                let page = usize::try_from(argument).ok().and_then(|n| views.page(n));
+                let part = Part::from_number(second).ok_or(Status::Argument)?;
+                let page = usize::try_from(argument).ok().and_then(|n| views.page(part, n));
                 Ok(page.ok_or(Status::Argument)?)
             }
+            // Not the guest's to call.
+            Call::Drain => Err(Status::Unknown.into()),
+            Call::Ended => Ok(self.ended),
         }
     }
 
@@ -121,11 +145,11 @@ impl Hypervisor {
         }
     }
 
-    fn load(&mut self, stub: u64) -> Result<u64, StatusOf> {
+    fn load(&mut self, processor: &Processor, stub: u64) -> Result<u64, StatusOf> {
         if self.views.is_some() || self.image.is_empty() {
             return Err(Status::Monitor.into());
         }
-        if !exits::long_mode() || vmcs::read(vmcs::GUEST_CR4) & CR4_LA57 != 0 {
+        if !exits::long_mode() || five_levels() {
             return Err(Status::Argument.into());
         }
         let first = guest_page(stub).ok_or(Status::Argument)?;
@@ -136,6 +160,31 @@ impl Hypervisor {
         if first == second || first.max(second) >= self.ram_end {
             return Err(Status::Argument.into());
         }
+        self.make_views(stub)?;
+        self.alone(processor, |hypervisor| {
+            // SAFETY: both are RAM of the guest, identity-mapped, which the guest offers; nothing of ours refers to them.
+            unsafe {
+                gate::stub(
+                    &mut *(first as *mut gate::Page),
+                    &mut *(second as *mut gate::Page),
+                );
+            }
+            [first, second].into_iter().try_for_each(|page| {
+                hypervisor.guest.map(
+                    &mut hypervisor.pool,
+                    page,
+                    page,
+                    Permissions::READ_EXECUTE,
+                    MemoryType::WriteBack,
+                )
+            })
+        })?;
+        Ok(0)
+    }
+
+    /// Makes the monitor's views, with the stub at this guest-virtual address. Its pages are the caller's to fill and to
+    /// protect, with all other processors stopped: from then on they have the views.
+    pub(crate) fn make_views(&mut self, stub: u64) -> Result<(), Status> {
         let views = Views::new(
             &mut self.pool,
             self.image,
@@ -143,108 +192,69 @@ impl Hypervisor {
             self.ram_end,
             Hypervisor::own(),
             stub,
+            Processor::all().count(),
         )
-        .map_err(|refused| {
-            StatusOf(match refused {
-                Refused::Image => Status::Monitor,
-                Refused::Stub => Status::Argument,
-                Refused::Memory => Status::Memory,
-            })
+        .map_err(|refused| match refused {
+            Refused::Image => Status::Monitor,
+            Refused::Stub => Status::Argument,
+            Refused::Memory => Status::Memory,
         })?;
-        // SAFETY: both are RAM of the guest, identity-mapped, which the guest offers; nothing of ours refers to them.
-        unsafe {
-            gate::stub(
-                &mut *(first as *mut gate::Page),
-                &mut *(second as *mut gate::Page),
-            )
-        };
-        for page in [first, second] {
-            self.guest.map(
-                &mut self.pool,
-                page,
-                page,
-                Permissions::READ_EXECUTE,
-                MemoryType::WriteBack,
-            )?;
+        for (list, number) in LISTS.iter().zip(0..) {
+            list.store(views.own(number).map_or(0, |own| own.list), Ordering::Relaxed);
         }
-        vmcs::write(vmcs::EPTP_LIST, views.list);
-        vmcs::write(vmcs::VM_FUNCTIONS, EPTP_SWITCHING);
-        // Neither may be delivered in a view that is not the guest's.
-        vmcs::write(
-            vmcs::EXCEPTION_BITMAP,
-            1 << exits::DEBUG | 1 << exits::MACHINE_CHECK,
-        );
         self.views = Some(views);
-        invalidate();
-        Ok(0)
+        Ok(())
     }
 
     fn register(&mut self, site: u64, handler: u64) -> Result<u64, StatusOf> {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
-        let at = offset_of!(State, sites) + site as usize % SITES * 8;
-        let slot = views.state(&mut self.pool, at).ok_or(Status::Monitor)?;
         let handler = Handler::from_number(handler).ok_or(Status::Argument)?;
         if site == 0 {
             return Err(Status::Argument.into());
         }
-        if *slot != 0 && *slot != site {
-            return Err(Status::Collision.into());
+        match views.register(&mut self.pool, site, handler)? {
+            true => Ok(0),
+            false => Err(Status::Collision.into()),
         }
-        *slot = site;
-        // A word holds the handlers of eight sites.
-        let at = site as usize % SITES;
-        let word = views
-            .state(&mut self.pool, offset_of!(State, handlers) + at / 8 * 8)
-            .ok_or(Status::Monitor)?;
-        let shift = at % 8 * 8;
-        *word = *word & !(0xff << shift) | (handler as u64) << shift;
-        Ok(0)
     }
 
-    fn protect(&mut self, gpa: u64) -> Result<u64, StatusOf> {
+    fn protect(&mut self, processor: &Processor, gpa: u64) -> Result<u64, StatusOf> {
         let present = self.guest.translate(&mut self.pool, gpa);
         if !gpa.is_multiple_of(PAGE) || present.is_none() || gpa >= self.ram_end {
             return Err(Status::Argument.into());
         }
-        self.guest.map(
-            &mut self.pool,
-            gpa,
-            gpa,
-            Permissions::READ_EXECUTE,
-            MemoryType::WriteBack,
-        )?;
-        invalidate();
+        self.alone(processor, |hypervisor| {
+            hypervisor.guest.map(
+                &mut hypervisor.pool,
+                gpa,
+                gpa,
+                Permissions::READ_EXECUTE,
+                MemoryType::WriteBack,
+            )
+        })?;
         Ok(0)
     }
 
-    fn lock(&mut self) {
+    pub(crate) fn lock(&mut self) {
         self.locked = true;
         msrs::lock(self.msr_bitmap);
-        for (mask, shadow, real, pinned) in [
-            (vmcs::CR0_MASK, vmcs::CR0_SHADOW, vmcs::GUEST_CR0, CR0_PINNED),
-            (vmcs::CR4_MASK, vmcs::CR4_SHADOW, vmcs::GUEST_CR4, CR4_PINNED),
-        ] {
-            // The shadow is what the guest reads of the bits in the mask: as they are.
-            vmcs::write(shadow, vmcs::read(shadow) & !pinned | vmcs::read(real) & pinned);
-            vmcs::write(mask, vmcs::read(mask) | pinned);
-        }
+        PIN.store(true, Ordering::Relaxed);
     }
 
     /// The monitor's handler, called out here: the checker's question, then what the handler does.
-    fn invoke(&mut self, site: u64) -> Result<u64, StatusOf> {
+    fn invoke(&mut self, processor: &Processor, site: u64) -> Result<u64, StatusOf> {
         let views = self.views.as_ref().ok_or(Status::Monitor)?;
-        let at = offset_of!(State, sites) + site as usize % SITES * 8;
-        if *views.state(&mut self.pool, at).ok_or(Status::Monitor)? != site || site == 0 {
-            return Err(Status::Argument.into());
-        }
+        views.handler(&mut self.pool, site).ok_or(Status::Argument)?;
+        let number = processor.number();
         let frame = Frame {
             site,
             ..Frame::default()
         };
         let handled = views
-            .state(&mut self.pool, offset_of!(State, handled))
+            .state(&mut self.pool, number, offset_of!(State, handled))
             .ok_or(Status::Monitor)?;
-        Ok(vmsight_sim_monitor::null(&frame, handled) as u64)
+        vmsight_sim_monitor::null(&frame, handled);
+        Ok(0)
     }
 
     fn hash(&mut self, part: u64) -> Answer {
@@ -264,6 +274,11 @@ impl Hypervisor {
     }
 }
 
+/// Whether the guest's page tables have five levels.
+pub(crate) fn five_levels() -> bool {
+    vmcs::read(vmcs::GUEST_CR4) & CR4_LA57 != 0
+}
+
 /// The guest-physical address of a page of RAM that the guest has at a virtual address.
 fn guest_page(address: u64) -> Option<u64> {
     let cr3 = Dtb(vmcs::read(vmcs::GUEST_CR3));
@@ -273,8 +288,36 @@ fn guest_page(address: u64) -> Option<u64> {
     reachable.then_some(page)
 }
 
-/// Forgets all translations through extended page tables.
-fn invalidate() {
+/// Has the processor's own VMCS say what the calls have changed for all, and forgets its translations.
+pub(crate) fn settle(processor: &Processor) {
+    let list = LISTS
+        .get(processor.number())
+        .map_or(0, |l| l.load(Ordering::Relaxed));
+    if list != 0 {
+        vmcs::write(vmcs::EPTP_LIST, list);
+        vmcs::write(vmcs::VM_FUNCTIONS, EPTP_SWITCHING);
+        // Neither may be delivered in a view that is not the guest's.
+        vmcs::write(
+            vmcs::EXCEPTION_BITMAP,
+            1 << exits::DEBUG | 1 << exits::MACHINE_CHECK,
+        );
+        timer::start(timer::PERIOD);
+    }
+    if PIN.load(Ordering::Relaxed) && !processor.pinned.swap(true, Ordering::Relaxed) {
+        for (mask, shadow, real, pinned) in [
+            (vmcs::CR0_MASK, vmcs::CR0_SHADOW, vmcs::GUEST_CR0, CR0_PINNED),
+            (vmcs::CR4_MASK, vmcs::CR4_SHADOW, vmcs::GUEST_CR4, CR4_PINNED),
+        ] {
+            // The shadow is what the guest reads of the bits in the mask: as they are.
+            vmcs::write(shadow, vmcs::read(shadow) & !pinned | vmcs::read(real) & pinned);
+            vmcs::write(mask, vmcs::read(mask) | pinned);
+        }
+    }
+    invalidate();
+}
+
+/// Forgets all translations of this processor through extended page tables.
+pub(crate) fn invalidate() {
     let descriptor = [0u64; 2];
     // SAFETY: type 2, all contexts, which the processor has: translations are made anew.
     unsafe { asm!("invept {}, [{}]", in(reg) 2u64, in(reg) &descriptor, options(nostack)) };

@@ -113,6 +113,9 @@ fn leaf(hpa: u64, permissions: Permissions, kind: MemoryType) -> u64 {
 }
 
 impl Ept {
+    /// None yet: not to be entered.
+    pub const NONE: Self = Self { root: 0 };
+
     /// Tables that map nothing.
     pub fn new(pool: &mut Pool<'_>) -> Result<Self, Exhausted> {
         Ok(Self {
@@ -138,7 +141,7 @@ impl Ept {
     }
 
     /// The table of level `to` for `gpa`; tables that are missing are made, large pages in the way split, and tables that
-    /// several entries share, as [`Self::everywhere`] makes them, copied first when `isolate` is set.
+    /// others may share copied first when `isolate` is set.
     fn table(self, pool: &mut Pool<'_>, gpa: u64, to: u32, isolate: bool) -> Result<u64, Exhausted> {
         let mut table = self.root;
         for level in (to + 1..=4).rev() {
@@ -195,20 +198,29 @@ impl Ept {
         Ok(())
     }
 
-    /// Maps pages of tables that [`Self::everywhere`] made, which all other pages go on to share. All of `pages`, guest
-    /// and host address and permissions of each, must lie in one 2 MiB page.
+    /// Maps pages, guest and host address and permissions of each, of tables that [`Self::everywhere`] or
+    /// [`Self::variant`] made; all other pages go on to share theirs. It costs least where those of one 2 MiB page follow
+    /// each other.
     pub fn replace(self, pool: &mut Pool<'_>, pages: &[(u64, u64, Permissions)]) -> Result<(), Exhausted> {
-        let Some(&(first, ..)) = pages.first() else {
-            return Ok(());
-        };
-        let table = self.table(pool, first, 1, true)?;
-        for &(gpa, hpa, permissions) in pages {
-            if gpa / LARGE != first / LARGE {
-                return Err(Exhausted);
+        for group in pages.chunk_by(|(a, ..), (b, ..)| a / LARGE == b / LARGE) {
+            let Some(&(first, ..)) = group.first() else {
+                continue;
+            };
+            let table = self.table(pool, first, 1, true)?;
+            for &(gpa, hpa, permissions) in group {
+                *pool.entry(table, index(gpa, 1))? = leaf(hpa, permissions, MemoryType::WriteBack);
             }
-            *pool.entry(table, index(gpa, 1))? = leaf(hpa, permissions, MemoryType::WriteBack);
         }
         Ok(())
+    }
+
+    /// Tables that differ in these pages, and share all others with these: what is changed there, changes in both.
+    pub fn variant(self, pool: &mut Pool<'_>, pages: &[(u64, u64, Permissions)]) -> Result<Self, Exhausted> {
+        let shared = *pool.page(self.root).ok_or(Exhausted)?;
+        let variant = Self::new(pool)?;
+        *pool.page(variant.root).ok_or(Exhausted)? = shared;
+        variant.replace(pool, pages)?;
+        Ok(variant)
     }
 
     /// Makes `range`, which must be whole pages, absent.
@@ -350,13 +362,38 @@ mod tests {
             ept.translate(&mut pool, gate + PAGE),
             Some((gate, Permissions::READ_WRITE))
         );
-        assert!(
-            ept.replace(
-                &mut pool,
-                &[(gate, 0, Permissions::READ), (gate + LARGE, 0, Permissions::READ)]
-            )
-            .is_err()
-        );
+        // In another large page: both stand.
+        ept.replace(&mut pool, &[(0, 0x5000, Permissions::READ)]).unwrap();
+        for (gpa, hpa) in [(0, 0x5000), (0x1000, 0x1000), (gate, gate)] {
+            assert_eq!(ept.translate(&mut pool, gpa).unwrap().0, hpa, "{gpa:#x}");
+        }
+    }
+
+    #[test]
+    fn a_variant_differs_where_it_is_to() {
+        let mut tables = tables();
+        let mut pool = Pool::new(BASE, &mut tables);
+        let ept = Ept::new(&mut pool).unwrap();
+        for gpa in [0, LARGE, 1 << 30] {
+            ept.map_large(&mut pool, gpa, Permissions::READ_WRITE, MemoryType::WriteBack)
+                .unwrap();
+        }
+        let pages = [
+            (0x3000, 0x9000, Permissions::READ),
+            (0x4000, 0xa000, Permissions::READ_WRITE),
+            ((1 << 30) + 0x3000, 0xb000, Permissions::READ),
+        ];
+        let variant = ept.variant(&mut pool, &pages).unwrap();
+        for (gpa, hpa, permissions) in pages {
+            assert_eq!(variant.translate(&mut pool, gpa), Some((hpa, permissions)));
+            assert_eq!(
+                ept.translate(&mut pool, gpa),
+                Some((gpa, Permissions::READ_WRITE))
+            );
+        }
+        for gpa in [0x2000, 0x5000, LARGE, 1 << 30] {
+            assert_eq!(variant.translate(&mut pool, gpa), ept.translate(&mut pool, gpa));
+        }
     }
 
     #[test]

@@ -32,12 +32,15 @@ reasons! {
     VMCLEAR = 19, "VMCLEAR";
     VMXON = 27, "VMXON";
     CONTROL_REGISTER = 28, "control register";
+    IO_INSTRUCTION = 30, "I/O instruction";
     RDMSR = 31, "RDMSR";
     WRMSR = 32, "WRMSR";
     INVALID_GUEST_STATE = 33, "invalid guest state";
+    MONITOR_TRAP = 37, "monitor trap flag";
     EPT_VIOLATION = 48, "EPT violation";
     EPT_MISCONFIGURATION = 49, "EPT misconfiguration";
     INVEPT = 50, "INVEPT";
+    PREEMPTION_TIMER = 52, "preemption timer";
     INVVPID = 53, "INVVPID";
     WBINVD = 54, "WBINVD";
     XSETBV = 55, "XSETBV";

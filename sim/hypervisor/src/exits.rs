@@ -3,25 +3,29 @@
 use core::arch::x86_64::__cpuid_count;
 use core::fmt::Write;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 
 use vmsight_arch::registers::control::{CR4_PKE, EFER_LMA};
-use vmsight_sim_abi::{SIGNATURE, SIGNATURE_LEAF, State};
+use vmsight_arch::registers::msr;
+use vmsight_sim_abi::{Call, SIGNATURE, SIGNATURE_LEAF, State};
 use vmsight_sim_hypervisor::ept::{MemoryType, Permissions};
+use vmsight_sim_hypervisor::vmx::primary::NMI_WINDOW;
 use vmsight_sim_hypervisor::{exit, gate};
 
 use crate::boot::Registers;
-use crate::guest::Hypervisor;
+use crate::guest::{self, Hypervisor};
+use crate::park::{self, Turn};
+use crate::processor::Processor;
 use crate::serial::Console;
-use crate::{calls, machine, msrs, stop, vmcs};
+use crate::{calls, io, kept, machine, msrs, stop, timer, vmcs};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// Events as the VMCS has them.
-const VALID: u64 = 1 << 31;
+pub(crate) const VALID: u64 = 1 << 31;
 const HAS_ERROR_CODE: u64 = 1 << 11;
-const HARDWARE_EXCEPTION: u64 = 3 << 8;
-const NMI: u64 = VALID | 2 << 8 | 2;
-const KIND: u64 = 7 << 8;
+pub(crate) const HARDWARE_EXCEPTION: u64 = 3 << 8;
+pub(crate) const NMI: u64 = VALID | 2 << 8 | 2;
+pub(crate) const KIND: u64 = 7 << 8;
 /// Kinds of events that bring an instruction's length: software interrupts and exceptions.
 const WITH_LENGTH: core::ops::RangeInclusive<u64> = 4 << 8..=6 << 8;
 /// Exceptions.
@@ -31,10 +35,10 @@ pub(crate) const DOUBLE_FAULT: u64 = 8;
 pub(crate) const PROTECTION: u64 = 13;
 pub(crate) const MACHINE_CHECK: u64 = 18;
 
-unsafe extern "C" {
-    /// NMIs that came while the hypervisor ran.
-    static host_nmis: AtomicU64;
-}
+/// What a guest's interruptibility has in it: the shadow of STI and of MOV SS, and that SMIs and NMIs are blocked.
+const SHADOW: u64 = 3;
+const SMIS_BLOCKED: u64 = 4;
+const NMIS_BLOCKED: u64 = 8;
 
 /// How an exit was handled.
 pub(crate) enum Outcome {
@@ -48,11 +52,13 @@ pub(crate) enum Outcome {
 
 /// Called by the exit's entry with the guest's registers.
 #[unsafe(no_mangle)]
-extern "C" fn handle_exit(registers: &mut Registers) {
-    // SAFETY: once for each exit.
+extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Processor) {
+    let _turn = Turn::wait(processor);
+    // SAFETY: once, with the turn.
     let Some(hypervisor) = (unsafe { Hypervisor::get() }) else {
         stop(format_args!("an exit before there is a guest"))
     };
+    park::settle(processor);
     let whole = vmcs::read(vmcs::EXIT_REASON);
     let reason = whole as u16;
     if let Some(count) = hypervisor.counts.get_mut(usize::from(reason)) {
@@ -64,6 +70,8 @@ extern "C" fn handle_exit(registers: &mut Registers) {
             exit::name(reason)
         ));
     }
+    // Bochs 2.7 leaves SMIs blocked after a SIPI, which no guest can be outside of system management mode.
+    interruptibility(SMIS_BLOCKED);
     // An event that was being delivered when the guest left is delivered again, unless something else comes of it.
     let vectoring = vmcs::read(vmcs::VECTORING_EVENT);
     if vectoring & VALID != 0 {
@@ -76,10 +84,27 @@ extern "C" fn handle_exit(registers: &mut Registers) {
             );
         }
     }
-    let outcome = if vmcs::read(vmcs::EPT_POINTER) == hypervisor.guest.pointer() {
-        handle(hypervisor, registers, reason)
+    let outcome = if let Some(outcome) = hypervisor.end_step(reason, processor) {
+        outcome
+    } else if hypervisor.is_doorbell(registers, processor, reason) {
+        hypervisor.drain();
+        Outcome::Done
     } else {
-        hypervisor.recover(registers)
+        match reason {
+            // These are for nothing that the guest does, in whatever view, and it goes on where it is.
+            exit::NMI_WINDOW => Outcome::Again,
+            exit::EXCEPTION_OR_NMI if is_nmi() => {
+                if !park::is_ours(processor) {
+                    processor.nmis.store(1, Ordering::Relaxed);
+                }
+                Outcome::Again
+            }
+            exit::PREEMPTION_TIMER => hypervisor.timer(registers, processor),
+            exit::INIT => hypervisor.init(registers, processor),
+            exit::SIPI => hypervisor.sipi(processor),
+            _ if hypervisor.in_own_view() => handle(hypervisor, registers, processor, reason),
+            _ => hypervisor.recover(registers, processor),
+        }
     };
     match outcome {
         Outcome::Done => {
@@ -88,10 +113,7 @@ extern "C" fn handle_exit(registers: &mut Registers) {
                 vmcs::read(vmcs::GUEST_RIP) + vmcs::read(vmcs::INSTRUCTION_LENGTH),
             );
             // An instruction that was done ends the shadow of the one before it.
-            vmcs::write(
-                vmcs::GUEST_INTERRUPTIBILITY,
-                vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
-            );
+            interruptibility(SHADOW);
         }
         Outcome::Again => {}
         Outcome::Exception(vector) => {
@@ -101,22 +123,39 @@ extern "C" fn handle_exit(registers: &mut Registers) {
             vmcs::write(vmcs::ENTRY_ERROR_CODE, 0);
         }
     }
-    // SAFETY: a counter that only the NMI's entry and this change, each in one step.
-    let nmis = unsafe { &host_nmis };
-    if vmcs::read(vmcs::ENTRY_EVENT) & VALID == 0 && nmis.swap(0, Ordering::Relaxed) != 0 {
-        vmcs::write(vmcs::ENTRY_EVENT, NMI);
-        vmcs::write(
-            vmcs::GUEST_INTERRUPTIBILITY,
-            vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
-        );
+    hypervisor.talk(processor);
+    hypervisor.deliver_nmi(processor);
+}
+
+/// Takes bits out of the guest's interruptibility.
+fn interruptibility(bits: u64) {
+    let state = vmcs::read(vmcs::GUEST_INTERRUPTIBILITY);
+    if state & bits != 0 {
+        vmcs::write(vmcs::GUEST_INTERRUPTIBILITY, state & !bits);
     }
 }
 
-fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -> Outcome {
+/// Whether the guest left for an NMI.
+fn is_nmi() -> bool {
+    vmcs::read(vmcs::EXIT_EVENT) & (VALID | KIND) == NMI & (VALID | KIND)
+}
+
+fn handle(
+    hypervisor: &mut Hypervisor,
+    registers: &mut Registers,
+    processor: &Processor,
+    reason: u16,
+) -> Outcome {
     match reason {
-        exit::CPUID => cpuid(registers),
-        exit::VMCALL => calls::handle(hypervisor, registers),
-        exit::EPT_VIOLATION => violation(hypervisor),
+        exit::CPUID => {
+            if privilege() == 3 {
+                hypervisor.user_mode(processor);
+            }
+            cpuid(registers)
+        }
+        exit::IO_INSTRUCTION => io::access(hypervisor, registers),
+        exit::VMCALL => calls::handle(hypervisor, registers, processor),
+        exit::EPT_VIOLATION => violation(hypervisor, processor),
         exit::CONTROL_REGISTER => control_register(registers),
         exit::RDMSR => match msrs::read(registers.rcx as u32) {
             Some(value) => {
@@ -127,6 +166,9 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
         },
         exit::WRMSR => {
             let value = registers.rdx << 32 | registers.rax & 0xffff_ffff;
+            if registers.rcx as u32 == msr::LSTAR && !hypervisor.locked {
+                return entry(hypervisor, value);
+            }
             match msrs::write(registers.rcx as u32, value) {
                 Some(()) => Outcome::Done,
                 None => Outcome::Exception(PROTECTION),
@@ -142,8 +184,6 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
         exit::VMFUNC => Outcome::Exception(INVALID_OPCODE),
         _ if exit::is_hidden_instruction(reason) => Outcome::Exception(INVALID_OPCODE),
         exit::TRIPLE_FAULT => shutdown(),
-        // With no other processor to send it, what comes from a keyboard controller that is told to reset the machine.
-        exit::INIT => machine::reset(),
         _ => stop(format_args!(
             "{} ({reason}) at {:#x}, qualification {:#x}",
             exit::name(reason),
@@ -154,30 +194,65 @@ fn handle(hypervisor: &mut Hypervisor, registers: &mut Registers, reason: u16) -
 }
 
 impl Hypervisor {
+    /// Whether the monitor asks for its ring to be emptied.
+    fn is_doorbell(&self, registers: &Registers, processor: &Processor, reason: u16) -> bool {
+        self.in_monitor(processor) && reason == exit::VMCALL && registers.rax == Call::Drain as u64
+    }
+
+    /// Whether the guest is in its own view.
+    pub(crate) fn in_own_view(&self) -> bool {
+        vmcs::read(vmcs::EPT_POINTER) == self.guest.pointer()
+    }
+
+    /// Whether it is in the monitor's.
+    pub(crate) fn in_monitor(&self, processor: &Processor) -> bool {
+        let own = self.views.as_ref().and_then(|v| v.own(processor.number()));
+        own.is_some_and(|own| vmcs::read(vmcs::EPT_POINTER) == own.sim.pointer())
+    }
+
     /// The guest left out of another view than its own. Whatever it was, it goes on in its own, with nothing armed: at the
-    /// hook, as if the handler had returned, or out of the gate, which nobody but an attacker leaves unless for an NMI or a
-    /// machine check, with an invalid opcode.
-    fn recover(&mut self, registers: &mut Registers) -> Outcome {
+    /// hook, as if the handler had returned, or out of the gate, which nobody but an attacker leaves unless for a machine
+    /// check, with an invalid opcode.
+    pub(crate) fn recover(&mut self, registers: &mut Registers, processor: &Processor) -> Outcome {
+        let in_monitor = self.in_monitor(processor);
+        let event = machine_check();
+        self.leave_view(registers, processor);
         let Some(views) = &self.views else {
             return Outcome::Exception(INVALID_OPCODE);
         };
-        let in_monitor = vmcs::read(vmcs::EPT_POINTER) == views.sim.pointer();
-        views.disarm(&mut self.pool);
+        if !in_monitor && event.is_none() {
+            return Outcome::Exception(INVALID_OPCODE);
+        }
+        vmcs::write(vmcs::GUEST_RFLAGS, 2);
+        vmcs::write(vmcs::GUEST_RIP, views.address + gate::RETURNING as u64);
+        vmcs::write(vmcs::ENTRY_EVENT, event.unwrap_or(0));
+        Outcome::Again
+    }
+
+    /// Puts the guest back into its own view, with its own stack, tables and IDT, and nothing armed.
+    fn leave_view(&mut self, registers: &mut Registers, processor: &Processor) {
+        let in_monitor = self.in_monitor(processor);
+        let Some(views) = &self.views else { return };
+        let number = processor.number();
+        views.disarm(&mut self.pool, number);
         vmcs::write(vmcs::EPT_POINTER, self.guest.pointer());
-        vmcs::write(vmcs::GUEST_INTERRUPTIBILITY, 0);
+        interruptibility(!NMIS_BLOCKED);
         if vmcs::read(vmcs::GUEST_CR3) & !0xfff == views.cr3 {
             // The gate keeps the guest's in R11. An attacker may have another value there, but not one that cannot be.
             vmcs::write(vmcs::GUEST_CR3, registers.r11 & physical_mask());
         }
-        let event = nobodys_fault();
-        if !in_monitor && event.is_none() {
-            return Outcome::Exception(INVALID_OPCODE);
-        }
         let stack = views.header.base + views.header.text + views.header.data;
         let own = stack - views.header.data..=stack;
+        if in_monitor {
+            let state = |offset| views.state(&mut self.pool, number, offset).copied();
+            kept::restore(registers, &views.header, vmcs::read(vmcs::GUEST_RSP), state);
+            if let Some(kept) = views.state(&mut self.pool, number, offset_of!(State, kept)) {
+                *kept = 0;
+            }
+        }
         if in_monitor
             && own.contains(&vmcs::read(vmcs::GUEST_RSP))
-            && let Some(kept) = views.state(&mut self.pool, offset_of!(State, stack))
+            && let Some(kept) = views.state(&mut self.pool, number, offset_of!(State, stack))
         {
             vmcs::write(vmcs::GUEST_RSP, core::mem::replace(kept, stack));
         }
@@ -185,31 +260,86 @@ impl Hypervisor {
             let mut words = [0u64; 2];
             for (n, word) in words.iter_mut().enumerate() {
                 *word = views
-                    .state(&mut self.pool, offset_of!(State, idtr) + n * 8)
+                    .state(&mut self.pool, number, offset_of!(State, idtr) + n * 8)
                     .map_or(0, |w| *w);
             }
             let [low, high] = words;
             vmcs::write(vmcs::GUEST_IDTR_LIMIT, low & 0xffff);
             vmcs::write(vmcs::GUEST_IDTR_BASE, low >> 16 | high << 48);
         }
-        vmcs::write(vmcs::GUEST_RFLAGS, 2);
-        vmcs::write(vmcs::GUEST_RIP, views.address + gate::RETURNING as u64);
-        vmcs::write(vmcs::ENTRY_EVENT, event.unwrap_or(0));
+    }
+
+    /// An INIT: from another processor, or for the first one, from a keyboard controller that is told to reset the machine.
+    fn init(&mut self, registers: &mut Registers, processor: &Processor) -> Outcome {
+        if processor.number() == 0 {
+            machine::reset();
+        }
+        self.leave_view(registers, processor);
+        registers.clear();
+        vmcs::write(vmcs::ENTRY_EVENT, 0);
+        processor.nmis.store(0, Ordering::Relaxed);
+        processor.waiting.store(true, Ordering::SeqCst);
+        guest::after_init();
         Outcome::Again
+    }
+
+    /// A SIPI, for which the processor has waited. After the lockdown it waits on: in real mode, what is pinned is not so.
+    fn sipi(&mut self, processor: &Processor) -> Outcome {
+        machine::unblock_nmis();
+        if !self.locked {
+            guest::after_sipi(vmcs::read(vmcs::QUALIFICATION) & 0xff);
+            processor.waiting.store(false, Ordering::SeqCst);
+        }
+        Outcome::Again
+    }
+
+    /// Has the guest get an NMI that came for it, as soon as it takes it. In the gate and in the monitor none does: there the
+    /// timer has it leave again when that may be over.
+    fn deliver_nmi(&self, processor: &Processor) {
+        const BLOCKING: u64 = SHADOW | NMIS_BLOCKED;
+        let controls = vmcs::read(vmcs::PRIMARY_CONTROLS);
+        let mut window = false;
+        if processor.nmis.load(Ordering::Relaxed) != 0 && !processor.waiting.load(Ordering::Relaxed) {
+            if !self.in_own_view() {
+                timer::soon();
+            } else if vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & BLOCKING != 0
+                || vmcs::read(vmcs::ENTRY_EVENT) & VALID != 0
+            {
+                window = true;
+            } else {
+                processor.nmis.store(0, Ordering::Relaxed);
+                vmcs::write(vmcs::ENTRY_EVENT, NMI);
+            }
+        }
+        let wanted = if window {
+            controls | u64::from(NMI_WINDOW)
+        } else {
+            controls & !u64::from(NMI_WINDOW)
+        };
+        if wanted != controls {
+            vmcs::write(vmcs::PRIMARY_CONTROLS, wanted);
+        }
     }
 }
 
-/// The NMI or the machine check for which the guest left.
-fn nobodys_fault() -> Option<u64> {
+/// The machine check for which the guest left.
+fn machine_check() -> Option<u64> {
     let event = vmcs::read(vmcs::EXIT_EVENT);
     let left_for_it = vmcs::read(vmcs::EXIT_REASON) as u16 == exit::EXCEPTION_OR_NMI && event & VALID != 0;
-    let nmi = event & KIND == NMI & KIND;
-    let machine_check = event & (KIND | 0xff) == HARDWARE_EXCEPTION | MACHINE_CHECK;
-    match left_for_it {
-        true if nmi => Some(NMI),
-        true if machine_check => Some(VALID | HARDWARE_EXCEPTION | MACHINE_CHECK),
-        _ => None,
+    let is_one = event & (KIND | 0xff) == HARDWARE_EXCEPTION | MACHINE_CHECK;
+    (left_for_it && is_one).then_some(VALID | HARDWARE_EXCEPTION | MACHINE_CHECK)
+}
+
+/// The guest says where its kernel is entered by a system call, before the lockdown.
+fn entry(hypervisor: &mut Hypervisor, value: u64) -> Outcome {
+    let sign = value >> 47;
+    if sign != 0 && sign != 0x1_ffff {
+        return Outcome::Exception(PROTECTION);
     }
+    // SAFETY: a canonical address, and the guest's own: the hypervisor makes no system calls.
+    unsafe { machine::wrmsr(msr::LSTAR, value) };
+    hypervisor.entry_known(value);
+    Outcome::Done
 }
 
 /// Bits that a physical address has.
@@ -220,15 +350,6 @@ fn physical_mask() -> u64 {
 
 fn exception() -> Outcome {
     let event = vmcs::read(vmcs::EXIT_EVENT);
-    if event & KIND == NMI & KIND {
-        vmcs::write(vmcs::ENTRY_EVENT, NMI);
-        // An NMI cannot be delivered in the shadow of STI or MOV SS, in which it would not have come.
-        vmcs::write(
-            vmcs::GUEST_INTERRUPTIBILITY,
-            vmcs::read(vmcs::GUEST_INTERRUPTIBILITY) & !3,
-        );
-        return Outcome::Again;
-    }
     match event & 0xff {
         DEBUG => {
             // As the processor would have left it: the conditions met, B0 to B3, BD, BS.
@@ -292,9 +413,12 @@ fn shutdown() -> ! {
 }
 
 /// The guest touched memory that it does not have, or not in this way.
-fn violation(hypervisor: &mut Hypervisor) -> Outcome {
+fn violation(hypervisor: &mut Hypervisor, processor: &Processor) -> Outcome {
     let gpa = vmcs::read(vmcs::GUEST_PHYSICAL);
     let ours = Hypervisor::own().contains(&gpa);
+    if hypervisor.begin_step(gpa, processor) {
+        return Outcome::Again;
+    }
     if ours || hypervisor.guest.translate(&mut hypervisor.pool, gpa).is_some() {
         // While an exception is being delivered, it is one fault too many: else the guest would never stop faulting here.
         let vectoring = vmcs::read(vmcs::VECTORING_EVENT);

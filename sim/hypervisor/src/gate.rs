@@ -8,6 +8,7 @@
 //! | [`LEAVING`] | | | VMFUNC(1) |
 //! | [`RESTORING`] | | CR3, VMFUNC(0) | |
 //! | [`RETURNING`] | back to the hook | | |
+//! | [`REFUSING`] | back from the hooked function | | |
 //!
 //! All other bytes are INT3. In the view of the gate nothing else can be executed, and every CR3 leads to the same
 //! translation, so what runs there is what an attacker can make of this page from any offset with any registers. The order
@@ -32,6 +33,8 @@ pub const LEAVING: usize = 0x76;
 pub const RESTORING: usize = 0x80;
 /// Where the guest goes on.
 pub const RETURNING: usize = RESTORING + 9;
+/// Where it goes on with a hooked function that the monitor refused: returns R10 from it.
+pub const REFUSING: usize = 0xc0;
 /// Where the landing finds the monitor's address.
 const ENTRY: usize = 0x100;
 
@@ -87,6 +90,7 @@ pub fn stub(first: &mut Page, second: &mut Page) {
         .put(&[0xb9, 1, 0, 0, 0]) // mov ecx, 1
         .put(&VMFUNC);
     Writer::new(second, RETURNING).put(&[0x9d, 0x59, 0xc3]); // popfq; pop rcx; ret
+    Writer::new(second, REFUSING).put(&[0x4c, 0x89, 0xd0, 0xc3]); // mov rax, r10; ret
 }
 
 /// The gate.
@@ -189,6 +193,7 @@ mod tests {
             codes(&second, RETURNING, 3),
             [Code::Popfq, Code::Pop_r64, Code::Retnq]
         );
+        assert_eq!(codes(&second, REFUSING, 2), [Code::Mov_rm64_r64, Code::Retnq]);
     }
 
     /// From whatever byte of the gate's page execution begins, nothing reaches a VMFUNC with the list armed but what has

@@ -4,6 +4,7 @@ use core::convert::Infallible;
 use core::fmt::{self, Write};
 use core::ops::Range;
 use core::ptr::{addr_of, addr_of_mut};
+use core::sync::atomic::Ordering;
 
 use vmsight_arch::registers::control::{CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, EFER_LMA, EFER_LME};
 use vmsight_arch::registers::msr;
@@ -13,19 +14,23 @@ use vmsight_sim_hypervisor::linux::{ENTRY_64, Kernel, NotBootable};
 use vmsight_sim_hypervisor::multiboot::Information;
 use vmsight_sim_hypervisor::views::Views;
 use vmsight_sim_hypervisor::vmx::{CR4_VMXE, Controls, Missing, entry};
-use vmsight_sim_hypervisor::{LARGE, PAGE, acpi, exit};
+use vmsight_sim_hypervisor::{LARGE, PAGE, PROCESSORS, acpi, exit};
 
 use crate::boot::{address, symbols};
+use crate::hooks::{Hooks, Options};
 use crate::machine::rdmsr;
+use crate::processor::{self, Processor};
 use crate::serial::Console;
-use crate::{host, msrs, serial, stop, vmcs};
+use crate::{apic, host, io, msrs, serial, stop, vmcs};
 
-/// What is in the first megabyte for the kernel until it has its own: zero page, command line, GDT, page tables.
-const LOW: Range<u64> = 0x1_0000..0x1_9000;
+/// What is in the first megabyte for the kernel until it has its own: zero page, command line, GDT, page tables; and what
+/// the other processors start with.
+const LOW: Range<u64> = 0x1_0000..0x1_a000;
 const ZERO_PAGE: u64 = LOW.start;
 const COMMAND_LINE: u64 = LOW.start + PAGE;
 const GDT: u64 = LOW.start + 2 * PAGE;
 const TABLES: u64 = LOW.start + 3 * PAGE;
+const STARTUP: u64 = LOW.end - PAGE;
 /// How far the hypervisor's own page tables reach.
 const REACH: u64 = 1 << 32;
 /// Nothing but the first megabyte's leavings is below.
@@ -36,14 +41,18 @@ const VGA: Range<u64> = 0xa_0000..0xc_0000;
 /// Bits of CR0 and CR4 that the guest does not change: VMX operation needs them, or the gates.
 const CR0_KEPT: u64 = 1 << 5;
 const CR4_KEPT: u64 = CR4_VMXE | CR4_CET;
+/// Activity states.
+const WAIT_FOR_SIPI: u64 = 3;
 
-const POOL_PAGES: usize = 512;
+const POOL_PAGES: usize = 1024;
 const MONITOR_MOST: usize = 64 * 4096;
 
-/// At a multiple of 2 MiB, by the linker script: the gate and the list must be in one large page.
+/// At a multiple of 2 MiB, by the linker script, so that it has as few large pages as can be.
 #[unsafe(link_section = ".bss.pool")]
 static mut POOL: [Table; POOL_PAGES] = [Table::EMPTY; POOL_PAGES];
 static mut MSR_BITMAP: Table = Table::EMPTY;
+static mut IO_BITMAPS: [Table; 2] = [Table::EMPTY; 2];
+static mut HOOKS: Hooks = Hooks::NONE;
 static mut MONITOR: [u8; MONITOR_MOST] = [0; MONITOR_MOST];
 static mut HYPERVISOR: Option<Hypervisor> = None;
 
@@ -56,7 +65,11 @@ pub(crate) struct Hypervisor {
     /// The monitor's image, as it was booted; empty where there is none.
     pub(crate) image: &'static [u8],
     pub(crate) msr_bitmap: &'static mut Table,
+    /// What is hooked in the guest's kernel, if anything.
+    pub(crate) hooks: &'static mut Hooks,
     pub(crate) locked: bool,
+    /// Calls of the monitor that were ended since they took too long.
+    pub(crate) ended: u64,
     pub(crate) counts: [u64; exit::COUNT],
 }
 
@@ -69,9 +82,9 @@ impl Hypervisor {
     /// The one there is.
     ///
     /// # Safety
-    /// No other reference to it may be alive: called on exits, once each.
+    /// No other reference to it may be alive: called once by who has the [`crate::park::Turn`].
     pub(crate) unsafe fn get() -> Option<&'static mut Self> {
-        // SAFETY: the caller's promise; there is one processor.
+        // SAFETY: the caller's promise.
         unsafe { (*addr_of_mut!(HYPERVISOR)).as_mut() }
     }
 }
@@ -81,6 +94,8 @@ impl Hypervisor {
 pub(crate) enum Error {
     Processor(Missing),
     Processors(u32),
+    Later,
+    NoStart(u32),
     NoKernel,
     Kernel(NotBootable),
     NoMemory(&'static str),
@@ -96,9 +111,13 @@ impl fmt::Display for Error {
             Self::Processors(count) => {
                 write!(
                     f,
-                    "this machine has {count} processors: the guest would start all but one outside of the hypervisor"
+                    "this machine has {count} processors: {PROCESSORS} are supported"
                 )
             }
+            Self::Later => f.write_str(
+                "this machine can get processors later: the guest would start them outside of the hypervisor",
+            ),
+            Self::NoStart(apic) => write!(f, "the processor with APIC number {apic} does not start"),
             Self::NoKernel => f.write_str("there is no module 'kernel'"),
             Self::Kernel(why) => write!(f, "the module 'kernel' cannot be started: {why:?}"),
             Self::NoMemory(what) => write!(f, "there is no memory for {what}"),
@@ -126,7 +145,7 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
         core::slice::from_raw_parts(information as usize as *const u8, size as usize)
     };
     let information = Information::new(bytes);
-    let controls = checked(information).inspect_err(|error| {
+    let (controls, machine) = checked(information).inspect_err(|error| {
         let mut line = Line::default();
         let _ = write!(line, "vmsight-hypervisor: {error}");
         serial::show(line.text());
@@ -140,7 +159,7 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
     if !map.is_ram(&LOW) {
         return Err(Error::NoMemory("what the kernel starts with"));
     }
-    let (mut kernel, mut initrd, mut image) = (None, 0..0, 0..0);
+    let (mut kernel, mut initrd, mut image, mut policy) = (None, 0..0, 0..0, None);
     let mut line = Line::default();
     let mut avoid = [const { 0..0 }; 8];
     for (module, slot) in information.modules().zip(avoid.iter_mut()) {
@@ -155,6 +174,7 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
             }
             ("initrd", _) => initrd = module.range,
             ("monitor", _) => image = module.range,
+            ("policy", rest) => policy = Some((module.range.clone(), Options::parse(rest))),
             _ => {}
         }
     }
@@ -172,33 +192,53 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
         core::ptr::copy_nonoverlapping(code.as_ptr(), at as *mut u8, code.len());
         first_megabyte(&kernel, &map, initrd, line.text())?;
     }
+    let own_number = apic::own_number();
+    let first = Processor::claim(own_number).ok_or(Error::NoStart(own_number))?;
     // SAFETY: once.
     let hypervisor = unsafe {
-        host::enter_vmx();
+        host::enter_vmx(first);
         Hypervisor::new(&map, image)?
     };
-    first_state(&controls, hypervisor, at);
+    if let Some((range, options)) = policy {
+        let sleep = information.rsdt().and_then(|at| acpi::sleep_ports(at, firmware));
+        // SAFETY: as above; the bitmaps are the processor's alone from the guest's first entry on.
+        unsafe {
+            io::intercept(&mut *addr_of_mut!(IO_BITMAPS), sleep.unwrap_or_default());
+            hypervisor.take_policy(module(range), options);
+        }
+        msrs::watch_entry(hypervisor.msr_bitmap);
+    }
+    first_state(&controls, hypervisor, Begin::At(at));
+    first.online.store(true, Ordering::SeqCst);
+    // SAFETY: the page is RAM, and nobody's until the guest runs.
+    unsafe { processor::start_others(STARTUP, machine.apics().filter(|&n| n != own_number))? };
     let _ = writeln!(
         Console,
-        "vmsight-hypervisor: kernel at {at:#x}, own memory {:#x} to {:#x}",
-        own.start, own.end
+        "vmsight-hypervisor: kernel at {at:#x}, own memory {:#x} to {:#x}, processors {}",
+        own.start,
+        own.end,
+        Processor::all().count()
     );
     // SAFETY: the VMCS is complete.
     unsafe { symbols::enter_guest(ZERO_PAGE) };
     Err(Error::Entry(vmcs::read(vmcs::INSTRUCTION_ERROR)))
 }
 
-/// The controls for this machine, if it is one that can be used.
-fn checked(information: Information<'_>) -> Result<Controls, Error> {
+/// The controls for this machine, and its processors, if it is one that can be used.
+fn checked(information: Information<'_>) -> Result<(Controls, acpi::Processors), Error> {
     let controls = host::able().map_err(Error::Processor)?;
+    // A machine without the tables has one processor as far as the guest can find out.
     let processors = information
         .rsdt()
-        .and_then(|rsdt| acpi::processors(rsdt, firmware));
-    match processors {
-        // A machine without the tables has one processor as far as the guest can find out.
-        None | Some(1) => Ok(controls),
-        Some(count) => Err(Error::Processors(count)),
+        .and_then(|rsdt| acpi::processors(rsdt, firmware))
+        .unwrap_or_default();
+    if processors.enabled as usize > PROCESSORS {
+        return Err(Error::Processors(processors.enabled));
     }
+    if processors.later > 0 {
+        return Err(Error::Later);
+    }
+    Ok((controls, processors))
 }
 
 /// Bytes of physical memory, in which the firmware has its tables.
@@ -260,13 +300,14 @@ impl Hypervisor {
     /// Called once.
     unsafe fn new(map: &MemoryMap, image: &[u8]) -> Result<&'static mut Self, Error> {
         // SAFETY: once, so that each static has one reference.
-        let (pool, bitmap, kept, hypervisor) = unsafe {
+        let (pool, bitmap, kept, hooks, hypervisor) = unsafe {
             let pages = addr_of_mut!(POOL);
             let pool = Pool::new(pages as u64, &mut *pages);
             (
                 pool,
                 &mut *addr_of_mut!(MSR_BITMAP),
                 &mut *addr_of_mut!(MONITOR),
+                &mut *addr_of_mut!(HOOKS),
                 &mut *addr_of_mut!(HYPERVISOR),
             )
         };
@@ -284,7 +325,9 @@ impl Hypervisor {
             views: None,
             image: kept,
             msr_bitmap: bitmap,
+            hooks,
             locked: false,
+            ended: 0,
             counts: [0; exit::COUNT],
         }))
     }
@@ -323,56 +366,37 @@ fn guest_memory(pool: &mut Pool<'_>, map: &MemoryMap) -> Result<Ept, Exhausted> 
     Ok(ept)
 }
 
-/// The guest as the 64-bit boot protocol wants it, and what makes it leave.
-fn first_state(controls: &Controls, hypervisor: &mut Hypervisor, at: u64) {
-    const CODE: (u64, u64) = (0x10, 0xa09b);
-    const DATA: (u64, u64) = (0x18, 0xc093);
-    const UNUSABLE: (u64, u64) = (0, 1 << 16);
-    const TASK: (u64, u64) = (0, 0x8b);
-    // In the order of their fields: ES, CS, SS, DS, FS, GS, LDTR, TR.
-    let segments = [DATA, CODE, DATA, DATA, DATA, DATA, UNUSABLE, TASK];
-    for (n, (selector, access)) in (0..).step_by(2).zip(segments) {
-        vmcs::write(vmcs::GUEST_ES + n, selector);
-        vmcs::write(vmcs::GUEST_ES_LIMIT + n, 0xffff_ffff);
-        vmcs::write(vmcs::GUEST_ES_ACCESS + n, access);
-        vmcs::write(vmcs::GUEST_ES_BASE + n, 0);
-    }
-    vmcs::write(vmcs::GUEST_ES_LIMIT + 14, 103);
-    let (cr0, cr4) = (CR0_PE | CR0_PG | CR0_WP | CR0_KEPT | 1 << 4, CR4_PAE);
+/// How a processor's guest begins.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Begin {
+    /// As the 64-bit boot protocol wants it, with the kernel at this address.
+    At(u64),
+    /// As after an INIT: it waits for a SIPI.
+    Waiting,
+}
+
+/// The guest's first state, and what makes it leave.
+pub(crate) fn first_state(controls: &Controls, hypervisor: &Hypervisor, begin: Begin) {
     for (field, value) in [
         (vmcs::PIN_CONTROLS, controls.pin.into()),
         (vmcs::PRIMARY_CONTROLS, controls.primary.into()),
         (vmcs::SECONDARY_CONTROLS, controls.secondary.into()),
         (vmcs::EXIT_CONTROLS, controls.exit.into()),
-        (vmcs::ENTRY_CONTROLS, (controls.entry | entry::GUEST_64).into()),
+        (vmcs::ENTRY_CONTROLS, controls.entry.into()),
         (vmcs::EXCEPTION_BITMAP, 0),
         (vmcs::CR3_TARGETS, 0),
         (vmcs::VPID, 1),
         (vmcs::EPT_POINTER, hypervisor.guest.pointer()),
         (vmcs::VM_FUNCTIONS, 0),
         (vmcs::EPTP_LIST, 0),
+        (vmcs::IO_BITMAP_LOW, addr_of!(IO_BITMAPS) as u64),
+        (vmcs::IO_BITMAP_HIGH, addr_of!(IO_BITMAPS) as u64 + PAGE),
+        (vmcs::PREEMPTION_TIMER, u64::from(u32::MAX)),
         (vmcs::MSR_BITMAPS, addr_of!(*hypervisor.msr_bitmap) as u64),
         (vmcs::LINK_POINTER, u64::MAX),
         (vmcs::CR0_MASK, CR0_KEPT),
-        (vmcs::CR0_SHADOW, cr0),
-        (vmcs::GUEST_CR0, cr0),
         (vmcs::CR4_MASK, CR4_KEPT),
-        (vmcs::CR4_SHADOW, cr4),
-        (vmcs::GUEST_CR4, cr4 | CR4_VMXE),
-        (vmcs::GUEST_CR3, TABLES),
-        (vmcs::GUEST_EFER, EFER_LME | EFER_LMA),
         (vmcs::GUEST_PAT, rdmsr(msr::PAT)),
-        (vmcs::GUEST_DEBUGCTL, 0),
-        (vmcs::GUEST_DR7, 0x400),
-        (vmcs::GUEST_GDTR_BASE, GDT),
-        (vmcs::GUEST_GDTR_LIMIT, 31),
-        (vmcs::GUEST_IDTR_BASE, 0),
-        (vmcs::GUEST_IDTR_LIMIT, 0),
-        (vmcs::GUEST_RIP, at + ENTRY_64),
-        (vmcs::GUEST_RSP, LOW.start),
-        (vmcs::GUEST_RFLAGS, 2),
-        (vmcs::GUEST_INTERRUPTIBILITY, 0),
-        (vmcs::GUEST_ACTIVITY, 0),
         (vmcs::ENTRY_EVENT, 0),
     ] {
         vmcs::write(field, value);
@@ -380,6 +404,95 @@ fn first_state(controls: &Controls, hypervisor: &mut Hypervisor, at: u64) {
     if controls.secondary & vmsight_sim_hypervisor::vmx::secondary::XSAVES != 0 {
         vmcs::write(vmcs::XSS_BITMAP, 0);
     }
+    match begin {
+        Begin::At(kernel) => boot_protocol(kernel),
+        Begin::Waiting => after_init(),
+    }
+}
+
+/// Registers as the 64-bit boot protocol wants them.
+fn boot_protocol(at: u64) {
+    const CODE: (u64, u64) = (0x10, 0xa09b);
+    const DATA: (u64, u64) = (0x18, 0xc093);
+    const UNUSABLE: (u64, u64) = (0, 1 << 16);
+    const TASK: (u64, u64) = (0, 0x8b);
+    // In the order of their fields: ES, CS, SS, DS, FS, GS, LDTR, TR.
+    let segments = [DATA, CODE, DATA, DATA, DATA, DATA, UNUSABLE, TASK];
+    for (n, (selector, access)) in (0..).step_by(2).zip(segments) {
+        segment(n, selector, 0, 0xffff_ffff, access);
+    }
+    vmcs::write(vmcs::GUEST_ES_LIMIT + 14, 103);
+    let (cr0, cr4) = (CR0_PE | CR0_PG | CR0_WP | CR0_KEPT | 1 << 4, CR4_PAE);
+    registers([cr0, TABLES, cr4, EFER_LME | EFER_LMA], at + ENTRY_64, LOW.start);
+    tables((GDT, 31), (0, 0));
+    // What the processor itself keeps up later: the guest is in long mode.
+    let controls = vmcs::read(vmcs::ENTRY_CONTROLS);
+    vmcs::write(vmcs::ENTRY_CONTROLS, controls | u64::from(entry::GUEST_64));
+}
+
+/// Registers as an INIT leaves them (SDM vol. 3, table 11-1), in the state in which it waits for a SIPI.
+pub(crate) fn after_init() {
+    const DATA: u64 = 0x93;
+    const CODE: u64 = 0x9b;
+    const LOCAL: u64 = 0x82;
+    const TASK: u64 = 0x8b;
+    const CR0_AT_INIT: u64 = 0x6000_0010;
+    let accesses = [DATA, CODE, DATA, DATA, DATA, DATA, LOCAL, TASK];
+    for (n, access) in (0..).step_by(2).zip(accesses) {
+        segment(n, 0, 0, 0xffff, access);
+    }
+    segment(2, 0xf000, 0xffff_0000, 0xffff, CODE);
+    registers([CR0_AT_INIT, 0, 0, 0], 0xfff0, 0);
+    tables((0, 0xffff), (0, 0xffff));
+    let controls = vmcs::read(vmcs::ENTRY_CONTROLS);
+    vmcs::write(vmcs::ENTRY_CONTROLS, controls & !u64::from(entry::GUEST_64));
+    vmcs::write(vmcs::GUEST_ACTIVITY, WAIT_FOR_SIPI);
+}
+
+/// As a SIPI with this vector has it go on.
+pub(crate) fn after_sipi(vector: u64) {
+    segment(2, vector << 8, vector << 12, 0xffff, 0x9b);
+    vmcs::write(vmcs::GUEST_RIP, 0);
+    vmcs::write(vmcs::GUEST_ACTIVITY, 0);
+    vmcs::write(vmcs::GUEST_INTERRUPTIBILITY, 0);
+}
+
+/// Segment `n`, twice its number in the order of the fields.
+fn segment(n: u64, selector: u64, base: u64, limit: u64, access: u64) {
+    vmcs::write(vmcs::GUEST_ES + n, selector);
+    vmcs::write(vmcs::GUEST_ES_BASE + n, base);
+    vmcs::write(vmcs::GUEST_ES_LIMIT + n, limit);
+    vmcs::write(vmcs::GUEST_ES_ACCESS + n, access);
+}
+
+/// CR0, CR3, CR4 and EFER as the guest has them; RIP and RSP; all else as after an INIT. Of what is kept of the control
+/// registers, nothing is pinned.
+fn registers([cr0, cr3, cr4, efer]: [u64; 4], rip: u64, rsp: u64) {
+    for (field, value) in [
+        (vmcs::CR0_SHADOW, cr0),
+        (vmcs::GUEST_CR0, cr0 | CR0_KEPT),
+        (vmcs::GUEST_CR3, cr3),
+        (vmcs::CR4_SHADOW, cr4),
+        (vmcs::GUEST_CR4, cr4 | CR4_VMXE),
+        (vmcs::GUEST_EFER, efer),
+        (vmcs::GUEST_DEBUGCTL, 0),
+        (vmcs::GUEST_DR7, 0x400),
+        (vmcs::GUEST_RIP, rip),
+        (vmcs::GUEST_RSP, rsp),
+        (vmcs::GUEST_RFLAGS, 2),
+        (vmcs::GUEST_INTERRUPTIBILITY, 0),
+        (vmcs::GUEST_ACTIVITY, 0),
+    ] {
+        vmcs::write(field, value);
+    }
+}
+
+/// Base and limit of GDT and IDT.
+fn tables(gdt: (u64, u64), idt: (u64, u64)) {
+    vmcs::write(vmcs::GUEST_GDTR_BASE, gdt.0);
+    vmcs::write(vmcs::GUEST_GDTR_LIMIT, gdt.1);
+    vmcs::write(vmcs::GUEST_IDTR_BASE, idt.0);
+    vmcs::write(vmcs::GUEST_IDTR_LIMIT, idt.1);
 }
 
 /// VMRESUME failed: the guest's state is not one that can be.

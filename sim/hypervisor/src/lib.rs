@@ -8,12 +8,18 @@
 #![no_std]
 
 pub mod acpi;
+pub mod attempt;
+pub mod bytes;
+pub mod command;
 pub mod e820;
 pub mod ept;
 pub mod exit;
 pub mod gate;
+pub mod json;
 pub mod linux;
 pub mod multiboot;
+pub mod place;
+pub mod ports;
 pub mod views;
 pub mod vmx;
 
@@ -24,3 +30,5 @@ extern crate std;
 pub const PAGE: u64 = 4096;
 /// Bytes of a large page.
 pub const LARGE: u64 = 2 << 20;
+/// The most processors that the hypervisor runs a guest on.
+pub const PROCESSORS: usize = 4;

@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::e820::{CAPACITY, MemoryMap};
 
 /// Where the setup header begins, in the image and in the zero page.
@@ -147,24 +148,6 @@ impl<'a> Kernel<'a> {
         }
         Ok(())
     }
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(
-        bytes.get(at..at.checked_add(2)?)?.try_into().ok()?,
-    ))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(
-        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
-    ))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(
-        bytes.get(at..at.checked_add(8)?)?.try_into().ok()?,
-    ))
 }
 
 #[cfg(test)]

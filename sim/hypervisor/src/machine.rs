@@ -45,6 +45,12 @@ register!(cr0, set_cr0, "cr0");
 register!(cr4, set_cr4, "cr4");
 register!(dr6, set_dr6, "dr6");
 
+/// Sets CR2, which is the guest's: nothing of the hypervisor's faults.
+pub(crate) fn set_cr2(address: u64) {
+    // SAFETY: no more than a place where page faults leave their address.
+    unsafe { asm!("mov cr2, {}", in(reg) address, options(nomem, nostack)) };
+}
+
 /// Writes a byte to a port.
 ///
 /// # Safety
@@ -65,6 +71,44 @@ pub(crate) unsafe fn inb(port: u16) -> u8 {
     value
 }
 
+/// Writes 1, 2 or 4 bytes to a port.
+///
+/// # Safety
+/// As for [`outb`].
+pub(crate) unsafe fn port_out(port: u16, size: u8, value: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match size {
+            1 => outb(port, value as u8),
+            2 => asm!("out dx, ax", in("dx") port, in("ax") value as u16, options(nomem, nostack)),
+            _ => asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack)),
+        }
+    }
+}
+
+/// Reads 1, 2 or 4 bytes from a port.
+///
+/// # Safety
+/// As for [`outb`].
+pub(crate) unsafe fn port_in(port: u16, size: u8) -> u32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match size {
+            1 => inb(port).into(),
+            2 => {
+                let value: u16;
+                asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack));
+                value.into()
+            }
+            _ => {
+                let value: u32;
+                asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack));
+                value
+            }
+        }
+    }
+}
+
 /// Sets XCR0.
 ///
 /// # Safety
@@ -80,6 +124,25 @@ pub(crate) unsafe fn xsetbv(value: u64) {
 pub(crate) fn wbinvd() {
     // SAFETY: costs time and changes nothing else.
     unsafe { asm!("wbinvd", options(nostack)) };
+}
+
+/// Lets NMIs come that were blocked, as the return from an interrupt does: Bochs 2.7 leaves them so after a SIPI.
+pub(crate) fn unblock_nmis() {
+    // SAFETY: returns to the next instruction, with the stack as it was.
+    unsafe {
+        asm!(
+            "mov {0}, rsp",
+            "push 0x10",
+            "push {0}",
+            "pushfq",
+            "push 8",
+            "lea {0}, [rip + 2f]",
+            "push {0}",
+            "iretq",
+            "2:",
+            out(reg) _,
+        );
+    }
 }
 
 /// Stops for good.

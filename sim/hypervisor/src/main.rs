@@ -3,14 +3,25 @@
 #![no_std]
 #![no_main]
 
+mod apic;
 mod boot;
 mod calls;
+mod channel;
 mod exits;
 mod guest;
+mod hooks;
 mod host;
+mod io;
+mod kept;
 mod machine;
 mod msrs;
+mod outside;
+mod park;
+mod processor;
 mod serial;
+mod stepping;
+mod tell;
+mod timer;
 mod vmcs;
 
 use core::fmt::Write;

@@ -33,6 +33,11 @@ pub(crate) fn bitmap(table: &mut Table) {
     }
 }
 
+/// With a policy: how a system call finds the kernel says where the kernel is.
+pub(crate) fn watch_entry(table: &mut Table) {
+    set(table, msr::LSTAR, Access::Write);
+}
+
 /// From the lockdown on, those too by which a system call finds the kernel.
 pub(crate) fn lock(table: &mut Table) {
     set(table, msr::LSTAR, Access::Write);

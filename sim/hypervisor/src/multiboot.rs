@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use crate::bytes::{u32_at, u64_at};
 use crate::e820::{Kind, MemoryMap};
 
 /// What EAX holds when a multiboot2 loader starts us.
@@ -98,18 +99,6 @@ impl<'a> Information<'a> {
         }
         map
     }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(
-        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
-    ))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(
-        bytes.get(at..at.checked_add(8)?)?.try_into().ok()?,
-    ))
 }
 
 #[cfg(test)]

@@ -3,22 +3,27 @@
 //! In the view of the gate one page of tables serves as all levels, and is what every guest-physical page is but for the
 //! gate and the list of EPT pointers. Whatever CR3 says, the walk begins in that page, and wherever its entries lead, it
 //! goes on there: three virtual pages exist, and no attacker's table is ever read.
+//!
+//! Each processor has a gate, a list and the monitor's data of its own, under the same guest-physical addresses, those of
+//! the first processor's: the list that the processor's VMFUNC reads leads to them, and nothing that the guest could choose.
 
 use core::mem::offset_of;
 use core::ops::Range;
 
-use vmsight_sim_abi::{Header, MAGIC, State, VERSION, WINDOW};
+use vmsight_sim_abi::{
+    Handler, Header, MAGIC, Part, SITE_STRIDE, SITES, State, VERSION, WINDOW, site_offset,
+};
 
 use crate::ept::{ENTRIES, Ept, Exhausted, MemoryType, Permissions, Pool};
 use crate::gate::{self, Addresses};
-use crate::{LARGE, PAGE};
+use crate::{LARGE, PAGE, PROCESSORS};
 
 /// An entry of a guest's table: present, writable, accessed, dirty; for the kernel. What may be done is up to the EPT.
 const PRESENT: u64 = 0x63;
 const IS_LARGE: u64 = 1 << 7;
 
 /// A monitor's text and data have no more pages than this each.
-const MOST: u64 = 64;
+const MOST: usize = 64;
 /// What the monitor lies above, so that address 0 means nothing, and below: the window.
 const BASE: Range<u64> = PAGE..1 << 31;
 
@@ -42,36 +47,53 @@ impl From<Exhausted> for Refused {
 /// A monitor in its views.
 #[derive(Debug)]
 pub struct Views {
-    /// Page of the list of EPT pointers.
-    pub list: u64,
-    /// The gate's EPT.
-    pub gate: Ept,
-    /// The monitor's EPT.
-    pub sim: Ept,
     /// Our CR3.
     pub cr3: u64,
     /// Virtual address of the gate's page.
     pub address: u64,
     /// What the image says.
     pub header: Header,
-    /// Pages that nobody changes after this: gate, landing, tables.
-    fixed: Pages,
+    /// What each processor has of its own.
+    own: [Own; PROCESSORS],
+    processors: usize,
+    /// Pages that nobody changes after this: gates, landing, tables.
+    fixed: Pages<{ 2 * MOST }>,
     /// Nor the monitor's text.
-    text: Pages,
+    text: Pages<MOST>,
+}
+
+/// What a processor has of its own.
+#[derive(Debug, Clone)]
+pub struct Own {
+    /// Page of the list of EPT pointers.
+    pub list: u64,
+    /// The gate's EPT.
+    pub gate: Ept,
+    /// The monitor's EPT.
+    pub sim: Ept,
     /// Pages of the monitor's data.
-    data: Pages,
+    data: Pages<MOST>,
+}
+
+impl Own {
+    const NONE: Self = Self {
+        list: 0,
+        gate: Ept::NONE,
+        sim: Ept::NONE,
+        data: Pages::NONE,
+    };
 }
 
 /// A list of pages, by their physical addresses.
-#[derive(Debug)]
-struct Pages {
-    list: [u64; 2 * MOST as usize],
+#[derive(Debug, Clone)]
+struct Pages<const N: usize> {
+    list: [u64; N],
     used: usize,
 }
 
-impl Pages {
+impl<const N: usize> Pages<N> {
     const NONE: Self = Self {
-        list: [0; 2 * MOST as usize],
+        list: [0; N],
         used: 0,
     };
 
@@ -94,7 +116,8 @@ pub fn header(image: &[u8]) -> Result<Header, Refused> {
     }
     let [magic, version, base, text, data, entry, state] = words;
     let aligned = [base, text, data].iter().all(|n| n.is_multiple_of(PAGE));
-    let fits = (PAGE..=MOST * PAGE).contains(&text) && (PAGE..=MOST * PAGE).contains(&data);
+    let some = PAGE..=MOST as u64 * PAGE;
+    let fits = some.contains(&text) && some.contains(&data);
     let length = image.len() as u64;
     if magic != MAGIC || version != VERSION || !aligned || !fits || length > text || !BASE.contains(&base) {
         return Err(Refused::Image);
@@ -121,7 +144,8 @@ fn index(address: u64, level: u32) -> usize {
 
 impl Views {
     /// Makes the views for a monitor. `guest` is the guest's own EPT, of which the monitor gets the RAM, and `ram_end` its
-    /// end; `own` is the hypervisor's memory in it; `stub` is the guest-virtual address of the stub's two pages.
+    /// end; `own` is the hypervisor's memory in it; `stub` is the guest-virtual address of the stub's two pages;
+    /// `processors` is how many there are.
     pub fn new(
         pool: &mut Pool<'_>,
         image: &[u8],
@@ -129,6 +153,7 @@ impl Views {
         ram_end: u64,
         own: Range<u64>,
         stub: u64,
+        processors: usize,
     ) -> Result<Self, Refused> {
         let header = header(image)?;
         let address = stub.checked_add(PAGE).ok_or(Refused::Stub)?;
@@ -147,9 +172,6 @@ impl Views {
         let list = pool.allocate()?;
         let root = fixed.add(pool.allocate()?)?;
         let landing = fixed.add(pool.allocate()?)?;
-        if gate_page / LARGE != list / LARGE {
-            return Err(Refused::Memory);
-        }
 
         let tables = pool.page(root).ok_or(Exhausted)?;
         for (at, to) in [
@@ -161,12 +183,6 @@ impl Views {
         ] {
             *tables.get_mut(at).ok_or(Exhausted)? = to | PRESENT;
         }
-        let gate = Ept::everywhere(pool, root, Permissions::READ)?;
-        let two = [
-            (gate_page, gate_page, Permissions::EXECUTE),
-            (list, list, Permissions::READ_WRITE),
-        ];
-        gate.replace(pool, &two)?;
 
         let sim = guest.copy(pool, Permissions::READ_WRITE)?;
         let mut tables = Tables {
@@ -203,29 +219,49 @@ impl Views {
         }
 
         let low = |value: u64| u32::try_from(value).map_err(|_| Refused::Memory);
-        let addresses = Addresses {
-            sim_pointer: low(sim.pointer())?,
+        let mut addresses = Addresses {
+            sim_pointer: 0,
             cr3: low(root)?,
             list: (list_address as i64 - address as i64) as i32,
             entry: header.entry,
         };
-        write(pool, gate_page, |page| gate::gate(page, &addresses))?;
         write(pool, landing, |page| gate::landing(page, &addresses))?;
-        let entered = entered(pool, gate, sim, &fixed, [text.all(), &[list], data.all()])?;
-        // The monitor's view is armed by the gate alone.
-        let [first, second, ..] = pool.page(list).ok_or(Exhausted)?;
-        (*first, *second) = (guest.pointer(), entered.pointer());
-        let views = Self {
-            list,
-            gate,
-            sim,
+        let mut views = Self {
             cr3: root,
             address,
             header,
+            own: [Own::NONE; PROCESSORS],
+            processors: processors.clamp(1, PROCESSORS),
             fixed,
             text,
+        };
+        let first = Own {
+            list,
+            gate: Ept::NONE,
+            sim,
             data,
         };
+        for number in 0..views.processors {
+            let (mut own, gate) = match number {
+                0 => (first.clone(), gate_page),
+                _ => (first.another(pool)?, views.fixed.add(pool.allocate()?)?),
+            };
+            own.gate = Ept::everywhere(pool, root, Permissions::READ)?;
+            let two = [
+                (gate_page, gate, Permissions::EXECUTE),
+                (list, own.list, Permissions::READ_WRITE),
+            ];
+            own.gate.replace(pool, &two)?;
+            addresses.sim_pointer = low(own.sim.pointer())?;
+            write(pool, gate, |page| gate::gate(page, &addresses))?;
+            let entered = views.entered(pool, &own, &first)?;
+            // The monitor's view is armed by the gate alone.
+            let [guests, gates, ..] = pool.page(own.list).ok_or(Exhausted)?;
+            (*guests, *gates) = (guest.pointer(), entered.pointer());
+            if let Some(slot) = views.own.get_mut(number) {
+                *slot = own;
+            }
+        }
         let stack = header.base + header.text + header.data;
         for (offset, value) in [
             (offset_of!(State, stack), stack),
@@ -233,70 +269,153 @@ impl Views {
             (offset_of!(State, own_start), whole.start),
             (offset_of!(State, own_end), whole.end),
             (offset_of!(State, leave), address + gate::LEAVING as u64),
+            (offset_of!(State, refuse), address + gate::REFUSING as u64),
         ] {
-            *views.state(pool, offset).ok_or(Exhausted)? = value;
+            views.set(pool, offset, value).ok_or(Exhausted)?;
         }
         Ok(views)
     }
 
-    /// Takes the monitor's view out of the list, in case that the guest was stopped while it was in.
-    pub fn disarm(&self, pool: &mut Pool<'_>) {
-        if let Some(entry) = pool
-            .page(self.list)
-            .and_then(|l| l.get_mut(vmsight_sim_abi::view::SIM))
-        {
+    /// What VMFUNC(1) leads to: the gate. The builds that serve as controls have the monitor there: in the guest's own page
+    /// tables, or under its own whatever CR3 says.
+    fn entered(&self, pool: &mut Pool<'_>, own: &Own, first: &Own) -> Result<Ept, Exhausted> {
+        if cfg!(feature = "two-views") {
+            return Ok(own.sim);
+        }
+        if cfg!(feature = "two-views-apt") {
+            let [_, root, _, tables, ..] = self.fixed.all() else {
+                return Err(Exhausted);
+            };
+            let anywhere = Ept::everywhere(pool, *tables, Permissions::READ)?;
+            let all = self
+                .fixed()
+                .chain([first.list])
+                .chain(first.data.all().iter().copied());
+            for page in all.filter(|page| page != root) {
+                if let Some((to, permissions)) = own.sim.translate(pool, page) {
+                    anywhere.replace(pool, &[(page, to, permissions)])?;
+                }
+            }
+            return Ok(anywhere);
+        }
+        Ok(own.gate)
+    }
+
+    /// What a processor has of its own. Those that there are not have nothing.
+    pub fn own(&self, processor: usize) -> Option<&Own> {
+        self.own.get(..self.processors)?.get(processor)
+    }
+
+    /// Takes the monitor's view out of the processor's list, in case that the guest was stopped while it was in.
+    pub fn disarm(&self, pool: &mut Pool<'_>, processor: usize) {
+        let list = self.own(processor).and_then(|own| pool.page(own.list));
+        if let Some(entry) = list.and_then(|l| l.get_mut(vmsight_sim_abi::view::SIM)) {
             *entry = 0;
         }
     }
 
-    /// Physical addresses of the pages that nobody may change: gate, landing, tables, and last the monitor's text.
+    /// Physical addresses of the pages that nobody may change: gates, landing, tables, and last the monitor's text.
     pub fn fixed(&self) -> impl Iterator<Item = u64> {
         self.fixed.all().iter().chain(self.text.all()).copied()
     }
 
-    /// Physical address of page `n` of all that the monitor consists of.
-    pub fn page(&self, n: usize) -> Option<u64> {
-        let list = [self.list];
-        self.fixed()
-            .chain(list)
-            .chain(self.data.all().iter().copied())
-            .nth(n)
+    /// Physical address of page `n` of a part of what the monitor consists of.
+    pub fn page(&self, part: Part, n: usize) -> Option<u64> {
+        let own = || self.own.iter().take(self.processors);
+        match part {
+            Part::Fixed => self.fixed.all().get(n).copied(),
+            Part::Text => self.text.all().get(n).copied(),
+            Part::Lists => own().map(|own| own.list).nth(n),
+            Part::Data => own().flat_map(|own| own.data.all()).nth(n).copied(),
+        }
     }
 
-    /// The word at `offset` bytes from the begin of the monitor's state.
-    pub fn state<'a>(&self, pool: &'a mut Pool<'_>, offset: usize) -> Option<&'a mut u64> {
+    /// The word at `offset` bytes from the begin of the monitor's state on a processor.
+    pub fn state<'a>(&self, pool: &'a mut Pool<'_>, processor: usize, offset: usize) -> Option<&'a mut u64> {
         let offset = self.header.state - self.header.base - self.header.text + offset as u64;
-        let page = *self.data.all().get((offset / PAGE) as usize)?;
+        let page = *self.own(processor)?.data.all().get((offset / PAGE) as usize)?;
         pool.page(page)?.get_mut((offset % PAGE / 8) as usize)
+    }
+
+    /// Writes bytes into the monitor's state on all processors, wherever they begin.
+    pub fn write_state(&self, pool: &mut Pool<'_>, offset: usize, bytes: &[u8]) -> Option<()> {
+        for number in 0..self.processors {
+            for (at, byte) in (offset..).zip(bytes) {
+                let word = self.state(pool, number, at / 8 * 8)?;
+                let shift = at % 8 * 8;
+                *word = *word & !(0xff << shift) | u64::from(*byte) << shift;
+            }
+        }
+        Some(())
+    }
+
+    /// The entry of the checker's table at a place: the site and the number of what it calls.
+    fn site(&self, pool: &mut Pool<'_>, at: usize) -> Option<(u64, u8)> {
+        let offset = offset_of!(State, sites) + at;
+        // Nine bytes: in two words, wherever they begin.
+        let low = *self.state(pool, 0, offset / 8 * 8)?;
+        let high = *self.state(pool, 0, offset / 8 * 8 + 8)?;
+        let both = (u128::from(high) << 64 | u128::from(low)) >> (offset % 8 * 8);
+        Some((both as u64, (both >> 64) as u8))
+    }
+
+    /// Enters a hook into the checker's table, or changes what it calls; `Ok(false)` if another is too near.
+    pub fn register(&self, pool: &mut Pool<'_>, site: u64, handler: Handler) -> Result<bool, Exhausted> {
+        let mut entry = [0u8; 9];
+        let [numbers @ .., called] = &mut entry;
+        numbers.copy_from_slice(&site.to_le_bytes());
+        *called = handler as u8;
+        let at = site_offset(site);
+        let near = at.saturating_sub(SITE_STRIDE - 1)..(at + SITE_STRIDE).min(SITES - 8);
+        for other in near {
+            let (there, _) = self.site(pool, other).ok_or(Exhausted)?;
+            // Where no entry begins, these are parts of one, which do not say that one begins there.
+            if there != 0 && there != site && site_offset(there) == other {
+                return Ok(false);
+            }
+        }
+        self.write_state(pool, offset_of!(State, sites) + at, &entry)
+            .ok_or(Exhausted)?;
+        Ok(true)
+    }
+
+    /// What a registered hook calls.
+    pub fn handler(&self, pool: &mut Pool<'_>, site: u64) -> Option<Handler> {
+        let (there, handler) = self.site(pool, site_offset(site))?;
+        let registered = there == site && site != 0;
+        Handler::from_number(handler.into()).filter(|_| registered)
+    }
+
+    /// Sets that word on all processors.
+    pub fn set(&self, pool: &mut Pool<'_>, offset: usize, value: u64) -> Option<()> {
+        (0..self.processors).try_for_each(|n| self.state(pool, n, offset).map(|word| *word = value))
+    }
+
+    /// The sum of that word over all processors.
+    pub fn sum(&self, pool: &mut Pool<'_>, offset: usize) -> Option<u64> {
+        (0..self.processors).try_fold(0u64, |sum, n| {
+            Some(sum.wrapping_add(*self.state(pool, n, offset)?))
+        })
     }
 }
 
-/// What VMFUNC(1) leads to: the gate. The builds that serve as controls have the monitor there: in the guest's own page
-/// tables, or under its own whatever CR3 says.
-fn entered(
-    pool: &mut Pool<'_>,
-    gate: Ept,
-    sim: Ept,
-    fixed: &Pages,
-    others: [&[u64]; 3],
-) -> Result<Ept, Exhausted> {
-    if cfg!(feature = "two-views") {
-        return Ok(sim);
-    }
-    if cfg!(feature = "two-views-apt") {
-        let [_, root, _, tables, ..] = fixed.all() else {
-            return Err(Exhausted);
-        };
-        let anywhere = Ept::everywhere(pool, *tables, Permissions::READ)?;
-        let all = [fixed.all()].into_iter().chain(others).flatten();
-        for &page in all.filter(|&page| page != root) {
-            if let Some((_, permissions)) = sim.translate(pool, page) {
-                anywhere.replace(pool, &[(page, page, permissions)])?;
-            }
+impl Own {
+    /// Another processor's: where the first one's list and data are, its view has its own.
+    fn another(&self, pool: &mut Pool<'_>) -> Result<Self, Exhausted> {
+        let list = pool.allocate()?;
+        let mut data = Pages::NONE;
+        let mut pages = [(self.list, list, Permissions::READ_WRITE); MOST + 1];
+        for (&page, slot) in self.data.all().iter().zip(pages.iter_mut().skip(1)) {
+            *slot = (page, data.add(pool.allocate()?)?, Permissions::READ_WRITE);
         }
-        return Ok(anywhere);
+        let pages = pages.get(..=data.used).ok_or(Exhausted)?;
+        Ok(Self {
+            list,
+            gate: Ept::NONE,
+            sim: self.sim.variant(pool, pages)?,
+            data,
+        })
     }
-    Ok(gate)
 }
 
 /// Fills a page with bytes, and zeros where there are no more.
@@ -320,7 +439,7 @@ fn write(pool: &mut Pool<'_>, at: u64, make: impl FnOnce(&mut gate::Page)) -> Re
 /// The monitor's own page tables.
 struct Tables<'a> {
     root: u64,
-    fixed: &'a mut Pages,
+    fixed: &'a mut Pages<{ 2 * MOST }>,
     sim: Ept,
 }
 
@@ -387,7 +506,7 @@ mod tests {
             VERSION,
             0x1000_0000,
             PAGE,
-            2 * PAGE,
+            32 * PAGE,
             0x1000_0040,
             0x1000_1000,
         ];
@@ -396,7 +515,8 @@ mod tests {
         image
     }
 
-    fn with(test: impl FnOnce(&mut Pool<'_>, Views)) {
+    /// On each of two processors.
+    fn with(test: impl Fn(&mut Pool<'_>, &Views, &Own)) {
         let mut tables = std::vec![Table::EMPTY; 512];
         let mut pool = Pool::new(POOL, &mut tables);
         let guest = Ept::new(&mut pool).unwrap();
@@ -405,8 +525,11 @@ mod tests {
                 .map_large(&mut pool, gpa, Permissions::ALL, MemoryType::WriteBack)
                 .unwrap();
         }
-        let views = Views::new(&mut pool, &image(), guest, 64 << 20, OWN, STUB).unwrap();
-        test(&mut pool, views);
+        let views = Views::new(&mut pool, &image(), guest, 64 << 20, OWN, STUB, 2).unwrap();
+        for own in &views.own[..2] {
+            test(&mut pool, &views, own);
+        }
+        assert!(views.own(2).is_none());
     }
 
     /// Memory as a view shows it to a page walk.
@@ -435,7 +558,7 @@ mod tests {
 
     #[test]
     fn in_the_gate_every_cr3_gives_one_translation() {
-        with(|pool, views| {
+        with(|pool, views, own| {
             let gate_page = views.fixed.all()[0];
             // Guest memory, other memory of ours, beyond all memory; PCIDs.
             for cr3 in [
@@ -448,49 +571,53 @@ mod tests {
                 1 << 39,
                 (1 << 48) - PAGE,
             ] {
-                assert_eq!(walk(pool, views.gate, cr3, GATE), Some(gate_page), "{cr3:#x}");
+                assert_eq!(walk(pool, own.gate, cr3, GATE), Some(gate_page), "{cr3:#x}");
             }
             // What is not the tables cannot be taken for them: the gate cannot be read, the list has nothing there.
-            assert_eq!(walk(pool, views.gate, gate_page, GATE), None);
-            assert_eq!(walk(pool, views.gate, views.list, GATE), None);
+            assert_eq!(walk(pool, own.gate, gate_page, GATE), None);
+            assert_eq!(walk(pool, own.gate, views.own[0].list, GATE), None);
         });
     }
 
     #[test]
     fn the_gate_sees_three_pages() {
-        with(|pool, views| {
+        with(|pool, views, own| {
             let mut seen = Vec::new();
             for at in 0..512u64 {
                 let address = GATE & !(511 * PAGE) | at << 12;
-                seen.extend(walk(pool, views.gate, 0, address));
+                seen.extend(walk(pool, own.gate, 0, address));
             }
             seen.sort_unstable();
             seen.dedup();
-            let mut three = [views.fixed.all()[0], views.list, views.cr3];
+            let mut three = [views.fixed.all()[0], views.own[0].list, views.cr3];
             three.sort_unstable();
             assert_eq!(seen, three);
-            assert_eq!(walk(pool, views.gate, 0, 0x1000), None);
-            let (_, gate) = views.gate.translate(pool, views.fixed.all()[0]).unwrap();
-            let (_, tables) = views.gate.translate(pool, views.cr3).unwrap();
+            assert_eq!(walk(pool, own.gate, 0, 0x1000), None);
+            // What is behind the gate and the list is the processor's own.
+            let (list, _) = own.gate.translate(pool, views.own[0].list).unwrap();
+            assert_eq!(list, own.list);
+            let (page, gate) = own.gate.translate(pool, views.fixed.all()[0]).unwrap();
+            assert_eq!(pool.page(page).unwrap()[0] >> 48, own.sim.pointer() & 0xffff);
+            let (_, tables) = own.gate.translate(pool, views.cr3).unwrap();
             assert_eq!((gate, tables), (Permissions::EXECUTE, Permissions::READ));
         });
     }
 
     #[test]
     fn the_monitor_sees_itself_and_the_guest() {
-        with(|pool, views| {
+        with(|pool, views, own| {
             let landing = views.fixed.all()[2];
-            assert_eq!(walk(pool, views.sim, views.cr3, GATE), Some(landing));
+            assert_eq!(walk(pool, own.sim, views.cr3, GATE), Some(landing));
             assert_eq!(
-                views.sim.translate(pool, landing),
+                own.sim.translate(pool, landing),
                 Some((landing, Permissions::READ_EXECUTE))
             );
             assert_eq!(
-                walk(pool, views.sim, views.cr3, WINDOW + 0x12_3456),
+                walk(pool, own.sim, views.cr3, WINDOW + 0x12_3456),
                 Some(0x12_3456)
             );
             assert_eq!(
-                views.sim.translate(pool, 0x12_3456),
+                own.sim.translate(pool, 0x12_3456),
                 Some((0x12_3456, Permissions::READ_WRITE))
             );
             // Not what is the hypervisor's, though it is below the end of RAM.
@@ -501,38 +628,87 @@ mod tests {
                 (0x120_0000, true),
             ] {
                 assert_eq!(
-                    walk(pool, views.sim, views.cr3, WINDOW + gpa).is_some(),
+                    walk(pool, own.sim, views.cr3, WINDOW + gpa).is_some(),
                     there,
                     "{gpa:#x}"
                 );
             }
-            let text = walk(pool, views.sim, views.cr3, 0x1000_0000).unwrap();
+            let text = walk(pool, own.sim, views.cr3, 0x1000_0000).unwrap();
             assert_eq!(
-                views.sim.translate(pool, text),
+                own.sim.translate(pool, text),
                 Some((text, Permissions::READ_EXECUTE))
             );
             assert_eq!(pool.page(text).unwrap()[0], MAGIC);
-            let data = walk(pool, views.sim, views.cr3, 0x1000_1000).unwrap();
-            assert_eq!(
-                views.sim.translate(pool, data),
-                Some((data, Permissions::READ_WRITE))
-            );
-            *views.state(pool, 8).unwrap() = 7;
+            let data = walk(pool, own.sim, views.cr3, 0x1000_1000).unwrap();
+            let (data, permissions) = own.sim.translate(pool, data).unwrap();
+            assert_eq!(permissions, Permissions::READ_WRITE);
+            assert_eq!(data, own.data.all()[0]);
+            views.set(pool, 8, 5).unwrap();
+            let number = usize::from(own.list != views.own[0].list);
+            *views.state(pool, number, 8).unwrap() = 7;
             assert_eq!(pool.page(data).unwrap()[1], 7);
+            assert_eq!(views.sum(pool, 8), Some(12));
+            // Not the other's, at whatever address.
+            let other = &views.own[1 - number];
+            let theirs: Vec<u64> = other.data.all().iter().copied().chain([other.list]).collect();
+            for gpa in (POOL..POOL + (2 << 20)).step_by(PAGE as usize) {
+                let seen = own.sim.translate(pool, gpa).map(|(hpa, _)| hpa);
+                assert!(seen.is_none_or(|hpa| !theirs.contains(&hpa)), "{gpa:#x}");
+            }
             // Only text, landing and gate can be executed, each in its view alone.
-            assert_eq!(views.sim.translate(pool, views.fixed.all()[0]), None);
+            assert_eq!(own.sim.translate(pool, views.fixed.all()[0]), None);
         });
     }
 
     #[test]
     fn the_list_holds_the_monitors_view_only_while_armed() {
-        with(|pool, views| {
-            let list = *pool.page(views.list).unwrap();
-            assert_eq!(list[view::GATE], views.gate.pointer());
+        with(|pool, views, own| {
+            let list = *pool.page(own.list).unwrap();
+            assert_eq!(list[view::GATE], own.gate.pointer());
             assert!(list[view::SIM..].iter().all(|&e| e == 0));
-            pool.page(views.list).unwrap()[view::SIM] = views.sim.pointer();
-            views.disarm(pool);
-            assert_eq!(pool.page(views.list).unwrap()[view::SIM], 0);
+            let number = usize::from(own.list != views.own[0].list);
+            for armed in &views.own[..2] {
+                pool.page(armed.list).unwrap()[view::SIM] = armed.sim.pointer();
+            }
+            views.disarm(pool, number);
+            assert_eq!(pool.page(own.list).unwrap()[view::SIM], 0);
+            let other = &views.own[1 - number];
+            assert_eq!(pool.page(other.list).unwrap()[view::SIM], other.sim.pointer());
+            pool.page(other.list).unwrap()[view::SIM] = 0;
+        });
+    }
+
+    #[test]
+    fn hooks_are_found_by_their_last_two_bytes() {
+        with(|pool, views, own| {
+            // Hooks are the same on all processors: one will do.
+            if own.list != views.own[0].list {
+                return;
+            }
+            let sites = [
+                0xffff_ffff_8100_3325,
+                0xffff_ffff_810d_3bc5,
+                0xffff_ffff_8149_0005,
+                0xffff_ffff_8101_fff5,
+            ];
+            for (site, handler) in
+                sites
+                    .into_iter()
+                    .zip([Handler::Null, Handler::Call, Handler::Exec, Handler::Copy])
+            {
+                assert_eq!(views.handler(pool, site), None);
+                assert_eq!(views.register(pool, site, handler), Ok(true));
+                assert_eq!(views.handler(pool, site), Some(handler));
+            }
+            // Again is a change; too near is refused, on both sides, and changes nothing.
+            assert_eq!(views.register(pool, sites[0], Handler::Process), Ok(true));
+            for near in [0xffff_ffff_8200_3325, sites[0] + 15, sites[0] - 15] {
+                assert_eq!(views.register(pool, near, Handler::Null), Ok(false));
+                assert_eq!(views.handler(pool, near), None);
+            }
+            assert_eq!(views.register(pool, sites[0] + 16, Handler::Null), Ok(true));
+            assert_eq!(views.handler(pool, sites[0]), Some(Handler::Process));
+            assert_eq!(views.handler(pool, 0), None);
         });
     }
 
@@ -541,10 +717,11 @@ mod tests {
         let mut tables = std::vec![Table::EMPTY; 64];
         let mut pool = Pool::new(POOL, &mut tables);
         let guest = Ept::new(&mut pool).unwrap();
-        let mut refused = |image: &[u8], stub| Views::new(&mut pool, image, guest, 0, OWN, stub).unwrap_err();
+        let mut refused =
+            |image: &[u8], stub| Views::new(&mut pool, image, guest, 0, OWN, stub, 1).unwrap_err();
         assert_eq!(refused(&image()[..32], STUB), Refused::Image);
         let mut other = image();
-        other[8] = 2;
+        other[8] += 1;
         assert_eq!(refused(&other, STUB), Refused::Image);
         let mut outside = image();
         outside[40..48].copy_from_slice(&0x1000_1000u64.to_le_bytes());

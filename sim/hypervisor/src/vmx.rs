@@ -7,10 +7,20 @@ pub const CR4_VMXE: u64 = 1 << 13;
 pub mod pin {
     /// NMIs leave the guest.
     pub const NMI_EXITING: u32 = 1 << 3;
+    /// Whether the guest takes NMIs is kept apart from whether the processor does.
+    pub const VIRTUAL_NMIS: u32 = 1 << 5;
+    /// The guest leaves when a timer has run down.
+    pub const PREEMPTION_TIMER: u32 = 1 << 6;
 }
 
 /// Primary processor-based controls.
 pub mod primary {
+    /// The guest leaves as soon as it takes an NMI; turned on only while there is one.
+    pub const NMI_WINDOW: u32 = 1 << 22;
+    /// The I/O bitmaps decide which accesses to ports leave the guest.
+    pub const IO_BITMAPS: u32 = 1 << 25;
+    /// The guest leaves after one instruction.
+    pub const MONITOR_TRAP: u32 = 1 << 27;
     /// The MSR bitmap decides which MSR accesses leave the guest.
     pub const MSR_BITMAPS: u32 = 1 << 28;
     /// There are secondary controls.
@@ -45,6 +55,8 @@ pub mod exit {
     pub const HOST_64: u32 = 1 << 9;
     /// Saves and loads IA32_PAT and IA32_EFER.
     pub const PAT_AND_EFER: u32 = 0xf << 18;
+    /// What is left of the preemption timer is kept.
+    pub const SAVE_TIMER: u32 = 1 << 22;
 }
 
 /// VM-entry controls.
@@ -61,6 +73,8 @@ pub mod entry {
 pub mod msr {
     /// Revision of the VMCS, its size, and whether the true controls exist.
     pub const BASIC: u32 = 0x480;
+    /// Among others, how slow the preemption timer is, and what activity states a guest may have.
+    pub const MISC: u32 = 0x485;
     /// Bits of CR0 that must be set, then those that may be.
     pub const CR0_FIXED0: u32 = 0x486;
     /// See [`CR0_FIXED0`].
@@ -92,6 +106,7 @@ const WRITE_BACK: u64 = 1 << 14;
 const LARGE_PAGES: u64 = 1 << 16;
 const INVEPT_ALL: u64 = 1 << 20 | 1 << 26;
 const EPTP_SWITCHING: u64 = 1;
+const WAIT_FOR_SIPI: u64 = 1 << 8;
 
 /// The control fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +134,7 @@ pub fn controls(mut read: impl FnMut(u32) -> u64) -> Result<Controls, Missing> {
     }
     let wanted = [
         (primary::MSR_BITMAPS, "MSR bitmaps"),
+        (primary::IO_BITMAPS, "I/O bitmaps"),
         (primary::SECONDARY, "secondary processor-based controls"),
     ];
     let value = read(msr::TRUE_PRIMARY);
@@ -134,11 +150,17 @@ pub fn controls(mut read: impl FnMut(u32) -> u64) -> Result<Controls, Missing> {
     ];
     let optional = secondary::RDTSCP | secondary::INVPCID | secondary::XSAVES;
     let secondary = adjust(read(msr::SECONDARY), &wanted, optional)?;
-    let pin = adjust(read(msr::TRUE_PIN), &[(pin::NMI_EXITING, "NMI exiting")], 0)?;
+    let wanted = [
+        (pin::NMI_EXITING, "NMI exiting"),
+        (pin::VIRTUAL_NMIS, "virtual NMIs"),
+        (pin::PREEMPTION_TIMER, "the VMX-preemption timer"),
+    ];
+    let pin = adjust(read(msr::TRUE_PIN), &wanted, 0)?;
     let wanted = [
         (exit::SAVE_DEBUG, "saving the debug controls"),
         (exit::HOST_64, "a 64-bit host"),
         (exit::PAT_AND_EFER, "saving and loading PAT and EFER on VM exit"),
+        (exit::SAVE_TIMER, "saving the VMX-preemption timer"),
     ];
     let exit = adjust(read(msr::TRUE_EXIT), &wanted, 0)?;
     let wanted = [
@@ -158,6 +180,9 @@ pub fn controls(mut read: impl FnMut(u32) -> u64) -> Result<Controls, Missing> {
         if ept & bits != bits {
             return Err(Missing(name));
         }
+    }
+    if read(msr::MISC) & WAIT_FOR_SIPI == 0 {
+        return Err(Missing("the activity state wait-for-SIPI"));
     }
     if read(msr::FUNCTIONS) & EPTP_SWITCHING == 0 {
         return Err(Missing("EPTP switching"));
@@ -191,7 +216,7 @@ mod tests {
     fn able(number: u32) -> u64 {
         match number {
             msr::BASIC => TRUE_CONTROLS,
-            msr::EPT_VPID | msr::FUNCTIONS => u64::MAX,
+            msr::EPT_VPID | msr::FUNCTIONS | msr::MISC => u64::MAX,
             msr::TRUE_PRIMARY => 0xffff_ffff_0000_0002,
             _ => 0xffff_ffff_0000_0000,
         }
@@ -200,8 +225,14 @@ mod tests {
     #[test]
     fn only_what_is_wanted_and_what_must_be_is_on() {
         let controls = controls(able).unwrap();
-        assert_eq!(controls.primary, primary::MSR_BITMAPS | primary::SECONDARY | 2);
-        assert_eq!(controls.pin, pin::NMI_EXITING);
+        assert_eq!(
+            controls.primary,
+            primary::MSR_BITMAPS | primary::IO_BITMAPS | primary::SECONDARY | 2
+        );
+        assert_eq!(
+            controls.pin,
+            pin::NMI_EXITING | pin::VIRTUAL_NMIS | pin::PREEMPTION_TIMER
+        );
         assert_eq!(
             controls.secondary & secondary::UNRESTRICTED,
             secondary::UNRESTRICTED
@@ -218,6 +249,8 @@ mod tests {
         assert_eq!(missing(msr::SECONDARY, 1 << 39), "unrestricted guest");
         assert_eq!(missing(msr::SECONDARY, 1 << 45), "VM functions");
         assert_eq!(missing(msr::BASIC, TRUE_CONTROLS), "true VMX controls");
+        assert_eq!(missing(msr::MISC, 1 << 8), "the activity state wait-for-SIPI");
+        assert_eq!(missing(msr::TRUE_PIN, 1 << 38), "the VMX-preemption timer");
         let cr3 = |number| able(number) | if number == msr::TRUE_PRIMARY { 1 << 15 } else { 0 };
         assert_eq!(controls(cr3).unwrap_err().0, "MOV CR3 without a VM exit");
         // What may be missing: an instruction that the guest then does not have.

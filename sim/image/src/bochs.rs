@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::error::io;
-use crate::{Error, Image, packages};
+use crate::{Channel, Error, Image, packages};
 
 /// The processor of the machine, as Bochs calls it.
 pub const WITH_VMX: &str = "corei7_skylake_x";
@@ -60,7 +60,9 @@ pub struct Machine {
     folder: TempDir,
     process: Child,
     console: Tail,
-    events: Tail,
+    channel: Channel,
+    /// Bytes of the channel that were given out.
+    told: usize,
     seen: Vec<u8>,
 }
 
@@ -69,8 +71,8 @@ pub struct Machine {
 pub struct News {
     /// Over the first serial port: the hypervisor's console and the guest's.
     pub console: Vec<u8>,
-    /// Over the second: the monitor's events.
-    pub events: Vec<u8>,
+    /// Over the second: the hypervisor's lines, if it has a policy.
+    pub channel: Vec<u8>,
     /// Whether the machine was switched off; nothing comes any more.
     pub is_off: bool,
 }
@@ -82,6 +84,8 @@ pub struct Run {
     pub off: bool,
     /// The serial port's output. Bytes that are no UTF-8 are replaced.
     pub serial: String,
+    /// The second serial port's: the hypervisor's lines, if it has a policy.
+    pub channel: String,
 }
 
 impl Machine {
@@ -133,7 +137,8 @@ impl Machine {
             let path = folder.path().join(name);
             fs::write(&path, text).map_err(io("write", path.clone()))
         };
-        put("bochsrc", &configuration(disc, hardware))?;
+        let channel = Channel::listen()?;
+        put("bochsrc", &configuration(disc, hardware, channel.port()))?;
         // Debian's Bochs has its debugger in, which asks before it starts and after each reset.
         put("commands", &"c\n".repeat(8))?;
         let output = folder.path().join("output");
@@ -151,11 +156,17 @@ impl Machine {
             .map_err(io("run", "bochs"))?;
         Ok(Self {
             console: Tail::new(folder.path().join("serial")),
-            events: Tail::new(folder.path().join("events")),
+            channel,
+            told: 0,
             folder,
             process,
             seen: Vec::new(),
         })
+    }
+
+    /// The line to the hypervisor.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
     }
 
     /// What has come since this was asked last, and whether the machine still runs.
@@ -169,11 +180,15 @@ impl Machine {
             .try_wait()
             .map_err(io("wait for", "bochs"))?
             .is_some();
+        if ended {
+            self.channel.settle();
+        }
         let news = News {
             console: self.console.read()?,
-            events: self.events.read()?,
+            channel: self.channel.after(self.told),
             is_off: ended,
         };
+        self.told += news.channel.len();
         self.seen.extend_from_slice(&news.console);
         if ended && self.seen.is_empty() {
             let output = fs::read(self.folder.path().join("output")).unwrap_or_default();
@@ -185,8 +200,17 @@ impl Machine {
         Ok(news)
     }
 
-    /// All that came over the first serial port so far. Bytes that are no UTF-8 are replaced.
-    pub fn said(&self) -> String {
+    /// All that has come over the first serial port by now. Bytes that are no UTF-8 are replaced.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn serial(&self) -> Result<String, Error> {
+        let all = Tail::new(self.console.path.clone()).read()?;
+        Ok(String::from_utf8_lossy(&all).into_owned())
+    }
+
+    /// What was read of it so far.
+    fn said(&self) -> String {
         String::from_utf8_lossy(&self.seen).into_owned()
     }
 
@@ -218,6 +242,7 @@ impl Machine {
                 return Ok(Run {
                     off: news.is_off,
                     serial: self.said(),
+                    channel: self.channel.text(),
                 });
             }
             std::thread::sleep(PERIOD);
@@ -297,7 +322,7 @@ fn installed() -> Result<(), Error> {
     Ok(())
 }
 
-fn configuration(disc: &Path, hardware: &Hardware) -> String {
+fn configuration(disc: &Path, hardware: &Hardware, port: u16) -> String {
     let Hardware {
         processor,
         processors,
@@ -312,7 +337,7 @@ fn configuration(disc: &Path, hardware: &Hardware) -> String {
          plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=0, gameport=0\n\
          display_library: rfb, options=\"timeout=0\"\n\
          com1: enabled=1, mode=file, dev=serial\n\
-         com2: enabled=1, mode=file, dev=events\n\
+         com2: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
          ata0-master: type=cdrom, path=\"{}\", status=inserted\n\
          boot: cdrom\n\
          log: log\n\

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use vmsight_sim_abi::Malformed;
 use vmsight_sim_hypervisor::linux::NotBootable;
 
 /// Why there is no image, or no run. The messages say what to do.
@@ -23,6 +24,9 @@ pub enum Error {
     /// The monitor is none.
     #[error("the monitor is no image of one: {0}")]
     Monitor(&'static str),
+    /// The policy is none.
+    #[error("this is no policy: {0:?}")]
+    Policy(Malformed),
     /// GRUB's configuration has no way to say it.
     #[error("GRUB would not take this command line as it is, for it has one of \\n ' \" \\ $ ; {{ }}: {0}")]
     CommandLine(String),

@@ -5,6 +5,7 @@
 //! about time.
 
 pub mod bochs;
+pub mod channel;
 mod error;
 pub mod exits;
 mod packages;
@@ -14,6 +15,7 @@ pub mod trial;
 pub mod user;
 
 pub use bochs::Machine;
+pub use channel::Channel;
 pub use error::Error;
 pub use programs::Program;
 pub use rescue::Image;

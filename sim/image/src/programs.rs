@@ -21,10 +21,12 @@ pub enum Program {
     Monitor,
     /// The guest that attacks it: a bzImage.
     Trial,
+    /// The first program of a Linux guest, which counts what it does: an ELF file.
+    Witness,
 }
 
 impl Program {
-    /// What GRUB loads: an ELF file for the hypervisor, and for the others what of them lies in memory.
+    /// An ELF file for the hypervisor and the witness; for the others what of them lies in memory.
     ///
     /// # Errors
     /// [`Error::NotBuilt`] where the library had to be built without it.
@@ -35,6 +37,7 @@ impl Program {
             Self::TwoViewsApt => TWO_VIEWS_APT,
             Self::Monitor => MONITOR,
             Self::Trial => TRIAL,
+            Self::Witness => WITNESS,
         };
         built.map(<[u8]>::to_vec).map_err(|why| Error::NotBuilt {
             program: format!("{self:?}"),

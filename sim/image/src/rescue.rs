@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use vmsight_sim_abi::{MAGIC, VERSION};
+use vmsight_sim_abi::{MAGIC, Policy, VERSION};
 use vmsight_sim_hypervisor::linux::{Kernel, NotBootable};
 
 use crate::error::io;
@@ -18,6 +18,8 @@ pub struct Image {
     command_line: String,
     initrd: Option<Vec<u8>>,
     monitor: Option<Vec<u8>>,
+    policy: Option<Vec<u8>>,
+    policy_options: String,
 }
 
 /// The firmware for which GRUB can make a disc, and GRUB's name of it.
@@ -69,6 +71,8 @@ impl Image {
             command_line: command_line.to_owned(),
             initrd: None,
             monitor: None,
+            policy: None,
+            policy_options: String::new(),
         }
     }
 
@@ -108,10 +112,19 @@ impl Image {
         self
     }
 
+    /// With a policy: what of the kernel is hooked. `options` are words with blanks between: `exits`, the handlers run in the
+    /// hypervisor, which each hook leaves to; `fail-closed`, a kernel that the policy is not for does not go on.
+    #[must_use]
+    pub fn policy(mut self, policy: Vec<u8>, options: &str) -> Self {
+        self.policy = Some(policy);
+        options.clone_into(&mut self.policy_options);
+        self
+    }
+
     /// Whether the hypervisor could start this, as far as that can be told before.
     ///
     /// # Errors
-    /// [`Error::Kernel`], [`Error::CommandLine`], [`Error::Monitor`]
+    /// [`Error::Kernel`], [`Error::CommandLine`], [`Error::Policy`], [`Error::Monitor`]
     pub fn check(&self) -> Result<(), Error> {
         Kernel::parse(&self.kernel).map_err(Error::Kernel)?;
         let most = self.kernel.get(COMMAND_LINE_SIZE..COMMAND_LINE_SIZE + 4);
@@ -122,11 +135,13 @@ impl Image {
         if self.command_line.len() > most {
             return Err(Error::Kernel(NotBootable::CommandLine(most)));
         }
-        if self
-            .command_line
-            .contains(['\n', '\'', '"', '\\', '$', ';', '{', '}'])
-        {
-            return Err(Error::CommandLine(self.command_line.clone()));
+        for line in [&self.command_line, &self.policy_options] {
+            if line.contains(['\n', '\'', '"', '\\', '$', ';', '{', '}']) {
+                return Err(Error::CommandLine(line.clone()));
+            }
+        }
+        if let Some(policy) = &self.policy {
+            Policy::from_bytes(policy).map_err(Error::Policy)?;
         }
         let Some(monitor) = &self.monitor else {
             return Ok(());
@@ -161,6 +176,7 @@ impl Image {
             ("kernel", Some(&self.kernel), self.command_line.as_str()),
             ("initrd", self.initrd.as_ref(), ""),
             ("monitor", self.monitor.as_ref(), ""),
+            ("policy", self.policy.as_ref(), self.policy_options.as_str()),
         ];
         for (name, bytes, rest) in modules {
             let Some(bytes) = bytes else { continue };
@@ -225,6 +241,7 @@ mod tests {
         assert!(refused(&trial.clone().command_line(&"x".repeat(2048))).contains("2047 bytes"));
         assert!(refused(&trial.clone().command_line("a;b")).contains("a;b"));
         assert!(refused(&trial.clone().monitor(vec![0; 64])).contains("does not begin as one"));
+        assert!(refused(&trial.clone().policy(vec![0; 64], "")).contains("no policy: Length"));
         let mut other = Program::Monitor.bytes().unwrap();
         other[8] = 0xff;
         assert!(refused(&trial.monitor(other)).contains("another version"));

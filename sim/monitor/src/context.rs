@@ -13,6 +13,17 @@ pub trait Memory {
     fn read(&self, gpa: u64) -> Option<u64>;
     /// Writes one; `false` likewise.
     fn write(&mut self, gpa: u64, word: u64) -> bool;
+    /// Called now and then by a handler that takes long: it does not hang.
+    fn getting_on(&self) {}
+}
+
+/// What of the processor is not in the [`Frame`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rest {
+    /// The base of GS: in the kernel, of this processor's variables.
+    pub gs_base: u64,
+    /// Fourth argument; `None` where it could not be had.
+    pub rcx: Option<u64>,
 }
 
 /// What a handler gets.
@@ -20,31 +31,105 @@ pub trait Memory {
 pub struct Context<'a, M> {
     /// The hooked function's registers.
     pub frame: &'a Frame,
+    /// And the others.
+    pub rest: Rest,
     memory: M,
 }
 
 impl<'a, M: Memory> Context<'a, M> {
     /// The guest at a hook.
-    pub fn new(frame: &'a Frame, memory: M) -> Self {
-        Self { frame, memory }
+    pub fn new(frame: &'a Frame, rest: Rest, memory: M) -> Self {
+        Self { frame, rest, memory }
     }
 
     /// Reads the word at a guest-virtual address, which must be a multiple of 8.
     pub fn read(&self, address: u64) -> Option<u64> {
-        self.memory.read(self.translate(address)?)
+        self.memory.read(self.aligned(address)?)
     }
 
     /// Writes one; `false` where there is no such memory. The guest's own write protection does not matter.
     pub fn write(&mut self, address: u64, word: u64) -> bool {
-        self.translate(address)
+        self.aligned(address)
             .is_some_and(|gpa| self.memory.write(gpa, word))
+    }
+
+    /// Reads bytes, wherever they begin and whatever pages they lie in: all of them or none. The guest may change them
+    /// meanwhile.
+    pub fn bytes(&self, address: u64, bytes: &mut [u8]) -> Option<()> {
+        let all = bytes.len();
+        (self.prefix(address, bytes, |_| true) == all).then_some(())
+    }
+
+    /// Reads a text that ends with a zero: how long it is without it, and whether there was no zero as far as `bytes`
+    /// reaches or the guest has memory.
+    pub fn text(&self, address: u64, bytes: &mut [u8]) -> (usize, bool) {
+        let length = self.prefix(address, bytes, |byte| byte != 0);
+        let mut last = [0];
+        let after = address.wrapping_add(length as u64);
+        (length, self.bytes(after, &mut last).is_none() || last != [0])
+    }
+
+    /// Reads an integer of 8 bytes.
+    pub fn u64(&self, address: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        self.bytes(address, &mut bytes)?;
+        Some(u64::from_le_bytes(bytes))
+    }
+
+    /// Reads one of 4.
+    pub fn u32(&self, address: u64) -> Option<u32> {
+        let mut bytes = [0; 4];
+        self.bytes(address, &mut bytes)?;
+        Some(u32::from_le_bytes(bytes))
+    }
+
+    /// Reads one of 2.
+    pub fn u16(&self, address: u64) -> Option<u16> {
+        let mut bytes = [0; 2];
+        self.bytes(address, &mut bytes)?;
+        Some(u16::from_le_bytes(bytes))
+    }
+
+    /// Shows that the handler, which takes long, does not hang.
+    pub fn getting_on(&self) {
+        self.memory.getting_on();
+    }
+
+    /// Reads bytes as long as they are there and wanted: how many.
+    fn prefix(&self, address: u64, bytes: &mut [u8], wanted: impl Fn(u8) -> bool) -> usize {
+        let mut page = None;
+        let mut kept = None;
+        for (n, byte) in bytes.iter_mut().enumerate() {
+            let at = address.wrapping_add(n as u64);
+            if page.is_none_or(|(start, _)| start != at & !0xfff) {
+                let Some(gpa) = self.translate(at & !0xfff) else {
+                    return n;
+                };
+                page = Some((at & !0xfff, gpa));
+            }
+            if kept.is_none_or(|(start, _)| start != at & !7) {
+                let word = page.and_then(|(_, gpa)| self.memory.read(gpa + (at & 0xff8)));
+                let Some(word) = word else { return n };
+                kept = Some((at & !7, word));
+            }
+            let there = kept.map_or(0, |(_, word)| (word >> (at % 8 * 8)) as u8);
+            if !wanted(there) {
+                return n;
+            }
+            *byte = there;
+        }
+        bytes.len()
+    }
+
+    fn aligned(&self, address: u64) -> Option<u64> {
+        (address & 7 == 0).then(|| self.translate(address))?
     }
 
     /// Walks the guest's four levels of page tables: four reads at most, whatever they hold. (`vmsight-arch` has a walker
     /// for all modes, with evidence and reasons; compiled for the host it uses vector registers, which are the guest's.)
     fn translate(&self, address: u64) -> Option<u64> {
         let sign = address >> 47;
-        if (sign != 0 && sign != 0x1_ffff) || address & 7 != 0 {
+        if sign != 0 && sign != 0x1_ffff {
             return None;
         }
         let mut table = self.frame.cr3 & ADDRESS;
@@ -97,22 +182,20 @@ mod tests {
         Words(tables.into_iter().chain([(0x5010, 7), (0x60_1238, 0)]).collect())
     }
 
-    fn copied(words: &mut Words, rdi: u64, rsi: u64) -> u64 {
+    fn copied(words: &mut Words, rdi: u64, rsi: u64) {
         let frame = Frame {
             rdi,
             rsi,
             cr3: 0x1fff,
             ..Frame::default()
         };
-        let mut handled = 0;
-        copy(&mut Context::new(&frame, &mut *words), &mut handled);
-        handled
+        copy(&mut Context::new(&frame, Rest::default(), &mut *words));
     }
 
     #[test]
     fn a_word_is_copied_across_pages() {
         let mut words = words();
-        assert_eq!(copied(&mut words, 0x10, 0x20_1238), 1);
+        copied(&mut words, 0x10, 0x20_1238);
         assert_eq!(words.0[&0x60_1238], 7);
     }
 
@@ -122,13 +205,57 @@ mod tests {
         let before = words.0.clone();
         // Absent, misaligned, not canonical, no memory behind it; and the same as what is written to.
         for bad in [0x1000, 0x11, 1 << 47, 0x20_0000, u64::MAX] {
-            assert_eq!(copied(&mut words, bad, 0x20_1238), 1);
-            assert_eq!(copied(&mut words, 0x10, bad), 1);
+            copied(&mut words, bad, 0x20_1238);
+            copied(&mut words, 0x10, bad);
         }
         assert_eq!(words.0, before);
         // Tables that lead to themselves.
         words.0.insert(0x1000, 0x1003);
         copied(&mut words, 0, 0x20_1238);
         assert_eq!(words.0[&0x60_1238], 0);
+    }
+
+    fn seen<T>(words: &mut Words, look: impl FnOnce(&Context<'_, &mut Words>) -> T) -> T {
+        let frame = Frame {
+            cr3: 0x1000,
+            ..Frame::default()
+        };
+        look(&Context::new(&frame, Rest::default(), words))
+    }
+
+    #[test]
+    fn bytes_are_read_from_anywhere_and_across_pages() {
+        let mut words = words();
+        // The page after the first is another one than the next in physical memory.
+        words.0.insert(0x4008, 0x9003);
+        words.0.insert(0x5ff8, u64::from_le_bytes(*b"-------s"));
+        words
+            .0
+            .insert(0x9000, u64::from_le_bytes(*b"h\0\x01\x02\x03\x04\x05\x06"));
+        seen(&mut words, |context| {
+            assert_eq!(context.u16(0xfff), Some(u16::from_le_bytes(*b"sh")));
+            assert_eq!(context.u32(0x1002), Some(0x0403_0201));
+            assert_eq!(context.u64(0x10), Some(7));
+            // The last bytes have no memory behind them.
+            assert_eq!(context.u64(0x1001), None);
+            let mut text = [0xff; 8];
+            assert_eq!(context.text(0xfff, &mut text), (2, false));
+            assert_eq!(&text[..3], b"sh\xff");
+            assert_eq!(context.text(0xffe, &mut text[..2]), (2, true));
+            assert_eq!(context.text(0x1002, &mut text), (6, true));
+            assert_eq!(context.text(0x2000, &mut text), (0, true));
+            assert_eq!(context.text(u64::MAX - 1, &mut text), (0, true));
+        });
+    }
+
+    #[test]
+    fn a_walk_ends_whatever_the_tables_hold() {
+        let mut words = words();
+        // A page of tables that is its own next level, and what the last of them maps: itself.
+        words.0.insert(0x1000, 0x1003);
+        seen(&mut words, |context| {
+            assert_eq!(context.u64(0), Some(0x1003));
+            assert_eq!(context.bytes(0, &mut [0; 0x2000]), None);
+        });
     }
 }

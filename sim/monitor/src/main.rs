@@ -2,15 +2,19 @@
 #![no_std]
 #![no_main]
 
-use core::arch::global_asm;
+use core::arch::{asm, global_asm};
+use core::mem::offset_of;
 use core::panic::PanicInfo;
 use core::ptr::{addr_of, addr_of_mut};
 
-use vmsight_sim_abi::{Frame, MAGIC, State, VERSION, WINDOW};
-use vmsight_sim_monitor::{Context, Memory};
+use vmsight_sim_abi::{
+    Call, FULL, Frame, Handler, KEPT_ALL, KEPT_GENERAL, MAGIC, State, VERSION, Verdict, WINDOW, site_offset,
+};
+use vmsight_sim_monitor::{Context, Memory, Rest};
 
-// Header, entry, and a stack of its own. The order of pushes is that of `Frame`, from its end. Until RFLAGS are loaded
-// nothing depends on the guest's: interrupts are masked already.
+// Header, entry, and a stack of its own. The order of pushes is that of `Frame`, from its end, and the hypervisor's, which
+// puts back what is on the stack where a call ends on the way. Until RFLAGS are loaded nothing depends on the guest's:
+// interrupts are masked already.
 global_asm!(
     r#"
     .section .header, "a"
@@ -25,17 +29,17 @@ monitor_entry:
     push r10
     sidt [rip + monitor_state + {idtr}]
     lidt [rip + monitor_state + {no_idt}]
-    push 2
-    popfq
     push rdi
     push rsi
     push rdx
     push r8
     push r9
-    movzx eax, r10b
-    cmp r10, [monitor_state + {sites} + rax * 8]
+    push 2
+    popfq
+    movzx eax, r10w
+    cmp r10, [monitor_state + {sites} + rax]
     jne 1f
-    cmp byte ptr [monitor_state + {handlers} + rax], 0
+    cmp byte ptr [monitor_state + {sites} + 8 + rax], 0
     mov rdi, rsp
     jne 2f
     call monitor_null
@@ -49,17 +53,82 @@ monitor_entry:
     lidt [rip + monitor_state + {idtr}]
     xchg [rip + monitor_state + {stack}], rsp
     jmp [rip + monitor_state + {leave}]
-2:  call monitor_other
+
+    # Another handler than the null one: first what looks at registers alone. For the rest, which uses vector registers,
+    # the guest's are kept, too. If this ends on the way, the hypervisor puts back what is kept. The stack is as the ABI
+    # wants it at a call.
+2:  mov [monitor_state + {general}], rbx
+    mov [monitor_state + {general} + 8], rbp
+    mov [monitor_state + {general} + 16], r12
+    mov [monitor_state + {general} + 24], r13
+    mov [monitor_state + {general} + 32], r14
+    mov [monitor_state + {general} + 40], r15
+    mov qword ptr [monitor_state + {kept}], {kept_general}
+    sub rsp, 8
+    call monitor_count
+    test al, al
+    jz 3f
+    fxsave64 [monitor_state + {vectors}]
+    mov qword ptr [monitor_state + {kept}], {kept_all}
+    lea rdi, [rsp + 8]
+    call monitor_look
+    fxrstor64 [monitor_state + {vectors}]
+3:  add rsp, 8
+    mov qword ptr [monitor_state + {kept}], 0
     jmp 1b
+
+    # The C library's, which the compiler calls. Of general registers: it may call them before the others are kept.
+    .globl memcpy, memmove, memset, memcmp, bcmp
+memcpy:
+    mov rax, rdi
+    mov rcx, rdx
+    rep movsb
+    ret
+memmove:
+    mov rax, rdi
+    mov rcx, rdi
+    sub rcx, rsi
+    cmp rcx, rdx
+    jae memcpy
+    mov rcx, rdx
+    lea rsi, [rsi + rdx - 1]
+    lea rdi, [rdi + rdx - 1]
+    std
+    rep movsb
+    cld
+    ret
+memset:
+    mov r8, rdi
+    mov eax, esi
+    mov rcx, rdx
+    rep stosb
+    mov rax, r8
+    ret
+memcmp:
+bcmp:
+    xor eax, eax
+    xor r8d, r8d
+4:  cmp r8, rdx
+    je 5f
+    movzx eax, byte ptr [rdi + r8]
+    movzx ecx, byte ptr [rsi + r8]
+    inc r8
+    sub eax, ecx
+    je 4b
+5:  ret
 "#,
     magic = const MAGIC,
     version = const VERSION,
-    stack = const core::mem::offset_of!(State, stack),
-    idtr = const core::mem::offset_of!(State, idtr),
-    no_idt = const core::mem::offset_of!(State, no_idt),
-    sites = const core::mem::offset_of!(State, sites),
-    handlers = const core::mem::offset_of!(State, handlers),
-    leave = const core::mem::offset_of!(State, leave),
+    stack = const offset_of!(State, stack),
+    idtr = const offset_of!(State, idtr),
+    no_idt = const offset_of!(State, no_idt),
+    sites = const offset_of!(State, sites),
+    leave = const offset_of!(State, leave),
+    vectors = const offset_of!(State, vectors),
+    kept = const offset_of!(State, kept),
+    general = const offset_of!(State, general),
+    kept_general = const KEPT_GENERAL,
+    kept_all = const KEPT_ALL,
 );
 
 #[unsafe(no_mangle)]
@@ -70,19 +139,85 @@ static mut monitor_state: State = State::EMPTY;
 /// Called by the entry code alone, which is not entered twice: interrupts are masked and there is one list to each
 /// processor.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn monitor_null(frame: &Frame) -> u64 {
+unsafe extern "C" fn monitor_null(frame: &Frame) {
     // SAFETY: the caller's promise: no other reference is alive.
     let handled = unsafe { &mut *addr_of_mut!(monitor_state.handled) };
-    vmsight_sim_monitor::null(frame, handled) as u64
+    vmsight_sim_monitor::null(frame, handled);
 }
 
 /// # Safety
 /// As for [`monitor_null`].
 #[unsafe(no_mangle)]
-unsafe extern "C" fn monitor_other(frame: &Frame) -> u64 {
+unsafe extern "C" fn monitor_count(frame: &Frame) -> bool {
+    // SAFETY: as above.
+    let (handled, watch) = unsafe {
+        (
+            &mut *addr_of_mut!(monitor_state.handled),
+            &mut *addr_of_mut!(monitor_state.watch),
+        )
+    };
+    called(frame).is_some_and(|handler| vmsight_sim_monitor::count(frame, handler, watch, handled))
+}
+
+/// # Safety
+/// As for [`monitor_null`]; the guest's vector registers are kept.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn monitor_look(frame: &mut Frame) {
     // SAFETY: as above; the window looks at other fields.
-    let handled = unsafe { &mut *addr_of_mut!(monitor_state.handled) };
-    vmsight_sim_monitor::copy(&mut Context::new(frame, Window), handled) as u64
+    let watch = unsafe { &mut *addr_of_mut!(monitor_state.watch) };
+    let Some(handler) = called(frame) else { return };
+    let guest = Context::new(frame, Rest::default(), Window);
+    // The stub keeps RFLAGS and RCX on the guest's stack, below the site.
+    let stack = state(offset_of!(State, stack));
+    let rest = Rest {
+        gs_base: gs_base(),
+        rcx: guest.u64(stack.wrapping_add(8)),
+    };
+    let verdict = vmsight_sim_monitor::look(&mut Context::new(frame, rest, Window), handler, watch);
+    if let Verdict::Refuse(value) = verdict {
+        let refuse = state(offset_of!(State, refuse));
+        let site = stack.wrapping_add(16);
+        let mut guest = Context::new(frame, rest, Window);
+        if refuse != 0 && guest.read(site) == Some(frame.site) && guest.write(site, refuse) {
+            frame.site = value as u64;
+        }
+    }
+    if watch.ring.waiting() >= FULL && state(offset_of!(State, doorbell)) == 1 {
+        // SAFETY: the hypervisor takes events out of the ring, and nothing else is changed.
+        unsafe { asm!("vmcall", inout("rax") Call::Drain as u64 => _, out("rdx") _) };
+    }
+}
+
+/// What the hook calls: its site is a registered one.
+fn called(frame: &Frame) -> Option<Handler> {
+    // SAFETY: inside the state, which the hypervisor filled in before the monitor ran.
+    let number = unsafe {
+        addr_of!(monitor_state.sites)
+            .cast::<u8>()
+            .add(site_offset(frame.site) + 8)
+            .read_volatile()
+    };
+    Handler::from_number(number.into())
+}
+
+/// A word of the state.
+fn state(offset: usize) -> u64 {
+    // SAFETY: those who call this name a field of 8 bytes; only the hypervisor and the entry code write it.
+    unsafe {
+        addr_of!(monitor_state)
+            .byte_add(offset)
+            .cast::<u64>()
+            .read_volatile()
+    }
+}
+
+/// The base of GS, by its MSR: RDGSBASE must be enabled.
+fn gs_base() -> u64 {
+    const GS_BASE: u32 = 0xc000_0101;
+    let (low, high): (u32, u32);
+    // SAFETY: reading it changes nothing; it does not leave.
+    unsafe { asm!("rdmsr", in("ecx") GS_BASE, out("eax") low, out("edx") high, options(nomem, nostack)) };
+    u64::from(high) << 32 | u64::from(low)
 }
 
 /// The guest's memory, as it is mapped into the monitor's address space. It looks at the state anew each time: a copy of it
@@ -92,14 +227,9 @@ struct Window;
 impl Window {
     /// Where a guest-physical address is, if it is one of the guest's.
     fn at(&self, gpa: u64) -> Option<*mut u64> {
-        // SAFETY: fields that the hypervisor set before the monitor ran.
-        let [end, own_start, own_end] = unsafe {
-            [
-                addr_of!(monitor_state.memory_end).read_volatile(),
-                addr_of!(monitor_state.own_start).read_volatile(),
-                addr_of!(monitor_state.own_end).read_volatile(),
-            ]
-        };
+        let end = state(offset_of!(State, memory_end));
+        let own_start = state(offset_of!(State, own_start));
+        let own_end = state(offset_of!(State, own_end));
         let theirs = gpa < end && (gpa < own_start || gpa >= own_end) && gpa & 7 == 0;
         theirs.then_some((WINDOW + gpa) as *mut u64)
     }
@@ -116,6 +246,12 @@ impl Memory for Window {
         self.at(gpa)
             .map(|at| unsafe { at.write_volatile(word) })
             .is_some()
+    }
+
+    fn getting_on(&self) {
+        let count = state(offset_of!(State, progress)).wrapping_add(1);
+        // SAFETY: a field that nobody has a reference to; written each time, for it is read in between.
+        unsafe { addr_of_mut!(monitor_state.progress).write_volatile(count) };
     }
 }
 

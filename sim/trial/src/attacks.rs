@@ -3,7 +3,7 @@
 
 use core::ptr::addr_of_mut;
 
-use vmsight_sim_abi::{Call, Status};
+use vmsight_sim_abi::{Call, Part, Status};
 
 use crate::cost::ENTRY;
 use crate::start::*;
@@ -30,7 +30,6 @@ const LIST: u64 = GATE & !(511 << 12) | 509 << 12;
 /// The monitor's own addresses: its image, and the guest's memory.
 const MONITOR: u64 = 0x1000_0000;
 const MONITOR_ENTRY: u64 = MONITOR + 0x38;
-const MONITOR_STACK: u64 = MONITOR + 0x5ff8;
 const WINDOW: u64 = 1 << 46;
 const CR4_PCIDE: u64 = 1 << 17;
 
@@ -223,11 +222,8 @@ fn memory(trial: &mut Trial) {
     let before = state();
     let exits = call(Call::Exits, EPT_VIOLATION);
     let (mut tried, mut stopped) = (0, 0);
-    for page in 0.. {
-        let (status, physical) = vmcall(Call::MonitorPage as u64, page);
-        if status != Status::Done as u64 {
-            break;
-        }
+    let parts = [Part::Fixed, Part::Text, Part::Lists, Part::Data];
+    for physical in parts.into_iter().flat_map(monitor_pages) {
         let _alias = map(STUB - 0x1000, physical);
         for address in [physical, STUB - 0x1000] {
             for way in [read, write, execute] {
@@ -266,29 +262,36 @@ fn functions(trial: &mut Trial) {
     vmfunc("VMFUNC of a function that there is not", VMFUNC, 1, 1);
 }
 
-/// Pages of the monitor: all of them, text, then data, in the order of their addresses.
-fn monitor_pages() -> (u64, u64, u64) {
-    const DATA: u64 = 5;
-    let all = (0..)
-        .take_while(|&n| vmcall(Call::MonitorPage as u64, n).0 == Status::Done as u64)
-        .count() as u64;
-    let page = |n| call(Call::MonitorPage, n);
-    // The list is between what does not change, of which the text is the last, and the data.
-    (all, page(all - DATA - 2), all - DATA)
+/// Physical addresses of the pages of a part of the monitor.
+fn monitor_pages(part: Part) -> impl Iterator<Item = u64> {
+    (0..).map_while(move |n| {
+        let (status, page) = vmcall_with(Call::MonitorPage as u64, n, part as u64);
+        (status == Status::Done as u64).then_some(page)
+    })
+}
+
+/// The monitor's stack, at the end of its data; on a machine of one processor.
+fn monitor_stack() -> u64 {
+    let pages = monitor_pages(Part::Text).chain(monitor_pages(Part::Data));
+    MONITOR + 0x1000 * pages.count() as u64 - 8
+}
+
+/// The first of them.
+fn monitor_page(part: Part) -> u64 {
+    monitor_pages(part).next().unwrap_or(0)
 }
 
 /// A1 with all that the monitor's code needs mapped by the attacker: VMFUNC at the end of a page, the monitor's text next,
 /// whose first instruction is a jump to its entry.
 unsafe extern "C" fn forged_address_space(site: u64) {
-    let (all, text, data) = monitor_pages();
     let own = at(addr_of_mut!(CODE));
     prepare();
     // mov rsp, r12; vmfunc, at the end of the first page.
     put(4096 - 6, &[0x4c, 0x89, 0xe4, 0x0f, 0x01, 0xd4]);
     map_low(MONITOR - 0x1000, own);
-    map_low(MONITOR, text);
-    for n in data..all {
-        map_low(MONITOR + 0x1000 + (n - data) * 0x1000, call(Call::MonitorPage, n));
+    let image = monitor_pages(Part::Text).chain(monitor_pages(Part::Data));
+    for (page, address) in image.zip((MONITOR..).step_by(0x1000)) {
+        map_low(address, page);
     }
     // Where the hypervisor lets the guest go on in the stub: flags, RCX, and the way back.
     let stack = [2, 0, at(&raw const jump_back)];
@@ -323,10 +326,7 @@ pub(crate) fn control(name: &[u8; 2], site: u64) -> u64 {
 
 /// VMFUNC as the last instruction of a page before one of the attacker's choice.
 fn page_ends(trial: &mut Trial, site: u64) {
-    let text = (0..)
-        .map(|n| call(Call::MonitorPage, n))
-        .find(|&p| p != 0)
-        .unwrap_or(0);
+    let text = monitor_page(Part::Text);
     let own = at(addr_of_mut!(CODE));
     for (name, page, index, reason) in [
         (
@@ -431,7 +431,7 @@ fn every_offset(trial: &mut Trial, site: u64) {
 /// CR3 of the attacker's.
 fn page_tables(trial: &mut Trial) {
     let real = cr3();
-    let (_, text, _) = monitor_pages();
+    let text = monitor_page(Part::Text);
     // SAFETY: copies of the trial's own tables, in which only the last level differs.
     let forged = unsafe {
         let tables = &*addr_of_mut!(tables::TABLES);
@@ -535,7 +535,7 @@ fn context(trial: &mut Trial, site: u64) {
     let own = at(addr_of_mut!(CODE));
     for (name, rsp) in [
         ("stack pointer zero", 0),
-        ("stack pointer in the monitor's stack", MONITOR_STACK),
+        ("stack pointer in the monitor's stack", monitor_stack()),
         ("stack pointer not canonical", 1 << 62),
         ("stack pointer in the list", LIST + 24),
     ] {
@@ -589,9 +589,8 @@ fn context(trial: &mut Trial, site: u64) {
 fn pointers(trial: &mut Trial) {
     let victim = core::cell::UnsafeCell::new(0x5555_5555_5555_5555u64);
     let good = at(victim.get());
-    let (all, text, data) = monitor_pages();
-    let state_page = call(Call::MonitorPage, data);
-    let list = call(Call::MonitorPage, data - 1);
+    let pages = [Part::Text, Part::Data, Part::Lists].map(monitor_page);
+    let [text, state_page, list] = pages;
     let _text = map(STUB - 0x1000, text);
     let _state = map(STUB - 0x2000, state_page);
     let _list = map(STUB - 0x3000, list);
@@ -605,7 +604,7 @@ fn pointers(trial: &mut Trial) {
         1 << 63,
         u64::MAX,
         good + 1,
-        MONITOR_STACK,
+        monitor_stack(),
         LIST,
         WINDOW,
         STUB - 0x1000,
@@ -629,7 +628,7 @@ fn pointers(trial: &mut Trial) {
     let untouched = unsafe { victim.get().read_volatile() } == 0x5555_5555_5555_5555;
     let handled = after.handled - before.handled;
     let calls = 2 * bad.len() as u64 + 1;
-    let whole = monitor_pages() == (all, text, data);
+    let whole = pages == [Part::Text, Part::Data, Part::Lists].map(monitor_page);
     trial.check(
         "addresses that lead astray",
         same && untouched && whole && handled == calls && after.hash == before.hash,
@@ -709,7 +708,7 @@ fn pinned(trial: &mut Trial) {
         (
             "APIC over the monitor",
             APIC_BASE,
-            call(Call::MonitorPage, 0) | rdmsr(APIC_BASE) & 0xfff,
+            monitor_page(Part::Fixed) | rdmsr(APIC_BASE) & 0xfff,
         ),
         ("FEATURE_CONTROL", 0x3a, 5),
     ] {

@@ -124,6 +124,7 @@ stranger_call:
 
     # flags_call(address, flags): the same with flags of its own; what they are afterwards.
     .globl flags_call, flags_site
+    .balign 32
 flags_call:
     pushfq
     push rsi
@@ -137,6 +138,7 @@ flags_site:
 
     # copy_call(address, from, to): a hooked function with two arguments.
     .globl copy_call, copy_site
+    .balign 32
 copy_call:
     mov rax, rdi
     mov rdi, rsi
@@ -220,33 +222,6 @@ user_vmcall:
     vmcall
     hlt
 
-    .globl memcpy, memset, memmove, memcmp, bcmp
-memcpy:
-memmove:
-    mov rax, rdi
-    mov rcx, rdx
-    rep movsb
-    ret
-memset:
-    mov r8, rdi
-    mov eax, esi
-    mov rcx, rdx
-    rep stosb
-    mov rax, r8
-    ret
-memcmp:
-bcmp:
-    xor eax, eax
-    xor r8d, r8d
-3:  cmp r8, rdx
-    je 4f
-    movzx eax, byte ptr [rdi + r8]
-    movzx ecx, byte ptr [rsi + r8]
-    inc r8
-    sub eax, ecx
-    je 3b
-4:  ret
-
     .section .bss
     .balign 16
     .globl attempt_rsp, exception_rip, timer_ticks, jump_rsp
@@ -269,6 +244,8 @@ user_stack_end:
     .skip 16
 "#
 );
+
+global_asm!(include_str!("../../memory.s"));
 
 /// Registers for [`jump_with`]: where to, RBX, RCX, RDX, RSI, RDI, RBP, R8 to R12, RFLAGS, RAX.
 pub(crate) type Jump = [u64; 14];

@@ -121,7 +121,7 @@ impl View<'_> {
             self.progress = None;
         }
         let console = self.console.add(&news.console);
-        let told = self.events.add(&news.events);
+        let told = self.events.add(&news.channel);
         self.failed = self.print(console, told).err();
         self.failed.is_none() && !stop.load(Ordering::Relaxed)
     }

@@ -1,0 +1,123 @@
+//! Hooks in an unmodified Debian kernel, which the hypervisor puts in by itself.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use vmsight_lab::Kernel;
+use vmsight_lab::cache::Lock;
+use vmsight_lab::cpio::Archive;
+use vmsight_sim_image::bochs::WITH_VMX;
+use vmsight_sim_image::{Image, Machine, Program};
+use vmsight_sim_policy::{KernelImage, Wanted, policy};
+
+/// For a machine that has others to run too.
+const LIMIT: Duration = Duration::from_secs(1200);
+/// `sethostname`, and EPERM.
+const REFUSED: (usize, u16) = (170, 1);
+const INIT: &str = "\
+#!/bin/busybox sh
+export PATH=/bin
+busybox mkdir -p /proc /tmp /sys
+busybox mount -t proc proc /proc
+busybox mount -t sysfs sys /sys
+busybox mount -t tracefs trace /sys/kernel/tracing
+busybox hostname denied 2>/tmp/error; echo \"guest: hostname $? $(busybox cat /tmp/error)\"
+for n in 1 2 3; do busybox sh -c \"echo $n > /tmp/$n\"; done
+echo \"guest: files $(busybox cat /tmp/1 /tmp/2 /tmp/3 | busybox tr -d '\\n')\"
+cd /sys/kernel/tracing
+echo 1 > events/sched/sched_wakeup_new/enable
+busybox true
+echo 0 > events/sched/sched_wakeup_new/enable
+echo \"guest: traced $(busybox grep -c sched_wakeup_new: trace)\"
+echo 1 > /proc/sys/kernel/sched_schedstats
+echo \"guest: schedstats $(busybox cat /proc/sys/kernel/sched_schedstats)\"
+echo 'guest: until unhooked'
+until busybox hostname free 2>/dev/null; do :; done
+echo 'guest: until hooked'
+while busybox hostname free 2>/dev/null; do :; done
+echo \"guest: $(busybox hostname)\"
+busybox dmesg | busybox grep -E 'BUG|WARNING|Oops' && echo 'guest: not well'
+busybox poweroff -f
+";
+
+fn initrd() -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.folder("dev");
+    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").unwrap());
+    archive.file("init", 0o755, INIT.as_bytes());
+    archive.finish()
+}
+
+fn image(options: &str) -> Image {
+    let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}"));
+    let vmlinuz = fs::read(kernel.vmlinuz()).unwrap();
+    let wanted = Wanted {
+        refused: vec![REFUSED],
+        ..Wanted::default()
+    };
+    let image = KernelImage::read(&vmlinuz).unwrap_or_else(|e| panic!("{e}"));
+    let policy = policy(&image, &wanted).unwrap_or_else(|e| panic!("{e}"));
+    Image::new(vmlinuz, "console=ttyS0 quiet")
+        .initrd(initrd())
+        .monitor(Program::Monitor.bytes().unwrap_or_else(|e| panic!("{e:?}")))
+        .policy(policy.to_bytes().to_vec(), options)
+}
+
+/// Waits until the guest has said something, or has ended.
+fn wait_for(machine: &Machine, text: &str) {
+    let deadline = Instant::now() + LIMIT;
+    while !machine.serial().unwrap().contains(text) {
+        assert!(Instant::now() < deadline, "{}", machine.serial().unwrap());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn lines(channel: &str) -> Vec<Value> {
+    channel
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}\n{channel}")))
+        .collect()
+}
+
+fn state<'a>(lines: &'a [Value], name: &str) -> &'a Value {
+    let found = lines.iter().find(|line| line["state"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {lines:?}"))
+}
+
+#[test]
+fn an_unmodified_debian_is_hooked() {
+    let _lock = Lock::wait("bochs").unwrap();
+    let machine = Machine::start(&image(""), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    wait_for(&machine, "guest: until unhooked");
+    assert!(machine.channel().order("unhook").unwrap());
+    wait_for(&machine, "guest: until hooked");
+    assert!(machine.channel().order("hook").unwrap());
+    let run = machine.wait(LIMIT).unwrap();
+    let serial = run.serial.replace('\r', "");
+    println!("{serial}\n{}", run.channel);
+    for line in [
+        "guest: hostname 1 hostname: sethostname: Operation not permitted",
+        "guest: files 123",
+        "guest: schedstats 1",
+        "guest: free",
+    ] {
+        assert!(serial.contains(line), "not found: {line}");
+    }
+    let traced = serial.lines().find_map(|l| l.strip_prefix("guest: traced "));
+    assert!(traced.unwrap().parse::<u32>().unwrap() > 0);
+    assert!(run.off && !serial.contains("guest: not well"));
+    let lines = lines(&run.channel);
+    assert_eq!(state(&lines, "installed")["hooks"], 8);
+    let off = state(&lines, "off");
+    assert!(off["handled"].as_u64().unwrap() > 100);
+    assert_eq!(
+        (&off["lost"], &off["tampered"]),
+        (&Value::from(0), &Value::from(0))
+    );
+    for reason in ["VMFUNC", "exception or NMI"] {
+        assert!(off["exits"].get(reason).is_none(), "{off}");
+    }
+}

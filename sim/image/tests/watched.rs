@@ -1,0 +1,247 @@
+//! An unmodified Debian kernel that is watched: what the monitor tells is what was done.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use vmsight_lab::Kernel;
+use vmsight_lab::cache::Lock;
+use vmsight_lab::cpio::Archive;
+use vmsight_sim_image::bochs::WITH_VMX;
+use vmsight_sim_image::{Image, Machine, Program};
+use vmsight_sim_policy::{KernelImage, Wanted, policy};
+use vmsight_sim_witness::{MODULE, NAME, PROGRAM, REFUSED, SETUID, TOLD, TOLD_ARGUMENT, UNKNOWN_MODULE};
+
+/// For a machine that has others to run too; alone it takes two minutes.
+const LIMIT: Duration = Duration::from_secs(900);
+const EACCES: u16 = 13;
+
+/// What the guest said of itself.
+struct Witness {
+    lines: Vec<Vec<String>>,
+}
+
+impl Witness {
+    fn new(serial: &str) -> Self {
+        let said = serial.lines().filter_map(|l| l.strip_prefix("witness: "));
+        Self {
+            lines: said.map(|l| l.split(' ').map(str::to_owned).collect()).collect(),
+        }
+    }
+
+    /// The rest of the lines of one kind.
+    fn all(&self, kind: &str) -> Vec<&[String]> {
+        let lines = self.lines.iter().filter(|l| l[0] == kind);
+        lines.map(|l| &l[1..]).collect()
+    }
+
+    fn result(&self, what: &str) -> i64 {
+        let found = self.all("result").into_iter().find(|l| l[0] == what);
+        found.unwrap_or_else(|| panic!("no result of {what}"))[1]
+            .parse()
+            .unwrap()
+    }
+}
+
+/// What the monitor told.
+struct Told {
+    lines: Vec<Value>,
+}
+
+impl Told {
+    fn new(channel: &str) -> Self {
+        let lines = channel.lines().filter(|l| !l.trim().is_empty());
+        Self {
+            lines: lines
+                .map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}")))
+                .collect(),
+        }
+    }
+
+    fn all<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Value> {
+        self.lines.iter().filter(move |l| l["event"] == kind)
+    }
+
+    fn state(&self, state: &str) -> &Value {
+        let found = self.lines.iter().find(|l| l["state"] == state);
+        found.unwrap_or_else(|| panic!("nothing of {state}: {:#?}", self.lines))
+    }
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+fn texts<const N: usize>(words: [&dyn ToString; N]) -> Vec<String> {
+    words.iter().map(|w| w.to_string()).collect()
+}
+
+#[test]
+fn the_monitor_tells_what_the_guest_did() {
+    let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}"));
+    let vmlinuz = fs::read(kernel.vmlinuz()).unwrap();
+    let module = kernel
+        .modules(&[("dummy", "")])
+        .unwrap()
+        .pop()
+        .unwrap()
+        .read()
+        .unwrap();
+    let listed: [u8; 32] = Sha256::digest(&module).into();
+    let unknown = [module.as_slice(), &[0]].concat();
+
+    let witness = Program::Witness.bytes().unwrap_or_else(|e| panic!("{e:?}"));
+    let mut archive = Archive::new();
+    let path = |name: &'static std::ffi::CStr| name.to_str().unwrap().trim_start_matches('/');
+    archive.file("init", 0o755, &witness);
+    archive.file(path(PROGRAM), 0o755, &witness);
+    archive.file(path(SETUID), 0o4755, &witness);
+    archive.file(path(MODULE), 0o644, &module);
+    archive.file(path(UNKNOWN_MODULE), 0o644, &unknown);
+
+    let wanted = Wanted {
+        told: vec![TOLD],
+        refused: vec![(REFUSED, EACCES)],
+        modules: Some(vec![listed]),
+        refuse_root: true,
+        ..Wanted::default()
+    };
+    let image = KernelImage::read(&vmlinuz).unwrap();
+    let policy = policy(&image, &wanted).unwrap();
+    let image = Image::new(vmlinuz, "console=ttyS0 quiet")
+        .initrd(archive.finish())
+        .monitor(Program::Monitor.bytes().unwrap_or_else(|e| panic!("{e:?}")))
+        .policy(policy.to_bytes().to_vec(), "");
+    let _lock = Lock::wait("bochs").unwrap();
+    let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    let run = machine.wait(LIMIT).unwrap();
+    let serial = run.serial.replace('\r', "");
+    assert!(
+        run.off && serial.contains("witness: done"),
+        "{serial}\n{}",
+        run.channel
+    );
+    let (witness, told) = (Witness::new(&serial), Told::new(&run.channel));
+
+    assert_eq!(number(&told.state("installed")["hooks"]), 8);
+    let end = told.state("off");
+    assert_eq!(number(&end["lost"]), 0);
+    every_call_is_counted(&witness, end);
+    every_process_is_told(&witness, &told);
+    what_is_against_the_rules_is_refused(&witness, &told, &listed);
+    // Thousands of hooks were hit: none of them left the guest, but for a ring that was full.
+    let calls: u64 = end["calls"].as_object().unwrap().values().map(number).sum();
+    assert!(number(&end["handled"]) > calls, "{end}");
+    let left = end["exits"].get("VMCALL").map_or(0, number);
+    assert!(calls > 500 && left < 5, "{calls} calls; {end}");
+    println!("{serial}\n{}", run.channel);
+}
+
+fn every_call_is_counted(witness: &Witness, end: &Value) {
+    let made: BTreeMap<String, u64> = witness
+        .all("calls")
+        .into_iter()
+        .map(|l| (l[0].clone(), l[1].parse().unwrap()))
+        .collect();
+    let counted: BTreeMap<String, u64> = end["calls"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(number, times)| (number.clone(), self::number(times)))
+        .collect();
+    assert_eq!(counted, made);
+}
+
+fn every_process_is_told(witness: &Witness, told: &Told) {
+    let name = NAME.to_str().unwrap();
+    // The kernel's own threads are told, too, and nobody speaks for them.
+    let (mut processes, mut threads) = (Vec::new(), Vec::new());
+    for event in told.all("process").filter(|e| e["kernel"] == 0) {
+        assert_eq!(
+            (&event["pid"], &event["name"]),
+            (&event["parent"], &Value::from(name)),
+            "{event}"
+        );
+        let line = texts([&event["parent"], &event["child"], &name]);
+        if event["child_tgid"] == event["child"] {
+            processes.push(line);
+        } else {
+            assert_eq!(event["child_tgid"], event["parent_tgid"], "{event}");
+            threads.push(line);
+        }
+    }
+    let mut created = witness.all("created");
+    // A grandchild is remembered before its parent is.
+    created.sort_unstable();
+    processes.sort_unstable();
+    assert_eq!(processes, created);
+    assert_eq!(threads, witness.all("thread"));
+    let mut executed: Vec<Vec<String>> = told
+        .all("exec")
+        .map(|e| texts([&e["pid"], &e["path"].as_str().unwrap_or_default()]))
+        .collect();
+    executed.sort_unstable();
+    let mut said = witness.all("executed");
+    said.sort_unstable();
+    assert_eq!(executed, said);
+    assert!(created.len() >= 8 && threads.len() == 1 && said.len() == 3);
+    for event in told.all("exec") {
+        let setuid = event["path"] == SETUID.to_str().unwrap();
+        assert_eq!(event["setuid"], u64::from(setuid), "{event}");
+    }
+}
+
+fn what_is_against_the_rules_is_refused(witness: &Witness, told: &Told, listed: &[u8; 32]) {
+    let calls: Vec<&Value> = told.all("call").collect();
+    let [asked, refused] = calls.as_slice() else {
+        panic!("{calls:?}")
+    };
+    assert_eq!(
+        (number(&asked["number"]), &asked["errno"]),
+        (TOLD as u64, &Value::from(0))
+    );
+    assert_eq!(asked["arguments"][0], format!("{TOLD_ARGUMENT:#x}"));
+    assert_eq!(
+        (number(&refused["number"]), &refused["errno"]),
+        (REFUSED as u64, &Value::from(EACCES))
+    );
+    assert_eq!(refused["arguments"][1], "0x1ed");
+    assert_eq!(witness.result("mkdir"), -i64::from(EACCES));
+
+    // From a file and from memory; one that is listed and one that is not.
+    let modules: Vec<(u64, u64, &str)> = told
+        .all("module")
+        .map(|e| {
+            (
+                number(&e["errno"]),
+                number(&e["listed"]),
+                e["file"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    let [file, unknown] = [MODULE, UNKNOWN_MODULE].map(|name| name.to_str().unwrap().trim_start_matches('/'));
+    assert_eq!(modules, [(0, 1, file), (0, 1, ""), (1, 0, unknown), (1, 0, "")]);
+    let hash: String = listed.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert!(told.all("module").take(2).all(|e| e["sha256"] == hash));
+    for (what, value) in [
+        ("finit_module", 0),
+        ("delete_module", 0),
+        ("init_module", 0),
+        ("unknown_module", -1),
+        ("unknown_bytes", -1),
+    ] {
+        assert_eq!(witness.result(what), value, "{what}");
+    }
+
+    // Who executes a setuid file becomes root; who kept a capability does not.
+    let roots: Vec<[u64; 5]> = told
+        .all("credentials")
+        .map(|e| ["uid", "new_uid", "new_euid", "setuid", "errno"].map(|key| number(&e[key])))
+        .collect();
+    assert_eq!(roots, [[1000, 1000, 0, 1, 0], [1000, 0, 0, 0, 1]]);
+    assert_eq!(witness.result("setuid"), -1);
+}
