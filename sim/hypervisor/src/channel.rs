@@ -10,11 +10,12 @@ use crate::machine::{inb, outb};
 const DATA: u16 = ports::CHANNEL.start;
 const STATUS: u16 = DATA + 5;
 const SCRATCH: u16 = DATA + 7;
-/// Of the status: a byte has come; there is room.
+/// A port that is stuck is one that is not there: it must not hold the guest up at each exit.
+const PATIENCE: u32 = 1_000_000;
+/// Of the status: a byte has come; there is room; nothing is left to send.
 const RECEIVED: u8 = 1;
 const EMPTY: u8 = 0x20;
-/// And the last byte has left.
-const IDLE: u8 = 0x40;
+const SENT: u8 = 0x40;
 /// Bytes that the port takes at once.
 const FIFO: u8 = 16;
 /// Bytes that are read at one exit, so that a host that sends and sends does not stop the guest.
@@ -79,19 +80,17 @@ impl Channel {
         None
     }
 
-    /// Waits until all that was said is on the line, as must be before the machine is off.
+    /// Waits until all has been sent.
     pub(crate) fn flush(&mut self) {
-        if self.present {
-            // SAFETY: reading the status.
-            self.present = (0..10_000_000).any(|_| unsafe { inb(STATUS) } & IDLE != 0);
-        }
+        // SAFETY: reading the status.
+        let sent = |_| unsafe { inb(STATUS) } & SENT != 0;
+        self.present = self.present && (0..PATIENCE).any(sent);
     }
 
     fn send(&mut self, byte: u8) {
         if self.room == 0 {
-            // A port that is stuck is one that is not there: it must not hold the guest up at each exit.
             // SAFETY: reading the status.
-            self.present = (0..1_000_000).any(|_| unsafe { inb(STATUS) } & EMPTY != 0);
+            self.present = (0..PATIENCE).any(|_| unsafe { inb(STATUS) } & EMPTY != 0);
             self.room = FIFO;
         }
         if self.present {

@@ -183,7 +183,7 @@ fn handle(
         exit::EXCEPTION_OR_NMI => exception(),
         exit::VMFUNC => Outcome::Exception(INVALID_OPCODE),
         _ if exit::is_hidden_instruction(reason) => Outcome::Exception(INVALID_OPCODE),
-        exit::TRIPLE_FAULT => shutdown(),
+        exit::TRIPLE_FAULT => shutdown(hypervisor),
         _ => stop(format_args!(
             "{} ({reason}) at {:#x}, qualification {:#x}",
             exit::name(reason),
@@ -272,6 +272,7 @@ impl Hypervisor {
     /// An INIT: from another processor, or for the first one, from a keyboard controller that is told to reset the machine.
     fn init(&mut self, registers: &mut Registers, processor: &Processor) -> Outcome {
         if processor.number() == 0 {
+            self.say_last();
             machine::reset();
         }
         self.leave_view(registers, processor);
@@ -403,7 +404,8 @@ fn cpuid(registers: &mut Registers) -> Outcome {
 }
 
 /// What a processor does after a triple fault.
-fn shutdown() -> ! {
+fn shutdown(hypervisor: &mut Hypervisor) -> ! {
+    hypervisor.say_last();
     let rip = vmcs::read(vmcs::GUEST_RIP);
     let _ = writeln!(
         Console,
@@ -424,7 +426,7 @@ fn violation(hypervisor: &mut Hypervisor, processor: &Processor) -> Outcome {
         let vectoring = vmcs::read(vmcs::VECTORING_EVENT);
         return match vectoring & (VALID | KIND) == VALID | HARDWARE_EXCEPTION {
             false => Outcome::Exception(PROTECTION),
-            true if vectoring & 0xff == DOUBLE_FAULT => shutdown(),
+            true if vectoring & 0xff == DOUBLE_FAULT => shutdown(hypervisor),
             true => Outcome::Exception(DOUBLE_FAULT),
         };
     }

@@ -6,8 +6,6 @@ use crate::ept::{ENTRIES, Table};
 
 /// The second serial port, which is the hypervisor's own line to the host.
 pub const CHANNEL: Range<u16> = 0x2f8..0x300;
-/// The chipset's register that resets the machine.
-pub const RESET: u16 = 0xcf9;
 /// Of a power management control register: go to the sleep state that is set (ACPI 6.5, 4.8.3.2.1).
 pub const SLEEP_ENABLE: u32 = 1 << 13;
 

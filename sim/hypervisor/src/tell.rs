@@ -106,11 +106,13 @@ impl Hypervisor {
         );
     }
 
-    /// The guest is about to switch the machine off or reset it.
+    /// The guest is about to switch the machine off, or has it reset.
     pub(crate) fn say_last(&mut self) {
-        self.drain();
-        self.say_stats("off");
-        self.hooks.channel.flush();
+        if self.hooks.is_wanted() {
+            self.drain();
+            self.say_stats("off");
+            self.hooks.channel.flush();
+        }
     }
 
     fn say_stats(&mut self, state: &str) {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use vmsight_lab::Kernel;
 use vmsight_lab::cache::Lock;
 use vmsight_lab::cpio::Archive;
-use vmsight_sim_image::bochs::WITH_VMX;
+use vmsight_sim_image::bochs::{HALTED, WITH_VMX};
 use vmsight_sim_image::{Image, Machine, Program};
 use vmsight_sim_policy::{KernelImage, Wanted, policy};
 
@@ -34,6 +34,7 @@ echo 0 > events/sched/sched_wakeup_new/enable
 echo \"guest: traced $(busybox grep -c sched_wakeup_new: trace)\"
 echo 1 > /proc/sys/kernel/sched_schedstats
 echo \"guest: schedstats $(busybox cat /proc/sys/kernel/sched_schedstats)\"
+echo \"guest: serial ports $(busybox grep -c 'uart:16' /proc/tty/driver/serial)\"
 echo 'guest: until unhooked'
 until busybox hostname free 2>/dev/null; do :; done
 echo 'guest: until hooked'
@@ -43,15 +44,23 @@ busybox dmesg | busybox grep -E 'BUG|WARNING|Oops' && echo 'guest: not well'
 busybox poweroff -f
 ";
 
-fn initrd() -> Vec<u8> {
+const SHORT: &str = "\
+#!/bin/busybox sh
+export PATH=/bin
+busybox mkdir /tmp
+busybox hostname denied 2>/tmp/error; echo \"guest: hostname $? $(busybox cat /tmp/error)\"
+busybox poweroff -f
+";
+
+fn initrd(init: &str) -> Vec<u8> {
     let mut archive = Archive::new();
     archive.folder("dev");
     archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").unwrap());
-    archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("init", 0o755, init.as_bytes());
     archive.finish()
 }
 
-fn image(options: &str) -> Image {
+fn image(init: &str, options: &str) -> Image {
     let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}"));
     let vmlinuz = fs::read(kernel.vmlinuz()).unwrap();
     let wanted = Wanted {
@@ -61,7 +70,7 @@ fn image(options: &str) -> Image {
     let image = KernelImage::read(&vmlinuz).unwrap_or_else(|e| panic!("{e}"));
     let policy = policy(&image, &wanted).unwrap_or_else(|e| panic!("{e}"));
     Image::new(vmlinuz, "console=ttyS0 quiet")
-        .initrd(initrd())
+        .initrd(initrd(init))
         .monitor(Program::Monitor.bytes().unwrap_or_else(|e| panic!("{e:?}")))
         .policy(policy.to_bytes().to_vec(), options)
 }
@@ -69,8 +78,13 @@ fn image(options: &str) -> Image {
 /// Waits until the guest has said something, or has ended.
 fn wait_for(machine: &Machine, text: &str) {
     let deadline = Instant::now() + LIMIT;
-    while !machine.serial().unwrap().contains(text) {
-        assert!(Instant::now() < deadline, "{}", machine.serial().unwrap());
+    loop {
+        let serial = machine.serial().unwrap();
+        if serial.contains(text) {
+            return;
+        }
+        let over = serial.contains("Kernel panic") || Instant::now() > deadline;
+        assert!(!over, "{serial}\n{}", machine.channel().text());
         std::thread::sleep(Duration::from_millis(200));
     }
 }
@@ -90,7 +104,7 @@ fn state<'a>(lines: &'a [Value], name: &str) -> &'a Value {
 #[test]
 fn an_unmodified_debian_is_hooked() {
     let _lock = Lock::wait("bochs").unwrap();
-    let machine = Machine::start(&image(""), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    let machine = Machine::start(&image(INIT, ""), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
     wait_for(&machine, "guest: until unhooked");
     assert!(machine.channel().order("unhook").unwrap());
     wait_for(&machine, "guest: until hooked");
@@ -102,6 +116,7 @@ fn an_unmodified_debian_is_hooked() {
         "guest: hostname 1 hostname: sethostname: Operation not permitted",
         "guest: files 123",
         "guest: schedstats 1",
+        "guest: serial ports 1",
         "guest: free",
     ] {
         assert!(serial.contains(line), "not found: {line}");
@@ -110,6 +125,20 @@ fn an_unmodified_debian_is_hooked() {
     assert!(traced.unwrap().parse::<u32>().unwrap() > 0);
     assert!(run.off && !serial.contains("guest: not well"));
     let lines = lines(&run.channel);
+    for once in ["installed", "unhooked", "hooked", "off"] {
+        assert_eq!(lines.iter().filter(|l| l["state"] == once).count(), 1, "{once}");
+    }
+    // Nothing is handled where the hooks are out, and something where they are in again.
+    let handled = |name: &str| state(&lines, name)["handled"].as_u64().unwrap();
+    assert_eq!(handled("unhooked"), handled("hooked"));
+    assert!(handled("off") > handled("hooked"));
+    // The guest's own patches: each is a write to a hooked page and a step.
+    let off = &state(&lines, "off")["exits"];
+    assert!(off["EPT violation"].as_u64().unwrap() > 0, "{off}");
+    assert_eq!(off["EPT violation"], off["exception or NMI"], "{off}");
+    let refused = lines.iter().filter(|l| l["event"] == "call");
+    let refused: Vec<_> = refused.map(|l| (&l["number"], &l["errno"])).collect();
+    assert!(refused.len() >= 2 && refused.iter().all(|r| *r == (&Value::from(170), &Value::from(1))));
     assert_eq!(state(&lines, "installed")["hooks"], 8);
     let off = state(&lines, "off");
     assert!(off["handled"].as_u64().unwrap() > 100);
@@ -117,7 +146,42 @@ fn an_unmodified_debian_is_hooked() {
         (&off["lost"], &off["tampered"]),
         (&Value::from(0), &Value::from(0))
     );
-    for reason in ["VMFUNC", "exception or NMI"] {
+    // Neither a hook nor what the handlers tell is an exit: fewer events than the ring holds, which is emptied at others.
+    for reason in ["VMFUNC", "VMCALL"] {
         assert!(off["exits"].get(reason).is_none(), "{off}");
     }
+}
+
+/// The baseline: each hook leaves the guest, and the handlers do the same.
+#[test]
+fn the_same_handlers_run_outside_of_the_guest() {
+    let _lock = Lock::wait("bochs").unwrap();
+    let machine = Machine::start(&image(SHORT, "exits"), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    let run = machine.wait(LIMIT).unwrap();
+    println!("{}\n{}", run.serial, run.channel);
+    let refused = "guest: hostname 1 hostname: sethostname: Operation not permitted";
+    assert!(run.off && run.serial.contains(refused));
+    let lines = lines(&run.channel);
+    assert_eq!(state(&lines, "installed")["hooks"], 8);
+    let off = state(&lines, "off");
+    assert!(off["handled"].as_u64().unwrap() > 50);
+    assert_eq!(off["exits"]["VMCALL"], off["handled"]);
+    for event in ["process", "exec", "call"] {
+        assert!(lines.iter().any(|l| l["event"] == event), "no {event}");
+    }
+}
+
+#[test]
+fn a_policy_that_does_not_fit_can_end_it() {
+    let kernel = Program::Trial.bytes().unwrap_or_else(|e| panic!("{e:?}"));
+    let image = Image::new(kernel, "").policy(vec![0; 4096], "fail-closed");
+    let _lock = Lock::wait("bochs").unwrap();
+    let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    let run = machine.wait(LIMIT).unwrap();
+    assert!(
+        run.serial.contains("the module is no policy: Length") && run.serial.contains(HALTED),
+        "{}",
+        run.serial
+    );
+    assert!(!run.serial.contains("trial: "), "{}", run.serial);
 }
