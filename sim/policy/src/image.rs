@@ -17,11 +17,11 @@ pub enum ImageError {
     /// Neither a bzImage nor an ELF file.
     #[error("it is neither a kernel's bzImage nor its vmlinux")]
     NoKernel,
-    /// It is shorter than its header says.
-    #[error("it is shorter than its header says")]
+    /// It is shorter than its header says, or what is in it is damaged.
+    #[error("it is shorter than it says, or damaged")]
     CutShort,
     /// Compressed in another way than kernels of distributions are.
-    #[error("it is compressed by something else than xz, zstd or gzip")]
+    #[error("it is compressed by something else than xz, zstd, gzip or LZ4")]
     Compression,
     /// It does not unpack.
     #[error("its {how} does not unpack")]

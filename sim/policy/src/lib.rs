@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod image;
+mod lz4;
 mod make;
 mod unpack;
 

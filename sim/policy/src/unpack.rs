@@ -2,7 +2,7 @@
 
 use std::io::{Read, Take};
 
-use crate::ImageError;
+use crate::{ImageError, lz4};
 
 /// No kernel is larger unpacked, in bytes.
 const MOST: u64 = 1 << 30;
@@ -43,6 +43,7 @@ fn unpack(payload: &[u8]) -> Result<Vec<u8>, ImageError> {
             all("zstd", decoder.map_err(|cause| broken("zstd", cause))?.take(MOST))
         }
         [0x1f, 0x8b, ..] => all("gzip", flate2::read::GzDecoder::new(payload).take(MOST)),
+        [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => lz4::unpack(blocks, MOST).ok_or(ImageError::CutShort),
         [0x7f, b'E', b'L', b'F', ..] => Ok(payload.to_vec()),
         _ => Err(ImageError::Compression),
     }
@@ -87,6 +88,7 @@ mod tests {
             xz.finish().unwrap(),
             gzip.finish().unwrap(),
             zstd::encode_all(text.as_slice(), 1).unwrap(),
+            lz4::tests::packed(&text),
         ];
         for mut payload in packed {
             // As the kernel's build leaves it.
@@ -99,7 +101,7 @@ mod tests {
     #[test]
     fn what_is_no_kernel_is_refused() {
         assert!(matches!(payload(b"MZ"), Err(ImageError::NoKernel)));
-        assert!(matches!(payload(&image(b"LZ4?")), Err(ImageError::Compression)));
+        assert!(matches!(payload(&image(b"LZO?")), Err(ImageError::Compression)));
         let whole = image(b"\x7fELF");
         assert_eq!(payload(&whole).unwrap(), b"\x7fELF");
         assert!(matches!(

@@ -131,3 +131,20 @@ fn what_a_kernel_lacks_is_named() {
         PolicyError::Malformed(Malformed::Text)
     );
 }
+
+/// Those for which there is a policy today. The oldest has no function that is called for each system call; the newest does
+/// not let it be traced.
+#[test]
+fn kernels_have_a_policy_or_lack_something_that_is_named() {
+    for kernel in Kernel::ALL {
+        let made = policy(&image(kernel), &Wanted::default());
+        match kernel {
+            Kernel::V5_10 | Kernel::Sid => {
+                let why = made.map_or_else(|e| e.to_string(), |_| "x64_sys_call".to_owned());
+                assert!(why.contains("x64_sys_call"), "{kernel}: {why}");
+            }
+            // The cloud's has no calls of x32.
+            _ => assert!(made.unwrap_or_else(|e| panic!("{kernel}: {e}")).hooks().count() >= 7),
+        }
+    }
+}

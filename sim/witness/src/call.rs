@@ -13,7 +13,6 @@ pub(crate) mod number {
     pub(crate) const MMAP: usize = 9;
     pub(crate) const IOCTL: usize = 16;
     pub(crate) const PREAD64: usize = 17;
-    pub(crate) const SCHED_YIELD: usize = 24;
     pub(crate) const GETPID: usize = 39;
     pub(crate) const CLONE: usize = 56;
     pub(crate) const FORK: usize = 57;
@@ -29,6 +28,7 @@ pub(crate) mod number {
     pub(crate) const REBOOT: usize = 169;
     pub(crate) const INIT_MODULE: usize = 175;
     pub(crate) const DELETE_MODULE: usize = 176;
+    pub(crate) const FUTEX: usize = 202;
     pub(crate) const EXIT_GROUP: usize = 231;
     pub(crate) const FINIT_MODULE: usize = 313;
 }

@@ -263,8 +263,9 @@ fn thread() {
         who: parent,
         what: child as u64,
     });
+    // FUTEX_WAIT: until the kernel has cleared it, which wakes.
     while TID.load(Ordering::Acquire) != 0 {
-        call(number::SCHED_YIELD, [0; 6]);
+        call(number::FUTEX, [TID.as_ptr() as u64, 0, 1, 0, 0, 0]);
     }
 }
 
