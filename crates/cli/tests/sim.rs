@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use vmsight_lab::Kernel;
 use vmsight_lab::cache::Lock;
+use vmsight_lab::cpio::Archive;
 
 fn vmsight() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmsight"));
@@ -297,4 +299,81 @@ fn what_cannot_be_started_is_refused_before_anything_runs() {
     assert!(refused(&["attack", "--from", "/nonexistent/log"]).contains("/nonexistent/log"));
     assert_eq!(fs::read_to_string(&text).unwrap(), "not a kernel");
     assert_eq!(files(folder.path()), ["text"]);
+}
+
+const INIT: &str = "\
+#!/bin/busybox sh
+/bin/busybox mkdir /tmp; echo \"guest: mkdir $?\"
+/bin/busybox sh -c 'exec /bin/busybox true'
+/bin/busybox poweroff -f
+";
+
+/// A policy is made out of the kernel, the hypervisor hooks it, and what the monitor tells is printed as it comes.
+#[test]
+fn a_debian_is_watched_as_it_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let (initrd, saved) = (path(&folder, "initrd"), path(&folder, "policy"));
+    let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}")).vmlinuz();
+    let kernel = kernel.to_str().unwrap();
+    let mut archive = Archive::new();
+    archive.folder("dev");
+    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").unwrap());
+    archive.file("init", 0o755, INIT.as_bytes());
+    fs::write(&initrd, archive.finish()).unwrap();
+
+    let guest = ["run", "--kernel", kernel, "--initrd", &initrd];
+    let with = |rest: &[&'static str]| refused(&[&guest[..], rest].concat());
+    assert!(with(&["--deny", "no_such_call"]).contains("no system call no_such_call"));
+    assert!(with(&["--deny", "mkdir=EACCES"]).contains("no error number"));
+    assert!(with(&["--tell", "openat", "--no-hooks"]).contains("rules are nothing without hooks"));
+    assert!(with(&["--policy", "/bin/busybox"]).contains("no policy"));
+
+    let _lock = Lock::wait("bochs").unwrap();
+    let rules = ["--deny", "mkdir=13", "--tell", "openat", "--save-policy", &saved];
+    let options = ["--command-line", "console=ttyS0 quiet", "-o", "jsonl"];
+    let out = sim(&[&guest[..], &rules, &options].concat());
+    let console = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(0), "{console}");
+    assert!(console.contains("guest: mkdir 1"), "{console}");
+    let lines = String::from_utf8(out.stdout).unwrap();
+    let events: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let all = |key: &'static str, value: &'static str| events.iter().filter(move |e| e[key] == value);
+    assert!(all("state", "installed").any(|e| e["hooks"] == 8), "{lines}");
+    assert!(
+        all("event", "exec").any(|e| e["path"] == "/bin/busybox"),
+        "{lines}"
+    );
+    assert!(
+        all("event", "process").any(|e| e["parent"] == 1 && e["name"] == "init"),
+        "{lines}"
+    );
+    // mkdir and openat.
+    assert!(
+        all("event", "call").any(|e| e["number"] == 83 && e["errno"] == 13),
+        "{lines}"
+    );
+    assert!(
+        all("event", "call").any(|e| e["number"] == 257 && e["errno"] == 0),
+        "{lines}"
+    );
+    let off = all("state", "off").next().unwrap();
+    assert_eq!(
+        (&off["lost"], &off["tampered"]),
+        (&0.into(), &0.into()),
+        "{lines}"
+    );
+    assert!(
+        off["calls"]["83"] == 1 && off["handled"].as_u64().unwrap() > 50,
+        "{lines}"
+    );
+    let exits: Vec<_> = all("event", "exits").collect();
+    assert!(
+        exits
+            .iter()
+            .any(|e| e["reason"] == "CPUID" && e["count"].as_u64().unwrap() > 0),
+        "{lines}"
+    );
+    // What was saved is a policy for this kernel.
+    let image = path(&folder, "out.iso");
+    fine(&["image", &image, "--kernel", kernel, "--policy", &saved, "-q"]);
 }

@@ -13,6 +13,20 @@ pub struct Exits {
     pub count: u64,
 }
 
+impl Exits {
+    /// By what the reason is called; `None` where nothing is called so.
+    pub fn named(name: &str, count: u64) -> Option<Self> {
+        let known = (0..)
+            .take(exit::COUNT)
+            .find(|&reason| exit::name(reason) == name)?;
+        Some(Self {
+            reason: known,
+            name: exit::name(known),
+            count,
+        })
+    }
+}
+
 /// The last table in a console's output, by reason. Empty where there is none.
 pub fn parse(console: &str) -> Vec<Exits> {
     let mut all: Vec<Exits> = Vec::new();

@@ -12,6 +12,31 @@ pub(super) struct Event(Map<String, Value>);
 const LONGEST: usize = 1 << 16;
 
 impl Event {
+    /// The exits by reason so far, where this says how things are.
+    pub(super) fn exits_so_far(&self) -> Option<Vec<Exits>> {
+        let exits = self.0.get("exits")?.as_object()?;
+        let of = |(name, count): (&String, &Value)| Exits::named(name, count.as_u64()?);
+        Some(exits.iter().filter_map(of).collect())
+    }
+
+    /// Whether it says how things are, in numbers that are shown as a table.
+    pub(super) fn is_account(&self) -> bool {
+        self.0.get("state").is_some_and(|state| state == "off")
+    }
+
+    /// What the account says besides exits, for people.
+    pub(super) fn account(&self) -> String {
+        let number = |key: &str| self.0.get(key).and_then(Value::as_u64).unwrap_or(0);
+        let calls = self.0.get("calls").and_then(Value::as_object);
+        let calls: u64 = calls.map_or(0, |c| c.values().filter_map(Value::as_u64).sum());
+        format!(
+            "the monitor was called {} times, for {calls} system calls among others; {} events were lost; hooks were written to {} times",
+            number("handled"),
+            number("lost"),
+            number("tampered")
+        )
+    }
+
     /// How often the guest was left for one reason.
     pub(super) fn exits(exits: &Exits) -> Self {
         let mut object = Map::new();
@@ -31,6 +56,7 @@ impl Happening for Event {
     const KEYS: &'static [&'static str] = &[
         "event",
         "state",
+        "processor",
         "sequence",
         "pid",
         "tgid",
@@ -55,6 +81,17 @@ impl Happening for Event {
         "new_uid",
         "new_euid",
         "setuid",
+        "hooks",
+        "slide",
+        "stub",
+        "why",
+        "rip",
+        "active",
+        "handled",
+        "lost",
+        "tampered",
+        "exits",
+        "calls",
         "exit",
         "reason",
         "count",
@@ -63,12 +100,20 @@ impl Happening for Event {
     fn line(&self) -> String {
         let mut text = String::from("monitor:");
         for (key, value) in &self.0 {
-            let value = match value {
-                Value::String(word) if key == "event" || key == "state" => word.clone(),
-                value => format!("{key}={value}"),
+            let piece = match (key.as_str(), value) {
+                ("event" | "state", Value::String(word)) => word.clone(),
+                // What is as it is nearly always, or of use for programs only.
+                ("sequence" | "processor", _) | ("cut", Value::Bool(false)) => continue,
+                ("errno", value) if *value == 0 => continue,
+                ("errno", value) => format!("REFUSED errno={value}"),
+                ("arguments", Value::Array(all)) => {
+                    let all: Vec<&str> = all.iter().filter_map(Value::as_str).collect();
+                    format!("arguments={}", all.join(","))
+                }
+                (key, value) => format!("{key}={value}"),
             };
             text.push(' ');
-            text.push_str(&value);
+            text.push_str(&piece);
         }
         text
     }
@@ -123,13 +168,23 @@ mod tests {
     #[test]
     fn events_come_in_pieces_and_are_shown_whole() {
         let mut lines = Lines::default();
-        assert!(lines.add(br#"{"event":"process","child":58,"#).is_empty());
+        assert!(
+            lines
+                .add(br#"{"event":"process","sequence":3,"errno":0,"child":58,"#)
+                .is_empty()
+        );
         let whole = lines.add(b"\"name\":\"sh\\u001b\"}\r\nno event\n{");
         let found: Vec<_> = events(whole).collect();
         assert_eq!(found.len(), 2);
         let event = found[0].as_ref().ok().unwrap();
         assert_eq!(event.line(), r#"monitor: process child=58 name="sh\u001b""#);
         assert_eq!(event.object()["child"], 58);
+        let refused =
+            Event::parse(br#"{"event":"call","errno":13,"number":83,"arguments":["0x1","0x2"]}"#).unwrap();
+        assert_eq!(
+            refused.line(),
+            "monitor: call REFUSED errno=13 number=83 arguments=0x1,0x2"
+        );
         assert!(
             event
                 .object()
@@ -138,6 +193,33 @@ mod tests {
         );
         assert_eq!(found[1].as_ref().err().unwrap(), "no event");
         assert_eq!(lines.rest().unwrap(), b"{");
+    }
+
+    #[test]
+    fn an_account_has_exits() {
+        let line = br#"{"state":"off","active":true,"handled":7,"lost":1,"tampered":0,"exits":{"CPUID":3,"EPT violation":2},"calls":{"0":2,"59":1}}"#;
+        let event = Event::parse(line).unwrap();
+        assert!(
+            event.is_account()
+                && event
+                    .object()
+                    .keys()
+                    .all(|key| Event::KEYS.contains(&key.as_str()))
+        );
+        let exits = event.exits_so_far().unwrap();
+        let found: Vec<_> = exits.iter().map(|e| (e.reason, e.name, e.count)).collect();
+        assert_eq!(found, [(10, "CPUID", 3), (48, "EPT violation", 2)]);
+        assert!(
+            event
+                .account()
+                .starts_with("the monitor was called 7 times, for 3 system calls")
+        );
+        assert!(
+            Event::parse(br#"{"event":"exec"}"#)
+                .unwrap()
+                .exits_so_far()
+                .is_none()
+        );
     }
 
     #[test]

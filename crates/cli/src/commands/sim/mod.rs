@@ -6,6 +6,7 @@ mod event;
 mod guest;
 mod image;
 mod machine;
+mod rules;
 mod run;
 
 use anyhow::Result;

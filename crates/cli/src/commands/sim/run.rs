@@ -9,7 +9,8 @@ use anyhow::{Result, bail, ensure};
 use clap::Args;
 use serde_json::Map;
 use vmsight_sim_image::bochs::{Hardware, News, refusal};
-use vmsight_sim_image::{Image, Machine, exits};
+use vmsight_sim_image::exits::{self, Exits};
+use vmsight_sim_image::{Image, Machine};
 
 use super::event::{Event, Lines, events};
 use super::guest::Guest;
@@ -24,6 +25,10 @@ use crate::{Outcome, args::Global};
 #[command(after_help = "\
 Without an image and without a kernel the guest is vmsight's own, which attacks the monitor (`vmsight sim attack` shows that as a
 table). The console is the first serial port: a Linux guest takes console=ttyS0. It ends when the guest powers off, or with Ctrl-C.
+
+A kernel is hooked, for which a policy is made out of its own symbols and types (Linux with BTF and function tracing): the monitor counts
+system calls, and tells processes, programs, modules, and who becomes root. The hypervisor puts the hooks in as the kernel boots;
+what was refused is told, too.
 
 Bochs does some 50 million instructions a second: a distribution's kernel boots in minutes, so take a small initrd. The guest has
 one processor.
@@ -66,6 +71,8 @@ impl Cmd {
             console: Lines::default(),
             events: Lines::default(),
             progress: Some(progress),
+            exits: Vec::new(),
+            account: None,
             failed: None,
         };
         let limit = Duration::from_secs(self.seconds.unwrap_or(FOREVER).min(FOREVER));
@@ -110,6 +117,10 @@ struct View<'a> {
     events: Lines,
     /// Until the machine says something.
     progress: Option<Progress>,
+    /// As the hypervisor has said it last.
+    exits: Vec<Exits>,
+    /// The last that the hypervisor said of the monitor.
+    account: Option<String>,
     /// Why nothing can be shown any more.
     failed: Option<anyhow::Error>,
 }
@@ -141,7 +152,16 @@ impl View<'_> {
         }
         for event in events(told) {
             match event {
-                Ok(event) => self.stream.write(&event)?,
+                Ok(event) => {
+                    if let Some(exits) = event.exits_so_far() {
+                        self.exits = exits;
+                        self.account = Some(event.account());
+                    }
+                    // For people it is a table, at the end.
+                    if !(event.is_account() && self.style.format == Format::Table) {
+                        self.stream.write(&event)?;
+                    }
+                }
                 Err(line) => self
                     .style
                     .warn(&format!("the hypervisor sent what is no event: {line}")),
@@ -159,7 +179,11 @@ impl View<'_> {
         let rest = self.console.rest().into_iter().collect();
         let told = self.events.rest().into_iter().collect();
         self.print(rest, told)?;
-        let exits = exits::parse(console);
+        let mut exits = exits::parse(console);
+        if exits.is_empty() {
+            exits = std::mem::take(&mut self.exits);
+            exits.sort_by_key(|exits| exits.reason);
+        }
         if self.style.format != Format::Table {
             for exits in &exits {
                 self.stream.write(&Event::exits(exits))?;
@@ -168,7 +192,7 @@ impl View<'_> {
         }
         if exits.is_empty() {
             self.style
-                .note("the guest did not ask for the table of its exits (VMCALL with RAX = 0x73696d02)");
+                .note("nobody asked for the table of exits: without hooks it is the guest's to do (VMCALL with RAX = 0x73696d02)");
             return Ok(());
         }
         let mut sheet = Sheet::with_keys(&["exit", "reason", "count"], &["exit", "reason", "count"]);
@@ -185,6 +209,10 @@ impl View<'_> {
             clear: false,
             ..self.style.clone()
         };
-        style.print(&sheet)
+        style.print(&sheet)?;
+        if let Some(account) = &self.account {
+            style.note(account);
+        }
+        Ok(())
     }
 }
