@@ -15,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 
 /// The name under which `src/programs.rs` includes each, what it is made of, and whether what is wanted is what of it is
 /// loaded into memory.
-const PROGRAMS: [(&str, Source, bool); 6] = [
+const PROGRAMS: [(&str, Source, bool); 7] = [
     ("HYPERVISOR", hypervisor(""), false),
     ("TWO_VIEWS", hypervisor("two-views"), false),
     ("TWO_VIEWS_APT", hypervisor("two-views-apt"), false),
@@ -25,6 +25,15 @@ const PROGRAMS: [(&str, Source, bool); 6] = [
             package: "vmsight-sim-monitor",
             program: "vmsight-monitor",
             features: "",
+        },
+        true,
+    ),
+    (
+        "ENDLESS_MONITOR",
+        Source {
+            package: "vmsight-sim-monitor",
+            program: "vmsight-monitor",
+            features: "endless",
         },
         true,
     ),

@@ -102,6 +102,13 @@ const FINDINGS: &[&str] = &[
     "calls after the lockdown: ok 4 of 4 refused",
     "hooks while the timer interrupts: ok 20000 of 20000 handled",
     "a hook after all this: ok",
+    // Of two processors one does what it can while the other goes through the gate.
+    "the other processor starts: ok exit 3: 0; exit 4: 1",
+    "calls on both processors at once: ok",
+    "the race to re-arm: ok",
+    "hooks in a storm of NMIs: ok 2200 of 2200 handled",
+    "a handler without an end: ok 1 ended",
+    "a processor restarted after the lockdown: ok came again: false",
 ];
 
 /// One run of the trial, and the two controls: the table, what was saved of it, and what is read of that.
@@ -127,7 +134,8 @@ fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
         assert_eq!(row.is_none(), cost, "{name}: {rows:?}");
     }
     // Without the view of the gate, A1 and A3 succeed: the same code that finds them stopped above finds that.
-    let (controls, attacks): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row["build"] != "three views");
+    let of_controls = |row: &&Value| row["build"].as_str().unwrap().starts_with("two views");
+    let (controls, attacks): (Vec<_>, Vec<_>) = rows.iter().partition(of_controls);
     assert!(attacks.len() > 60, "{}", attacks.len());
     assert!(
         attacks

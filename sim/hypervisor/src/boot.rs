@@ -182,39 +182,11 @@ nmi_entry:
     pop rax
     iretq
 
-    # What another processor begins with: a page of the first megabyte gets a copy of this, and a SIPI its number. In one
-    # step from real mode to long mode.
-    .globl startup, startup_end
-    .code16
-startup:
-    cli
-    cld
-    mov eax, cr4
-    or eax, 0x620
-    mov cr4, eax
-    mov eax, offset boot_tables
-    mov cr3, eax
-    mov ecx, 0xc0000080
-    rdmsr
-    or eax, 0x900
-    wrmsr
-    # lgdt cs:[startup_gdtr - startup], with a base of 32 bits
-    .byte 0x2e, 0x66, 0x0f, 0x01, 0x16
-    .short startup_gdtr - startup
-    mov eax, cr0
-    and eax, 0x9ffffff3
-    or eax, 0x80010023
-    mov cr0, eax
-    # jmp 8:startup_64
-    .byte 0x66, 0xea
-    .long startup_64
-    .short 8
-startup_gdtr:
-    .short 39
-    .long boot_gdt
-startup_end:
-
-    .code64
+    # Another processor, after what stands in startup.s.
+    .set startup_tables, boot_tables
+    .set startup_table, boot_gdt
+    .set startup_limit, 39
+    .set startup_selector, 8
 startup_64:
     mov ax, 0x10
     mov ds, ax
@@ -251,7 +223,7 @@ starting_stack:
 "#
 );
 
-global_asm!(include_str!("../../memory.s"));
+global_asm!(include_str!("../../memory.s"), include_str!("../../startup.s"));
 
 /// The guest's general registers, as the exit's entry pushes them.
 #[derive(Debug)]
@@ -279,6 +251,28 @@ pub(crate) struct Registers {
 }
 
 impl Registers {
+    /// The register of this number in an instruction's encoding. RSP is not among them.
+    pub(crate) fn get(&self, number: u8) -> Option<u64> {
+        Some(match number {
+            0 => self.rax,
+            1 => self.rcx,
+            2 => self.rdx,
+            3 => self.rbx,
+            5 => self.rbp,
+            6 => self.rsi,
+            7 => self.rdi,
+            8 => self.r8,
+            9 => self.r9,
+            10 => self.r10,
+            11 => self.r11,
+            12 => self.r12,
+            13 => self.r13,
+            14 => self.r14,
+            15 => self.r15,
+            _ => return None,
+        })
+    }
+
     /// The general registers as an INIT leaves them.
     pub(crate) fn clear(&mut self) {
         let Self { vectors, gap, .. } = *self;

@@ -110,6 +110,7 @@ impl Hypervisor {
             Call::Protect => self.protect(processor, argument),
             Call::Lockdown => {
                 self.alone(processor, Self::lock);
+                self.watch_apic(processor);
                 Ok(0)
             }
             Call::Invoke => self.invoke(processor, argument),

@@ -5,7 +5,7 @@ use core::fmt::Write;
 use core::mem::offset_of;
 use core::sync::atomic::Ordering;
 
-use vmsight_arch::registers::control::{CR4_PKE, EFER_LMA};
+use vmsight_arch::registers::control::{CR0_PE, CR4_PKE, EFER_LMA};
 use vmsight_arch::registers::msr;
 use vmsight_sim_abi::{Call, SIGNATURE, SIGNATURE_LEAF, State};
 use vmsight_sim_hypervisor::ept::{MemoryType, Permissions};
@@ -44,6 +44,8 @@ const NMIS_BLOCKED: u64 = 8;
 pub(crate) enum Outcome {
     /// The instruction was done: go on after it.
     Done,
+    /// The same for one that is so many bytes long: after some exits, the processor does not say.
+    Past(u64),
     /// Go on where the guest left.
     Again,
     /// The guest gets an exception.
@@ -94,6 +96,7 @@ extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Process
             // These are for nothing that the guest does, in whatever view, and it goes on where it is.
             exit::NMI_WINDOW => Outcome::Again,
             exit::EXCEPTION_OR_NMI if is_nmi() => {
+                machine::unblock_nmis();
                 if !park::is_ours(processor) {
                     processor.nmis.store(1, Ordering::Relaxed);
                 }
@@ -107,17 +110,13 @@ extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Process
         }
     };
     match outcome {
-        Outcome::Done => {
-            vmcs::write(
-                vmcs::GUEST_RIP,
-                vmcs::read(vmcs::GUEST_RIP) + vmcs::read(vmcs::INSTRUCTION_LENGTH),
-            );
-            // An instruction that was done ends the shadow of the one before it.
-            interruptibility(SHADOW);
-        }
+        Outcome::Done => skip(vmcs::read(vmcs::INSTRUCTION_LENGTH)),
+        Outcome::Past(length) => skip(length),
         Outcome::Again => {}
         Outcome::Exception(vector) => {
-            let with_code = matches!(vector, DOUBLE_FAULT | PROTECTION);
+            // Real mode has no error codes.
+            let protected = vmcs::read(vmcs::GUEST_CR0) & CR0_PE != 0;
+            let with_code = protected && matches!(vector, DOUBLE_FAULT | PROTECTION);
             let code = if with_code { HAS_ERROR_CODE } else { 0 };
             vmcs::write(vmcs::ENTRY_EVENT, VALID | HARDWARE_EXCEPTION | code | vector);
             vmcs::write(vmcs::ENTRY_ERROR_CODE, 0);
@@ -125,6 +124,12 @@ extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Process
     }
     hypervisor.talk(processor);
     hypervisor.deliver_nmi(processor);
+}
+
+/// Goes on after an instruction, which ends the shadow of the one before it.
+fn skip(length: u64) {
+    vmcs::write(vmcs::GUEST_RIP, vmcs::read(vmcs::GUEST_RIP) + length);
+    interruptibility(SHADOW);
 }
 
 /// Takes bits out of the guest's interruptibility.
@@ -155,7 +160,7 @@ fn handle(
         }
         exit::IO_INSTRUCTION => io::access(hypervisor, registers),
         exit::VMCALL => calls::handle(hypervisor, registers, processor),
-        exit::EPT_VIOLATION => violation(hypervisor, processor),
+        exit::EPT_VIOLATION => violation(hypervisor, registers, processor),
         exit::CONTROL_REGISTER => control_register(registers),
         exit::RDMSR => match msrs::read(registers.rcx as u32) {
             Some(value) => {
@@ -287,9 +292,12 @@ impl Hypervisor {
     /// A SIPI, for which the processor has waited. After the lockdown it waits on: in real mode, what is pinned is not so.
     fn sipi(&mut self, processor: &Processor) -> Outcome {
         machine::unblock_nmis();
-        if !self.locked {
+        if self.locked {
+            guest::after_init();
+        } else {
             guest::after_sipi(vmcs::read(vmcs::QUALIFICATION) & 0xff);
             processor.waiting.store(false, Ordering::SeqCst);
+            self.watch_apic(processor);
         }
         Outcome::Again
     }
@@ -415,8 +423,11 @@ fn shutdown(hypervisor: &mut Hypervisor) -> ! {
 }
 
 /// The guest touched memory that it does not have, or not in this way.
-fn violation(hypervisor: &mut Hypervisor, processor: &Processor) -> Outcome {
+fn violation(hypervisor: &mut Hypervisor, registers: &Registers, processor: &Processor) -> Outcome {
     let gpa = vmcs::read(vmcs::GUEST_PHYSICAL);
+    if hypervisor.is_apic_store(gpa) {
+        return hypervisor.apic_store(registers, processor, gpa);
+    }
     let ours = Hypervisor::own().contains(&gpa);
     if hypervisor.begin_step(gpa, processor) {
         return Outcome::Again;
@@ -446,24 +457,10 @@ fn violation(hypervisor: &mut Hypervisor, processor: &Processor) -> Outcome {
 /// A write to CR0 or CR4 that changes a bit which is kept.
 fn control_register(registers: &mut Registers) -> Outcome {
     let qualification = vmcs::read(vmcs::QUALIFICATION);
-    let value = match qualification >> 8 & 15 {
-        0 => registers.rax,
-        1 => registers.rcx,
-        2 => registers.rdx,
-        3 => registers.rbx,
-        4 => vmcs::read(vmcs::GUEST_RSP),
-        5 => registers.rbp,
-        6 => registers.rsi,
-        7 => registers.rdi,
-        8 => registers.r8,
-        9 => registers.r9,
-        10 => registers.r10,
-        11 => registers.r11,
-        12 => registers.r12,
-        13 => registers.r13,
-        14 => registers.r14,
-        _ => registers.r15,
-    };
+    let number = (qualification >> 8 & 15) as u8;
+    let value = registers
+        .get(number)
+        .unwrap_or_else(|| vmcs::read(vmcs::GUEST_RSP));
     let is_write_of_cr0 = qualification & 0x3f == 0;
     let (mask, shadow) = (vmcs::read(vmcs::CR0_MASK), vmcs::read(vmcs::CR0_SHADOW));
     // CR0.NE, which VMX operation wants set: the guest sees what it wrote. Nothing else that is kept may change.

@@ -68,6 +68,8 @@ pub(crate) struct Hypervisor {
     /// What is hooked in the guest's kernel, if anything.
     pub(crate) hooks: &'static mut Hooks,
     pub(crate) locked: bool,
+    /// Stores to the APIC leave: see [`crate::apic`].
+    pub(crate) apic_watched: bool,
     /// Calls of the monitor that were ended since they took too long.
     pub(crate) ended: u64,
     pub(crate) counts: [u64; exit::COUNT],
@@ -212,6 +214,10 @@ pub(crate) unsafe fn boot(information: u32) -> Result<Infallible, Error> {
     first.online.store(true, Ordering::SeqCst);
     // SAFETY: the page is RAM, and nobody's until the guest runs.
     unsafe { processor::start_others(STARTUP, machine.apics().filter(|&n| n != own_number))? };
+    // SAFETY: the reference from above is not used any more, and no guest runs.
+    if let Some(hypervisor) = unsafe { Hypervisor::get() } {
+        hypervisor.watch_apic(first);
+    }
     let _ = writeln!(
         Console,
         "vmsight-hypervisor: kernel at {at:#x}, own memory {:#x} to {:#x}, processors {}",
@@ -327,6 +333,7 @@ impl Hypervisor {
             msr_bitmap: bitmap,
             hooks,
             locked: false,
+            apic_watched: false,
             ended: 0,
             counts: [0; exit::COUNT],
         }))
@@ -436,7 +443,8 @@ pub(crate) fn after_init() {
     const CODE: u64 = 0x9b;
     const LOCAL: u64 = 0x82;
     const TASK: u64 = 0x8b;
-    const CR0_AT_INIT: u64 = 0x6000_0010;
+    // With NE, which is kept: what sets it along with the mode, as kernels do, changes nothing that is.
+    const CR0_AT_INIT: u64 = 0x6000_0010 | CR0_KEPT;
     let accesses = [DATA, CODE, DATA, DATA, DATA, DATA, LOCAL, TASK];
     for (n, access) in (0..).step_by(2).zip(accesses) {
         segment(n, 0, 0, 0xffff, access);

@@ -20,6 +20,7 @@ pub mod linux;
 pub mod multiboot;
 pub mod place;
 pub mod ports;
+pub mod store;
 pub mod views;
 pub mod vmx;
 

@@ -126,7 +126,8 @@ pub(crate) fn wbinvd() {
     unsafe { asm!("wbinvd", options(nostack)) };
 }
 
-/// Lets NMIs come that were blocked, as the return from an interrupt does: Bochs 2.7 leaves them so after a SIPI.
+/// Lets NMIs come that an exit has blocked, as the return from an interrupt does. The entry into the guest should; in Bochs
+/// 2.7 it does not, nor does it after a SIPI.
 pub(crate) fn unblock_nmis() {
     // SAFETY: returns to the next instruction, with the stack as it was.
     unsafe {

@@ -70,8 +70,8 @@ impl Hypervisor {
         ASKED.store(true, Ordering::SeqCst);
         let others = || Processor::all().filter(|p| !core::ptr::eq(*p, processor));
         for other in others() {
-            // One that is still on its way will do.
-            if other.ours.load(Ordering::SeqCst) == 0 {
+            // One that is still on its way will do, and who waits for a SIPI gets none.
+            if !other.waiting.load(Ordering::SeqCst) && other.ours.load(Ordering::SeqCst) == 0 {
                 other.ours.store(1, Ordering::SeqCst);
                 apic::send(other.apic.load(Ordering::Relaxed), apic::NMI);
             }

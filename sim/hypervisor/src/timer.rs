@@ -14,7 +14,7 @@ use crate::processor::Processor;
 use crate::vmcs;
 
 /// Cycles of the time-stamp counter from one exit for the timer to the next.
-pub(crate) const PERIOD: u64 = 1 << 27;
+pub(crate) const PERIOD: u64 = 1 << 26;
 /// A handler that has run for so many cycles since an exit for the timer is ended.
 const BOUND: u64 = 1 << 22;
 /// How long a call through the gate takes, about.

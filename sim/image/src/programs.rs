@@ -19,6 +19,8 @@ pub enum Program {
     TwoViewsApt,
     /// The monitor: a flat image.
     Monitor,
+    /// The monitor with a handler that does not end, for one argument.
+    EndlessMonitor,
     /// The guest that attacks it: a bzImage.
     Trial,
     /// The first program of a Linux guest, which counts what it does: an ELF file.
@@ -36,6 +38,7 @@ impl Program {
             Self::TwoViews => TWO_VIEWS,
             Self::TwoViewsApt => TWO_VIEWS_APT,
             Self::Monitor => MONITOR,
+            Self::EndlessMonitor => ENDLESS_MONITOR,
             Self::Trial => TRIAL,
             Self::Witness => WITNESS,
         };

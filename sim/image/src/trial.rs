@@ -7,6 +7,10 @@ pub const COST_ONLY: &str = "CO";
 /// The same, on hardware: in microseconds.
 pub const COST_ON_HARDWARE: &str = "CO hardware";
 
+/// The command line of the trial on two processors, of which one does what it can while the other goes through the gate. It takes
+/// the monitor whose handler can be had to run without an end.
+pub const TWO_PROCESSORS: &str = "2P";
+
 /// Findings that are of no attack: that the monitor is there, and what it costs.
 const NO_ATTACKS: [&str; 3] = [
     "hypervisor",
@@ -38,7 +42,8 @@ pub struct Finding {
 pub struct Findings {
     /// In the order in which they were found.
     pub all: Vec<Finding>,
-    /// The last line: how many were as they must be, and how many were not. `None` where the trial did not come to its end.
+    /// The last line: how many were as they must be, and how many were not; the sums where several trials are told of. `None`
+    /// where none came to its end.
     pub counted: Option<(usize, usize)>,
 }
 
@@ -81,18 +86,18 @@ impl Finding {
 impl Findings {
     /// From a console's output.
     pub fn parse(console: &str) -> Self {
-        let counted = console.lines().rev().find_map(|line| {
+        let counted = console.lines().filter_map(|line| {
             let (passed, failed) = line.trim_end().strip_prefix("trial: ")?.split_once(" passed, ")?;
-            let failed = failed.strip_suffix(" failed")?;
-            Some((passed.parse().ok()?, failed.parse().ok()?))
+            let failed: usize = failed.strip_suffix(" failed")?.parse().ok()?;
+            Some((passed.parse::<usize>().ok()?, failed))
         });
         Self {
             all: console.lines().filter_map(Finding::parse).collect(),
-            counted,
+            counted: counted.reduce(|all, one| (all.0 + one.0, all.1 + one.1)),
         }
     }
 
-    /// Whether the trial came to its end, and all that it counted is here.
+    /// Whether each trial came to its end, and all that they counted is here.
     pub fn is_complete(&self) -> bool {
         let held = self.all.iter().filter(|finding| finding.held).count();
         self.counted == Some((held, self.all.len() - held))
@@ -241,6 +246,15 @@ mod tests {
         );
         assert_eq!((attacks[1].held, attacks[1].handled), (false, Some(2)));
         assert_eq!((attacks[1].reason, attacks[1].hash_unchanged), (None, None));
+    }
+
+    #[test]
+    fn several_trials_are_summed() {
+        let both = format!("{CONSOLE}trial: the race to re-arm: ok 0 times\r\n");
+        assert!(!Findings::parse(&both).is_complete());
+        let both = format!("{both}trial: 1 passed, 0 failed\r\n");
+        assert_eq!(Findings::parse(&both).counted, Some((6, 1)));
+        assert!(Findings::parse(&both).is_complete());
     }
 
     #[test]

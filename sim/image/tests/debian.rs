@@ -1,4 +1,4 @@
-//! An unmodified Debian kernel under the hypervisor.
+//! An unmodified Debian kernel under the hypervisor, on two processors.
 
 #![allow(clippy::unwrap_used)]
 
@@ -23,6 +23,7 @@ echo \"guest: $(/bin/busybox cat /proc/sys/kernel/osrelease)\"
 /bin/busybox insmod /dummy.ko && echo \"guest: module $(/bin/busybox grep -c '^dummy ' /proc/modules)\"
 for n in 1 2 3; do /bin/busybox sh -c \"echo $n > /tmp/$n\"; done
 echo \"guest: files $(/bin/busybox cat /tmp/1 /tmp/2 /tmp/3 | /bin/busybox tr -d '\\n')\"
+echo \"guest: processors $(/bin/busybox nproc)\"
 echo \"guest: vmx $(/bin/busybox grep -c -w vmx /proc/cpuinfo)\"
 /report; echo \"guest: report $?\"
 /bin/busybox poweroff -f
@@ -46,7 +47,7 @@ fn an_unmodified_debian_boots_works_and_powers_off() {
     let image =
         Image::new(fs::read(kernel.vmlinuz()).unwrap(), "console=ttyS0 quiet").initrd(initrd(&kernel));
     let _lock = Lock::wait("bochs").unwrap();
-    let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
+    let machine = Machine::with_processors(&image, WITH_VMX, 2).unwrap_or_else(|e| panic!("{e:?}"));
     let run = machine.wait(LIMIT).unwrap();
     let serial = run.serial.replace('\r', "");
     let release = format!("guest: {}", kernel.release);
@@ -54,6 +55,7 @@ fn an_unmodified_debian_boots_works_and_powers_off() {
         &release,
         "guest: module 1",
         "guest: files 123",
+        "guest: processors 2",
         "guest: vmx 0",
         "guest: report 0",
     ] {

@@ -165,6 +165,11 @@ unsafe extern "C" fn monitor_count(frame: &Frame) -> bool {
 unsafe extern "C" fn monitor_look(frame: &mut Frame) {
     // SAFETY: as above; the window looks at other fields.
     let watch = unsafe { &mut *addr_of_mut!(monitor_state.watch) };
+    if cfg!(feature = "endless") && frame.rdi == u64::MAX {
+        loop {
+            core::hint::spin_loop();
+        }
+    }
     let Some(handler) = called(frame) else { return };
     let guest = Context::new(frame, Rest::default(), Window);
     // The stub keeps RFLAGS and RCX on the guest's stack, below the site.

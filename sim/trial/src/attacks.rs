@@ -33,6 +33,9 @@ const MONITOR_ENTRY: u64 = MONITOR + 0x38;
 const WINDOW: u64 = 1 << 46;
 const CR4_PCIDE: u64 = 1 << 17;
 
+/// Index of the gate's page in the last table.
+const GATE_AT: usize = (GATE >> 12 & 511) as usize;
+
 /// Code of the attacker's, at two pages in a row.
 static mut CODE: [Page; 2] = [const { Page([0; 512]) }; 2];
 /// Page tables of the attacker's.
@@ -42,12 +45,12 @@ static mut HOOKED: Page = Page([0; 512]);
 
 /// What must not change, and what an attack may cost.
 #[derive(Clone, Copy)]
-struct State {
-    handled: u64,
-    hash: u64,
+pub(crate) struct State {
+    pub(crate) handled: u64,
+    pub(crate) hash: u64,
 }
 
-fn state() -> State {
+pub(crate) fn state() -> State {
     State {
         handled: call(Call::Handled, 0),
         hash: call(Call::MonitorHash, 0),
@@ -144,7 +147,7 @@ unsafe extern "C" fn read(address: u64) {
     unsafe { (address as *const u64).read_volatile() };
 }
 
-unsafe extern "C" fn write(address: u64) {
+pub(crate) unsafe extern "C" fn write(address: u64) {
     // SAFETY: an attack.
     unsafe { (address as *mut u64).write_volatile(0xcccc_cccc_cccc_cccc) };
 }
@@ -154,7 +157,7 @@ unsafe extern "C" fn execute(address: u64) {
     unsafe { core::mem::transmute::<u64, extern "C" fn()>(address)() };
 }
 
-unsafe extern "C" fn function_and_index(both: u64) {
+pub(crate) unsafe extern "C" fn function_and_index(both: u64) {
     vmfunc((both >> 32) as u32, both as u32);
 }
 
@@ -163,7 +166,7 @@ unsafe extern "C" fn jump(registers: u64) {
     unsafe { jump_with(registers) };
 }
 
-unsafe extern "C" fn hook(_: u64) {
+pub(crate) unsafe extern "C" fn hook(_: u64) {
     // SAFETY: the stub is there.
     unsafe { hook_call(ENTRY) };
 }
@@ -263,7 +266,7 @@ fn functions(trial: &mut Trial) {
 }
 
 /// Physical addresses of the pages of a part of the monitor.
-fn monitor_pages(part: Part) -> impl Iterator<Item = u64> {
+pub(crate) fn monitor_pages(part: Part) -> impl Iterator<Item = u64> {
     (0..).map_while(move |n| {
         let (status, page) = vmcall_with(Call::MonitorPage as u64, n, part as u64);
         (status == Status::Done as u64).then_some(page)
@@ -322,6 +325,47 @@ pub(crate) fn control(name: &[u8; 2], site: u64) -> u64 {
     // SAFETY: an attack.
     unsafe { attempt(attack, site) };
     call(Call::Handled, 0) - handled
+}
+
+/// Where the gate goes on after the store that arms.
+const ARMED: usize = 10;
+
+/// Has a page of the attacker's, in page tables of his, at the gate's address: it ends in VMFUNC right before that. The
+/// address of the page tables.
+pub(crate) fn prepare_past_the_arming() -> u64 {
+    prepare();
+    put(4096 + ARMED - 3, &[0x0f, 0x01, 0xd4]);
+    let forged = forge();
+    // SAFETY: tables that nobody uses yet.
+    unsafe { (*addr_of_mut!(FORGED))[3].0[GATE_AT] = (at(addr_of_mut!(CODE)) + 0x1000) | 3 };
+    forged
+}
+
+/// Lands in the gate after the store that arms.
+pub(crate) unsafe extern "C" fn past_the_arming(forged: u64) {
+    let jumping = registers(GATE + ARMED as u64 - 3, WINDOW, 0);
+    // SAFETY: an attack, under tables that differ from the real ones in the gate's page alone.
+    unsafe {
+        set_cr3(forged);
+        jump_with(at(&jumping));
+    }
+}
+
+/// Copies of the trial's own page tables on the way to the gate's page: the address of the first.
+fn forge() -> u64 {
+    // SAFETY: copies, in which only the last level is to differ.
+    unsafe {
+        let tables = &*addr_of_mut!(tables::TABLES);
+        let forged = &mut *addr_of_mut!(FORGED);
+        for (to, from) in forged.iter_mut().zip([0, 6, 7, 8]) {
+            to.0 = tables[from].0;
+        }
+        let base = at(forged.as_ptr());
+        forged[0].0[511] = (base + 0x1000) | 3;
+        forged[1].0[510] = (base + 0x2000) | 3;
+        forged[2].0[9] = (base + 0x3000) | 3;
+        base
+    }
 }
 
 /// VMFUNC as the last instruction of a page before one of the attacker's choice.
@@ -432,19 +476,7 @@ fn every_offset(trial: &mut Trial, site: u64) {
 fn page_tables(trial: &mut Trial) {
     let real = cr3();
     let text = monitor_page(Part::Text);
-    // SAFETY: copies of the trial's own tables, in which only the last level differs.
-    let forged = unsafe {
-        let tables = &*addr_of_mut!(tables::TABLES);
-        let forged = &mut *addr_of_mut!(FORGED);
-        for (to, from) in forged.iter_mut().zip([0, 6, 7, 8]) {
-            to.0 = tables[from].0;
-        }
-        let base = at(forged.as_ptr());
-        forged[0].0[511] = (base + 0x1000) | 3;
-        forged[1].0[510] = (base + 0x2000) | 3;
-        forged[2].0[9] = (base + 0x3000) | 3;
-        base
-    };
+    let forged = forge();
     unsafe extern "C" fn under(cr3: u64) {
         // SAFETY: tables that map what the real ones do, where it matters.
         unsafe {
@@ -457,7 +489,7 @@ fn page_tables(trial: &mut Trial) {
     // SAFETY: back to what it was.
     unsafe { set_cr3(real) };
     // SAFETY: the gate's address becomes the monitor's text: what the monitor's view would run if it used these tables.
-    unsafe { (*addr_of_mut!(FORGED))[3].0[0x31] = text | 3 };
+    unsafe { (*addr_of_mut!(FORGED))[3].0[GATE_AT] = text | 3 };
     trial.attack(
         "A5: page tables of the attacker's, read-write in the monitor's view",
         EPT_VIOLATION,

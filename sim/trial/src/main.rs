@@ -6,6 +6,7 @@
 mod attacks;
 mod clock;
 mod cost;
+mod processors;
 mod serial;
 mod start;
 mod tables;
@@ -64,6 +65,10 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         signature == SIGNATURE,
         format_args!("says who it is"),
     );
+    let two = control == *b"2P";
+    if two {
+        processors::come(&mut trial);
+    }
     call(Call::LoadMonitor, tables::STUB);
     let site = tables::at(&raw const start::hook_site);
     call(Call::RegisterHook, site);
@@ -82,8 +87,13 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         let _ = writeln!(Console, "trial: {name}: reached the monitor {reached} times");
         power_off()
     }
-    cost::measure(&mut trial, site, line.starts_with(b"CO hardware"));
-    if control != *b"CO" {
+    if two {
+        call(Call::Lockdown, 0);
+        processors::all(&mut trial);
+    } else {
+        cost::measure(&mut trial, site, line.starts_with(b"CO hardware"));
+    }
+    if !two && control != *b"CO" {
         attacks::all(&mut trial, site);
     }
     call(Call::Report, 0);

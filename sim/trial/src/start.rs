@@ -1,6 +1,7 @@
 //! The begin, exceptions, and single instructions.
 
 use core::arch::{asm, global_asm};
+use core::sync::atomic::AtomicU64;
 
 global_asm!(
     r#"
@@ -54,14 +55,19 @@ attempt:
     push r14
     push r15
     pushfq
-    mov [attempt_rsp], rsp
+    # The task registers of the two processors are 0x30 and 0x40.
+    str eax
+    shr eax
+    mov [attempt_rsp + rax - 24], rsp
     mov rax, rdi
     mov rdi, rsi
     call rax
     xor eax, eax
 attempt_end:
-    mov rsp, [attempt_rsp]
-    mov qword ptr [attempt_rsp], 0
+    str ecx
+    shr ecx
+    mov rsp, [attempt_rsp + rcx - 24]
+    mov qword ptr [attempt_rsp + rcx - 24], 0
     popfq
     pop r15
     pop r14
@@ -87,12 +93,12 @@ exception_entries:
     .set vector, vector + 1
     .endr
 exception_common:
-    cmp qword ptr [attempt_rsp], 0
+    str ecx
+    shr ecx
+    cmp qword ptr [attempt_rsp + rcx - 24], 0
     je 1f
     mov eax, [rsp]
     inc eax
-    mov rcx, [rsp + 16]
-    mov [exception_rip], rcx
     xor ecx, ecx
     mov ds, cx
     mov es, cx
@@ -111,6 +117,26 @@ timer_entry:
     out 0x20, al
     pop rax
     iretq
+
+    # NMIs: counted.
+    .globl nmi_entry
+nmi_entry:
+    lock inc qword ptr [nmi_count]
+    iretq
+
+    # Another processor, after what stands in startup.s.
+    .set startup_tables, trial_tables
+    .set startup_table, trial_gdt
+    .set startup_limit, 79
+    .set startup_selector, 0x10
+startup_64:
+    mov ax, 0x18
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
+    mov rsp, offset second_stack_end
+    call second
+    ud2
 
     # call_at(stub, registers): calls an address as the head of a hooked function does.
     .globl hook_call, hook_site, stranger_call
@@ -224,28 +250,32 @@ user_vmcall:
 
     .section .bss
     .balign 16
-    .globl attempt_rsp, exception_rip, timer_ticks, jump_rsp
+    .globl timer_ticks, nmi_count
 attempt_rsp:
-    .skip 8
-exception_rip:
-    .skip 8
+    .skip 16
 timer_ticks:
+    .skip 8
+nmi_count:
     .skip 8
 jump_rsp:
     .skip 8
     .balign 4096
     .skip 0x10000
-    .globl stack_end, exception_stack_end
+    # Exceptions, interrupts and NMIs have a stack each on each processor, in the order of their numbers in the task state
+    # segment.
+    .globl exception_stacks
 stack_end:
-    .skip 0x4000
-exception_stack_end:
+    .skip 0x8000
+second_stack_end:
+exception_stacks:
+    .skip 0x6000
     .skip 0x1000
 user_stack_end:
     .skip 16
 "#
 );
 
-global_asm!(include_str!("../../memory.s"));
+global_asm!(include_str!("../../memory.s"), include_str!("../../startup.s"));
 
 /// Registers for [`jump_with`]: where to, RBX, RCX, RDX, RSI, RDI, RBP, R8 to R12, RFLAGS, RAX.
 pub(crate) type Jump = [u64; 14];
@@ -275,7 +305,11 @@ unsafe extern "C" {
     pub(crate) safe static jump_back: u8;
     pub(crate) safe static exception_entries: u8;
     pub(crate) safe static timer_entry: u8;
-    pub(crate) safe static exception_stack_end: u8;
+    pub(crate) safe static exception_stacks: u8;
+    pub(crate) safe static nmi_entry: u8;
+    pub(crate) safe static startup: u8;
+    pub(crate) safe static startup_end: u8;
+    pub(crate) safe static nmi_count: AtomicU64;
     pub(crate) static timer_ticks: u64;
 }
 

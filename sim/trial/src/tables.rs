@@ -4,7 +4,7 @@
 use core::arch::asm;
 use core::ptr::addr_of_mut;
 
-use crate::start::{exception_entries, exception_stack_end, set_cr3, timer_entry};
+use crate::start::{exception_entries, exception_stacks, nmi_entry, set_cr3, timer_entry};
 
 /// Where the stub's first page is; the gate comes after it.
 pub(crate) const STUB: u64 = 0xffff_ffff_8123_0000;
@@ -18,19 +18,29 @@ const LARGE: u64 = 0x80;
 #[repr(C, align(4096))]
 pub(crate) struct Page(pub(crate) [u64; 512]);
 
+/// Task registers of the two processors.
+const TASKS: [u16; 2] = [0x30, 0x40];
+/// The IDT's entries name one of these stacks: exceptions, interrupts, NMIs.
+const STACKS: u64 = 3;
+const NMI: usize = 2;
+
 /// PML4, PDPT, four PDs; PDPT, PD and PT of the upper half; a PT for the monitor's own address.
+#[unsafe(export_name = "trial_tables")]
 pub(crate) static mut TABLES: [Page; 10] = [const { Page([0; 512]) }; 10];
 /// The two pages that become the stub.
 pub(crate) static mut STUBS: [Page; 2] = [const { Page([0; 512]) }; 2];
 static mut IDT: [[u64; 2]; 256] = [[0; 2]; 256];
-static mut TSS: [u32; 26] = [0; 26];
-static mut GDT: [u64; 8] = [
+static mut TSS: [[u32; 26]; 2] = [[0; 26]; 2];
+#[unsafe(export_name = "trial_gdt")]
+static mut GDT: [u64; 10] = [
     0,
     0x00cf_9b00_0000_ffff,
     0x00af_9b00_0000_ffff,
     0x00cf_9300_0000_ffff,
     0x00cf_f300_0000_ffff,
     0x00af_fb00_0000_ffff,
+    0,
+    0,
     0,
     0,
 ];
@@ -77,20 +87,38 @@ pub(crate) fn initialise() {
             gate[0] |= 1 << 32;
         }
         set_gate(&mut idt[32], at(&raw const timer_entry));
-        load_idt(at(idt.as_ptr()), 4095);
+        set_gate(&mut idt[NMI], at(&raw const nmi_entry));
+        idt[32][0] |= 2 << 32;
+        idt[NMI][0] |= 3 << 32;
 
-        let tss = at(addr_of_mut!(TSS));
-        // RSP0 and IST1.
-        (*addr_of_mut!(TSS))[1] = at(&raw const exception_stack_end) as u32;
-        (*addr_of_mut!(TSS))[9] = at(&raw const exception_stack_end) as u32;
         let gdt = &mut *addr_of_mut!(GDT);
-        gdt[6] = 103 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
-        gdt[7] = tss >> 32;
-        let register = Register {
-            limit: 63,
-            base: at(gdt.as_ptr()),
-        };
-        asm!("lgdt [{}]", "ltr {:x}", in(reg) &register, in(reg) 0x30u16);
+        for (n, tss) in (*addr_of_mut!(TSS)).iter_mut().enumerate() {
+            let stack = |number: u64| {
+                (at(&raw const exception_stacks) + (n as u64 * STACKS + number) * 0x1000) as u32
+            };
+            // RSP0, IST1 to IST3.
+            tss[1] = stack(1);
+            for number in 1..=STACKS {
+                tss[7 + 2 * number as usize] = stack(number);
+            }
+            let tss = at(&raw const *tss);
+            let low = 103 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
+            gdt[TASKS[n] as usize / 8] = low;
+            gdt[TASKS[n] as usize / 8 + 1] = tss >> 32;
+        }
+        load(0);
+    }
+}
+
+/// Loads what a processor, 0 or 1, uses of what [`initialise`] made.
+pub(crate) fn load(processor: usize) {
+    load_gdt(None);
+    load_idt(own_idt(), 4095);
+    // SAFETY: the table has a task state segment there; marked as busy by a processor that was started before, it would not
+    // be taken.
+    unsafe {
+        (*addr_of_mut!(GDT))[TASKS[processor] as usize / 8] &= !(2 << 40);
+        asm!("ltr {:x}", in(reg) TASKS[processor]);
     }
 }
 
@@ -125,7 +153,7 @@ pub(crate) fn load_idt(base: u64, limit: u16) {
 /// Loads GDTR with another base, and with the trial's own.
 pub(crate) fn load_gdt(base: Option<u64>) {
     let base = base.unwrap_or(at(addr_of_mut!(GDT)));
-    let register = Register { limit: 63, base };
+    let register = Register { limit: 79, base };
     // SAFETY: the next load of a segment would read it; there is none until it is back.
     unsafe { asm!("lgdt [{}]", in(reg) &register, options(nostack)) };
 }

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Map, Value};
-use vmsight_sim_image::trial::{self, Finding, Findings};
+use vmsight_sim_image::trial::{self, Finding, Findings, TWO_PROCESSORS};
 use vmsight_sim_image::{Image, Program};
 
 use super::machine::{Source, last};
@@ -14,7 +14,7 @@ use crate::{Outcome, args::Global};
 /// Attack the monitor from a guest's kernel, and say what stopped each attack.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-A guest of vmsight's own does what an attacker can who has the guest's kernel. \"reason\" is why the guest was left, and with that
+A guest of vmsight's own does what an attacker can who has the guest's kernel, on one processor and then on two. \"reason\" is why the guest was left, and with that
 what stopped the attack; where there is none, the attack ran into what does not need to leave, such as a handler that is called as
 it should be. \"handled\" says how often the monitor's handler ran, \"hash\" whether the SHA-256 over gates, page tables and the monitor's
 text is what it was before. An attack held only where all of these are as they must be.
@@ -54,9 +54,7 @@ impl Cmd {
     pub(super) fn run(&self, global: &Global) -> Result<Outcome> {
         let style = global.style();
         let stop = on_interrupt()?;
-        let console = self
-            .source
-            .console(&style, &stop, "attacking", || Ok(Image::trial()?))?;
+        let console = self.source.console(&style, &stop, "attacking", machines)?;
         let findings = Findings::parse(&console);
         ensure!(
             findings.is_complete(),
@@ -75,7 +73,7 @@ impl Cmd {
             for (program, build, attack) in CONTROLS {
                 let image = Image::trial()?.hypervisor(program).command_line(attack);
                 let what = format!("attacking a build with {build}");
-                let console = self.source.run(&style, &stop, &what, &image)?;
+                let console = self.source.run(&style, &stop, &what, &image, 1)?;
                 let reached = trial::control(&console, attack);
                 if reached.unwrap_or(0) == 0 {
                     warnings.push(format!(
@@ -103,6 +101,16 @@ impl Cmd {
             (0, false) => Outcome::Fine,
         })
     }
+}
+
+/// The trial on one processor, and what takes two.
+fn machines() -> Result<Vec<(Image, u32)>> {
+    let one = Image::trial()?;
+    let two = one
+        .clone()
+        .monitor(Program::EndlessMonitor.bytes()?)
+        .command_line(TWO_PROCESSORS);
+    Ok(vec![(one, 1), (two, 2)])
 }
 
 const HELD: &str = "held";

@@ -54,7 +54,7 @@ impl Cmd {
         let style = global.style();
         let stop = on_interrupt()?;
         let console = self.source.console(&style, &stop, "measuring", || {
-            Ok(Image::trial()?.command_line(COST_ONLY))
+            Ok(vec![(Image::trial()?.command_line(COST_ONLY), 1)])
         })?;
         let costs = Findings::parse(&console).costs();
         ensure!(

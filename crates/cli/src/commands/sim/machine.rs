@@ -32,13 +32,14 @@ pub(super) struct Source {
 const LONGEST: usize = 1 << 16;
 
 impl Source {
-    /// What the trial said: read, or run and read. `image` is made only where it is to be run.
+    /// What the trial said: read, or run and read. Images, and how many processors each is to
+    /// have, are made only where they are to be run.
     pub(super) fn console(
         &self,
         style: &Style,
         stop: &AtomicBool,
         what: &str,
-        image: impl FnOnce() -> Result<Image>,
+        machines: impl FnOnce() -> Result<Vec<(Image, u32)>>,
     ) -> Result<String> {
         if let Some(file) = &self.from {
             let bytes = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
@@ -47,7 +48,10 @@ impl Source {
         if let Some(file) = &self.save {
             ensure!(!file.exists(), "{} is there already", file.display());
         }
-        let console = self.run(style, stop, what, &image()?)?;
+        let mut console = String::new();
+        for (image, processors) in machines()? {
+            console.push_str(&self.run(style, stop, what, &image, processors)?);
+        }
         if let Some(file) = &self.save {
             write_beside(file, "what the machine said", |out| {
                 Ok(std::io::Write::write_all(out, console.as_bytes())?)
@@ -57,9 +61,22 @@ impl Source {
     }
 
     /// Runs an image until its machine is switched off, and has what it said.
-    pub(super) fn run(&self, style: &Style, stop: &AtomicBool, what: &str, image: &Image) -> Result<String> {
+    pub(super) fn run(
+        &self,
+        style: &Style,
+        stop: &AtomicBool,
+        what: &str,
+        image: &Image,
+        processors: u32,
+    ) -> Result<String> {
         let progress = Progress::spinner(style.quiet, what);
-        let machine = Machine::new(image, &hardware()?)?;
+        let machine = Machine::new(
+            image,
+            &Hardware {
+                processors,
+                ..hardware()?
+            },
+        )?;
         let mut findings = 0;
         let mut line = Vec::new();
         let run = machine.watch(Duration::from_secs(self.limit), |news| {
