@@ -60,7 +60,7 @@ impl Finding {
         Some(Self {
             name: rest.get(..at)?.to_owned(),
             held,
-            reason: number_after(facts, "exit ").and_then(|n| n.try_into().ok()),
+            reason: facts.split("; ").find_map(reason),
             handled: number_after(facts, "handler called "),
             hash_unchanged: match (facts.contains("hash unchanged"), facts.contains("hash CHANGED")) {
                 (true, false) => Some(true),
@@ -206,6 +206,12 @@ fn gate_bytes() -> usize {
     pages.iter().flatten().filter(|byte| **byte != 0xcc).count()
 }
 
+/// The reason in `exit 48: 1`, if there was such an exit.
+fn reason(fact: &str) -> Option<u16> {
+    let (reason, count) = fact.strip_prefix("exit ")?.split_once(": ")?;
+    (count.parse::<u64>().ok()? > 0).then(|| reason.parse().ok())?
+}
+
 fn number_after(text: &str, mark: &str) -> Option<u64> {
     let rest = text.get(text.find(mark)? + mark.len()..)?;
     let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
@@ -249,6 +255,14 @@ mod tests {
     }
 
     #[test]
+    fn the_reason_is_that_of_an_exit_that_occurred() {
+        let of = |line| Finding::parse(line).unwrap().reason;
+        assert_eq!(of("trial: it starts: ok exit 3: 0; exit 4: 1"), Some(4));
+        assert_eq!(of("trial: each page: ok 60 of 60 stopped; exit 48: 60"), Some(48));
+        assert_eq!(of("trial: none: ok exit 3: 0"), None);
+    }
+
+    #[test]
     fn several_trials_are_summed() {
         let both = format!("{CONSOLE}trial: the race to re-arm: ok 0 times\r\n");
         assert!(!Findings::parse(&both).is_complete());
@@ -289,9 +303,10 @@ mod tests {
         assert_eq!(control(CONSOLE, "A1"), None);
     }
 
-    /// The stub and the guest's way back, the gate and its way back, landing and leaving, and the monitor's address.
+    /// The stub, the guest's ways back and out of a refused function, the gate and its way back, landing and leaving, and the
+    /// monitor's address.
     #[test]
     fn the_gates_bytes_are_counted() {
-        assert_eq!(gate_bytes(), 17 + 3 + 31 + 9 + 16 + 10 + 8);
+        assert_eq!(gate_bytes(), 17 + 3 + 4 + 31 + 9 + 16 + 10 + 8);
     }
 }
