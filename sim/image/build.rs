@@ -15,10 +15,11 @@ use rustix::fs::{FlockOperation, flock};
 
 /// The name under which `src/programs.rs` includes each, what it is made of, and whether what is wanted is what of it is
 /// loaded into memory.
-const PROGRAMS: [(&str, Source, bool); 7] = [
+const PROGRAMS: [(&str, Source, bool); 8] = [
     ("HYPERVISOR", hypervisor(""), false),
     ("TWO_VIEWS", hypervisor("two-views"), false),
     ("TWO_VIEWS_APT", hypervisor("two-views-apt"), false),
+    ("GUEST_TABLES", hypervisor("guest-tables"), false),
     (
         "MONITOR",
         Source {

@@ -18,8 +18,8 @@ pub enum Kind {
     Call = 1,
     /// A system call of 32 bits or of x32, refused. Words: its number; 1 for x32.
     OtherCall = 2,
-    /// A new process or thread, before it runs. Words: its pid and tgid; pid and tgid of its parent; 1 if it is a thread of
-    /// the kernel's. Text: its name, which is still its creator's.
+    /// A new process or thread, before it runs. Words: its pid and tgid; pid and tgid of its parent, which for a thread
+    /// is its process's; 1 if it is a thread of the kernel's. Text: its name, which is still its creator's.
     Process = 3,
     /// A program is being executed, and there is no way back. Words: 1 if its file is root's and setuid. Text: its path, as
     /// it was given.

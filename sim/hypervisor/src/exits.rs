@@ -94,7 +94,7 @@ extern "C" fn handle_exit(registers: &mut Registers, processor: &'static Process
     } else {
         match reason {
             // These are for nothing that the guest does, in whatever view, and it goes on where it is.
-            exit::NMI_WINDOW => Outcome::Again,
+            exit::NMI_WINDOW | exit::MONITOR_TRAP => Outcome::Again,
             exit::EXCEPTION_OR_NMI if is_nmi() => {
                 machine::unblock_nmis();
                 if !park::is_ours(processor) {
@@ -387,7 +387,9 @@ fn cpuid(registers: &mut Registers) -> Outcome {
             set(&mut result.ecx, 27, cr4 & CR4_OSXSAVE != 0);
         }
         7 if part == 0 => {
-            // No SGX, no processor trace, no shadow stacks, no UMWAIT, no indirect-branch tracking.
+            // No SGX, no processor trace, no shadow stacks, no UMWAIT, no indirect-branch tracking, no
+            // protection keys of supervisor pages.
+            set(&mut result.ecx, 31, false);
             set(&mut result.ebx, 2, false);
             set(&mut result.ebx, 25, false);
             set(&mut result.ecx, 7, false);

@@ -95,6 +95,12 @@ pub fn stub(first: &mut Page, second: &mut Page) {
 
 /// The gate.
 pub fn gate(page: &mut Page, addresses: &Addresses) {
+    // mov cr3, rcx; or, in the build that serves as a control, nothing: the guest's page tables are used.
+    let load = if cfg!(feature = "guest-tables") {
+        [0x0f, 0x1f, 0x00]
+    } else {
+        [0x0f, 0x22, 0xd9]
+    };
     page.fill(FILL);
     Writer::new(page, 0)
         .store(
@@ -105,7 +111,7 @@ pub fn gate(page: &mut Page, addresses: &Addresses) {
         .put(&[0x41, 0x0f, 0x20, 0xdb]) // mov r11, cr3
         .put(&[0xb9]) // mov ecx, …
         .put(&addresses.cr3.to_le_bytes())
-        .put(&[0x0f, 0x22, 0xd9]) // mov cr3, rcx
+        .put(&load)
         .put(&[0xb9, 2, 0, 0, 0]) // mov ecx, 2
         .put(&VMFUNC);
     Writer::new(page, RESTORING)

@@ -40,7 +40,9 @@ const VGA: Range<u64> = 0xa_0000..0xc_0000;
 
 /// Bits of CR0 and CR4 that the guest does not change: VMX operation needs them, or the gates.
 const CR0_KEPT: u64 = 1 << 5;
-const CR4_KEPT: u64 = CR4_VMXE | CR4_CET;
+const CR4_KEPT: u64 = CR4_VMXE | CR4_CET | CR4_PKS;
+/// Protection keys of supervisor pages: without the key of ours, the gate could not be used.
+const CR4_PKS: u64 = 1 << 24;
 /// Activity states.
 const WAIT_FOR_SIPI: u64 = 3;
 

@@ -77,16 +77,15 @@ impl Hypervisor {
         vmcs::write(vmcs::PAGE_FAULT_MASK, 0);
         vmcs::write(vmcs::PAGE_FAULT_MATCH, 0);
         let flags = vmcs::read(vmcs::GUEST_RFLAGS) & !INTERRUPTS;
-        if has_trap_flag() {
+        vmcs::write(vmcs::GUEST_RFLAGS, flags | TRAP);
+        vmcs::write(vmcs::GUEST_DEBUGCTL, 0);
+        // Whatever instruction it is; where there is no such flag, or it does not work (Bochs 2.7), the other is left.
+        if has_monitor_trap() {
             let controls = vmcs::read(vmcs::PRIMARY_CONTROLS);
             vmcs::write(
                 vmcs::PRIMARY_CONTROLS,
                 controls | u64::from(vmx::primary::MONITOR_TRAP),
             );
-            vmcs::write(vmcs::GUEST_RFLAGS, flags);
-        } else {
-            vmcs::write(vmcs::GUEST_DEBUGCTL, 0);
-            vmcs::write(vmcs::GUEST_RFLAGS, flags | TRAP);
         }
         let shadow = vmcs::read(vmcs::GUEST_INTERRUPTIBILITY);
         vmcs::write(vmcs::GUEST_INTERRUPTIBILITY, shadow & !3);
@@ -112,6 +111,11 @@ impl Hypervisor {
         let done = reason == exit::MONITOR_TRAP || stepped;
         self.leave_step(step, done);
         if reason == exit::MONITOR_TRAP {
+            // It comes before the single step, which is the guest's only where it asked for one.
+            if step.flags & TRAP == 0 {
+                let pending = vmcs::read(vmcs::GUEST_PENDING_DEBUG);
+                vmcs::write(vmcs::GUEST_PENDING_DEBUG, pending & !STEPPED);
+            }
             return Some(Outcome::Again);
         }
         if stepped {
@@ -178,7 +182,7 @@ impl Hypervisor {
 }
 
 /// Whether the processor leaves after an instruction without the guest's trap flag.
-fn has_trap_flag() -> bool {
+fn has_monitor_trap() -> bool {
     machine::rdmsr(vmx::msr::TRUE_PRIMARY) >> 32 & u64::from(vmx::primary::MONITOR_TRAP) != 0
 }
 

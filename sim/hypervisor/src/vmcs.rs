@@ -78,6 +78,7 @@ fields! {
     GUEST_RSP = 0x681c;
     GUEST_RIP = 0x681e;
     GUEST_RFLAGS = 0x6820;
+    GUEST_PENDING_DEBUG = 0x6822;
     HOST_CR0 = 0x6c00;
     HOST_CR3 = 0x6c02;
     HOST_CR4 = 0x6c04;

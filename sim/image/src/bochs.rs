@@ -14,6 +14,8 @@ use crate::{Channel, Error, Image, packages};
 
 /// The processor of the machine, as Bochs calls it.
 pub const WITH_VMX: &str = "corei7_skylake_x";
+/// One that has the monitor trap flag, too.
+pub const WITH_TRAP_FLAG: &str = "corei7_icelake_u";
 /// One with long mode but without VT-x.
 pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
 

@@ -17,6 +17,8 @@ pub enum Program {
     TwoViews,
     /// The same, but that page tables of the monitor's are used whatever CR3 says.
     TwoViewsApt,
+    /// The hypervisor with a gate that leaves the guest's page tables in use. A control likewise.
+    GuestTables,
     /// The monitor: a flat image.
     Monitor,
     /// The monitor with a handler that does not end, for one argument.
@@ -37,6 +39,7 @@ impl Program {
             Self::Hypervisor => HYPERVISOR,
             Self::TwoViews => TWO_VIEWS,
             Self::TwoViewsApt => TWO_VIEWS_APT,
+            Self::GuestTables => GUEST_TABLES,
             Self::Monitor => MONITOR,
             Self::EndlessMonitor => ENDLESS_MONITOR,
             Self::Trial => TRIAL,

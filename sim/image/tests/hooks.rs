@@ -9,7 +9,8 @@ use serde_json::Value;
 use vmsight_lab::Kernel;
 use vmsight_lab::cache::Lock;
 use vmsight_lab::cpio::Archive;
-use vmsight_sim_image::bochs::{HALTED, WITH_VMX};
+use vmsight_sim_abi::{Handler, Hook, Policy};
+use vmsight_sim_image::bochs::{HALTED, WITH_TRAP_FLAG, WITH_VMX};
 use vmsight_sim_image::{Image, Machine, Program};
 use vmsight_sim_policy::{KernelImage, Wanted, policy};
 
@@ -17,6 +18,22 @@ use vmsight_sim_policy::{KernelImage, Wanted, policy};
 const LIMIT: Duration = Duration::from_secs(1200);
 /// `sethostname`, and EPERM.
 const REFUSED: (usize, u16) = (170, 1);
+/// What the trial finds.
+const FINDINGS: &[&str] = &[
+    "hooks that come by themselves",
+    "calls of a function that was hooked",
+    "a byte beside a hook",
+    "a byte of a hook",
+    "the last byte of a hook",
+    "eight bytes, three of them a hook's",
+    "bytes by REP MOVSB up to a hook's end",
+    "across the end of the page",
+    "across the end, to where nothing is",
+    "an exchange",
+    "a push onto a hook",
+    "calls after all this",
+];
+/// It sleeps last, for the kernel says in the midst of what it wrote that it powers down.
 const INIT: &str = "\
 #!/bin/busybox sh
 export PATH=/bin
@@ -41,6 +58,7 @@ echo 'guest: until hooked'
 while busybox hostname free 2>/dev/null; do :; done
 echo \"guest: $(busybox hostname)\"
 busybox dmesg | busybox grep -E 'BUG|WARNING|Oops' && echo 'guest: not well'
+busybox sleep 1
 busybox poweroff -f
 ";
 
@@ -49,6 +67,7 @@ const SHORT: &str = "\
 export PATH=/bin
 busybox mkdir /tmp
 busybox hostname denied 2>/tmp/error; echo \"guest: hostname $? $(busybox cat /tmp/error)\"
+busybox sleep 1
 busybox poweroff -f
 ";
 
@@ -168,6 +187,42 @@ fn the_same_handlers_run_outside_of_the_guest() {
     assert_eq!(off["exits"]["VMCALL"], off["handled"]);
     for event in ["process", "exec", "call"] {
         assert!(lines.iter().any(|l| l["event"] == event), "no {event}");
+    }
+}
+
+/// The trial as a kernel that is hooked: what it may write to a page with hooks, and what comes of the rest. With the trap
+/// flag, and with the monitor trap flag.
+#[test]
+fn hooks_withstand_writes_to_their_page() {
+    const TEXT: u64 = 0xffff_ffff_8124_0000;
+    let mut policy = Policy::new([TEXT, TEXT + 0x1000], TEXT + 0x200);
+    policy.hooks[0] = Hook {
+        address: TEXT + 0x100,
+        handler: Handler::Null as u64,
+        ..Hook::default()
+    };
+    for processor in [WITH_VMX, WITH_TRAP_FLAG] {
+        let kernel = Program::Trial.bytes().unwrap_or_else(|e| panic!("{e:?}"));
+        let monitor = Program::Monitor.bytes().unwrap_or_else(|e| panic!("{e:?}"));
+        let image = Image::new(kernel, "HK")
+            .monitor(monitor)
+            .policy(policy.to_bytes().to_vec(), "");
+        let _lock = Lock::wait("bochs").unwrap();
+        let machine = Machine::start(&image, processor).unwrap_or_else(|e| panic!("{e:?}"));
+        let run = machine.wait(LIMIT).unwrap();
+        let facts = format!("{processor}\n{}\n{}", run.serial, run.channel);
+        println!("{facts}");
+        for finding in FINDINGS {
+            assert!(
+                run.serial.contains(&format!("trial: {finding}: ok")),
+                "{finding}\n{facts}"
+            );
+        }
+        assert!(
+            run.off && run.serial.contains(" 0 failed") && !run.serial.contains("FAILED"),
+            "{facts}"
+        );
+        assert!(run.channel.contains("\"state\":\"tampered\""), "{facts}");
     }
 }
 

@@ -156,6 +156,12 @@ unsafe extern "C" fn monitor_count(frame: &Frame) -> bool {
             &mut *addr_of_mut!(monitor_state.watch),
         )
     };
+    if cfg!(feature = "endless") && frame.rdi == u64::MAX {
+        *handled = handled.wrapping_add(1);
+        loop {
+            core::hint::spin_loop();
+        }
+    }
     called(frame).is_some_and(|handler| vmsight_sim_monitor::count(frame, handler, watch, handled))
 }
 

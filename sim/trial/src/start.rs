@@ -173,6 +173,74 @@ copy_call:
 copy_site:
     ret
 
+    # kept_call(address, argument): a hooked function with other registers than the compiler's; 0 if all are as they were.
+    .globl kept_call, kept_site
+    .balign 32
+kept_call:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    push rsi
+    mov rax, rdi
+    mov rdi, rsi
+    mov rbx, 0x0123456789abcdef
+    movq xmm0, rbx
+    movq xmm15, rbx
+    mov esi, 0x21
+    mov edx, 0x22
+    mov r8d, 0x23
+    mov r9d, 0x24
+    mov ebp, 0x25
+    mov r12d, 0x26
+    mov r13d, 0x27
+    mov r14d, 0x28
+    mov r15d, 0x29
+    call rax
+kept_site:
+    cmp rdi, [rsp]
+    jne 2f
+    movq rax, xmm0
+    cmp rax, rbx
+    jne 2f
+    movq rax, xmm15
+    cmp rax, rbx
+    jne 2f
+    mov rax, 0x0123456789abcdef
+    cmp rbx, rax
+    jne 2f
+    cmp rsi, 0x21
+    jne 2f
+    cmp rdx, 0x22
+    jne 2f
+    cmp r8, 0x23
+    jne 2f
+    cmp r9, 0x24
+    jne 2f
+    cmp rbp, 0x25
+    jne 2f
+    cmp r12, 0x26
+    jne 2f
+    cmp r13, 0x27
+    jne 2f
+    cmp r14, 0x28
+    jne 2f
+    cmp r15, 0x29
+    jne 2f
+    xor eax, eax
+    jmp 3f
+2:  mov eax, 1
+3:  pop rsi
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    ret
+
     # jump_with(registers): jumps to registers[0] with the rest loaded; what comes back by RET comes back here.
     .globl jump_with, jump_back
 jump_with:
@@ -239,10 +307,13 @@ compat_code:
     .code64
 
     # What user mode runs.
-    .globl user_vmfunc, user_vmcall
+    .globl user_vmfunc, user_vmcall, user_cpuid
 user_vmfunc:
     vmfunc
     ud2
+user_cpuid:
+    cpuid
+    hlt
 user_vmcall:
     mov eax, 0x73696d06
     vmcall
@@ -296,12 +367,16 @@ unsafe extern "C" {
     pub(crate) safe static hook_site: u8;
     /// Calls the address as the head of a hooked function of two arguments would.
     pub(crate) fn copy_call(address: u64, first: u64, second: u64);
+    /// Calls the address with that argument and registers of its own: 0 if they are the same afterwards.
+    pub(crate) fn kept_call(address: u64, argument: u64) -> u64;
+    pub(crate) safe static kept_site: u8;
     /// VMFUNC in compatibility mode; the argument is of no use.
     pub(crate) fn compat_vmfunc(nothing: u64);
     pub(crate) safe static copy_site: u8;
     pub(crate) safe static flags_site: u8;
     pub(crate) safe static user_vmfunc: u8;
     pub(crate) safe static user_vmcall: u8;
+    pub(crate) safe static user_cpuid: u8;
     pub(crate) safe static jump_back: u8;
     pub(crate) safe static exception_entries: u8;
     pub(crate) safe static timer_entry: u8;

@@ -19,14 +19,14 @@ what stopped the attack; where there is none, the attack ran into what does not 
 it should be. \"handled\" says how often the monitor's handler ran, \"hash\" whether the SHA-256 over gates, page tables and the monitor's
 text is what it was before. An attack held only where all of these are as they must be.
 
-With --controls two attacks are made on builds that lack what stops them, and must succeed there: a trial that cannot tell proves
+With --controls three attacks are made on builds that lack what stops them, and must succeed there: a trial that cannot tell proves
 nothing.
 
 Exit codes: 0 all attacks were stopped; 1 one was not; 2 error, also where a control does not succeed.")]
 pub(super) struct Cmd {
     #[command(flatten)]
     source: Source,
-    /// Attack also two weaker builds, in which attacks must succeed
+    /// Attack also three weaker builds, in which attacks must succeed
     #[arg(long, conflicts_with = "from")]
     controls: bool,
 }
@@ -45,9 +45,10 @@ const KEYS: &[&str] = &[
 const COLUMNS: &[&str] = &["attack", "reason", "handled", "hash", "verdict"];
 const WITH_BUILDS: &[&str] = &["attack", "build", "reason", "handled", "hash", "verdict"];
 /// Builds without what stops an attack, which is the trial's command line.
-const CONTROLS: [(Program, &str, &str); 2] = [
+const CONTROLS: [(Program, &str, &str); 3] = [
     (Program::TwoViews, "two views", "A1"),
     (Program::TwoViewsApt, "two views, own tables", "A3"),
+    (Program::GuestTables, "three views, guest's tables", "A5"),
 ];
 
 impl Cmd {
