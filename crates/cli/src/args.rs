@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     bench, check, debug, disas, dump, guard, hooks, info, kmsg, launch, list, listing, raw, recover, regs,
-    report, scan, shell, strings, symbols, timeline, trace, translate, types, write,
+    report, scan, shell, sim, strings, symbols, timeline, trace, translate, types, write,
 };
 use crate::output::{Color, Format, Style};
 
@@ -206,6 +206,8 @@ pub(crate) enum Command {
     Debug(debug::Cmd),
     /// Measure what hooks cost on this machine
     Bench(bench::Cmd),
+    /// A monitor inside the guest, out of its reach: images, runs in Bochs, cost, attacks
+    Sim(sim::Cmd),
     /// Print a completion script for a shell
     Completions(shell::Completions),
     /// Write the manual pages
@@ -230,6 +232,7 @@ impl Command {
             | Command::Launch(_)
             | Command::Debug(_)
             | Command::Bench(_)
+            | Command::Sim(_)
             | Command::Completions(_)
             | Command::Man(_) => false,
             Command::Symbols(c) => !c.exports(),

@@ -121,6 +121,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Launch(c) => c.run(),
         Command::Debug(c) => c.run(global),
         Command::Bench(c) => c.run(global),
+        Command::Sim(c) => c.run(global),
         Command::Completions(c) => c.run(),
         Command::Man(c) => c.run(),
     }

@@ -53,6 +53,7 @@ const COMMANDS: &[&str] = &[
     "strings",
     "symbols",
     "types",
+    "sim",
     "completions",
     "man",
 ];

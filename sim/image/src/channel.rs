@@ -5,7 +5,8 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use crate::Error;
+use crate::error::io;
 
 /// The host's end. Bochs connects to it as it starts.
 #[derive(Debug)]
@@ -23,10 +24,13 @@ struct Shared {
 
 impl Channel {
     /// Waits for Bochs, in a thread of its own, at a port that is free.
-    pub fn listen() -> Result<Self> {
-        let listener =
-            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen for the second serial port")?;
-        let port = listener.local_addr()?.port();
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn listen() -> Result<Self, Error> {
+        let failed = || io("listen at", "a port for the second serial port");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed())?;
+        let port = listener.local_addr().map_err(failed())?.port();
         let shared = Arc::new(Mutex::new(Shared::default()));
         let theirs = Arc::downgrade(&shared);
         std::thread::spawn(move || {
@@ -61,8 +65,17 @@ impl Channel {
         String::from_utf8_lossy(&lock(&self.shared).received).into_owned()
     }
 
-    /// The same once Bochs has ended: what is on its way still comes.
-    pub fn rest(&self) -> String {
+    /// What has come after the first `done` bytes.
+    pub(crate) fn after(&self, done: usize) -> Vec<u8> {
+        lock(&self.shared)
+            .received
+            .get(done..)
+            .unwrap_or_default()
+            .to_vec()
+    }
+
+    /// Waits until what is on its way has come, once Bochs has ended.
+    pub(crate) fn settle(&self) {
         for _ in 0..100 {
             let shared = lock(&self.shared);
             if shared.closed || shared.stream.is_none() {
@@ -71,14 +84,16 @@ impl Channel {
             drop(shared);
             std::thread::sleep(Duration::from_millis(50));
         }
-        self.text()
     }
 
     /// Gives the hypervisor an order: `stats`, `hook`, `unhook`. `false` if Bochs is not connected.
-    pub fn order(&self, order: &str) -> Result<bool> {
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn order(&self, order: &str) -> Result<bool, Error> {
         match &mut lock(&self.shared).stream {
             Some(stream) => {
-                writeln!(stream, "{order}").context("write to the second serial port")?;
+                writeln!(stream, "{order}").map_err(io("write to", "the second serial port"))?;
                 Ok(true)
             }
             None => Ok(false),

@@ -4,9 +4,11 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use vmsight_sim_abi::{MAGIC, Policy, VERSION};
+use vmsight_sim_hypervisor::linux::{Kernel, NotBootable};
 
-use crate::Program;
+use crate::error::io;
+use crate::{Error, Program, packages};
 
 /// What goes onto the disc.
 #[derive(Debug, Clone)]
@@ -20,8 +22,45 @@ pub struct Image {
     policy_options: String,
 }
 
+/// The firmware for which GRUB can make a disc, and GRUB's name of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Firmware {
+    /// `i386-pc`
+    Bios,
+    /// `x86_64-efi`
+    Uefi,
+}
+
+/// Where GRUB keeps what it is made of.
+const GRUB: &str = "/usr/lib/grub";
 /// Modules of GRUB that the configuration below needs. All of them would make loading it take longer than what it loads.
-const GRUB_MODULES: &str = "--install-modules=multiboot2 normal iso9660 biosdisk serial terminal";
+const MODULES: &str = "--install-modules=multiboot2 normal iso9660 serial terminal";
+/// Where a kernel's header has the most bytes of its command line (Documentation/arch/x86/boot.rst, `cmdline_size`).
+const COMMAND_LINE_SIZE: usize = 0x238;
+
+impl Firmware {
+    /// Those for which GRUB is installed here.
+    pub fn installed() -> Vec<Self> {
+        let mut all = vec![Self::Bios, Self::Uefi];
+        all.retain(|firmware| Path::new(GRUB).join(firmware.platform()).is_dir());
+        all
+    }
+
+    /// Debian's package that has GRUB for it.
+    pub fn package(self) -> &'static str {
+        match self {
+            Self::Bios => "grub-pc-bin",
+            Self::Uefi => "grub-efi-amd64-bin",
+        }
+    }
+
+    fn platform(self) -> &'static str {
+        match self {
+            Self::Bios => "i386-pc",
+            Self::Uefi => "x86_64-efi",
+        }
+    }
+}
 
 impl Image {
     /// The hypervisor with a kernel, by Linux's boot protocol, and its command line.
@@ -35,6 +74,14 @@ impl Image {
             policy: None,
             policy_options: String::new(),
         }
+    }
+
+    /// The trial with the monitor that it attacks.
+    ///
+    /// # Errors
+    /// [`Error::NotBuilt`]
+    pub fn trial() -> Result<Self, Error> {
+        Ok(Self::new(Program::Trial.bytes()?, "").monitor(Program::Monitor.bytes()?))
     }
 
     /// With another command line for the kernel.
@@ -74,17 +121,54 @@ impl Image {
         self
     }
 
-    /// Writes the disc's image.
-    pub fn write(&self, to: &Path) -> Result<()> {
+    /// Whether the hypervisor could start this, as far as that can be told before.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`], [`Error::CommandLine`], [`Error::Policy`], [`Error::Monitor`]
+    pub fn check(&self) -> Result<(), Error> {
+        Kernel::parse(&self.kernel).map_err(Error::Kernel)?;
+        let most = self.kernel.get(COMMAND_LINE_SIZE..COMMAND_LINE_SIZE + 4);
+        let most = most
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(u32::from_le_bytes);
+        let most = most.ok_or(Error::Kernel(NotBootable::CutShort))? as usize;
+        if self.command_line.len() > most {
+            return Err(Error::Kernel(NotBootable::CommandLine(most)));
+        }
         for line in [&self.command_line, &self.policy_options] {
             if line.contains(['\n', '\'', '"', '\\', '$', ';', '{', '}']) {
-                bail!("GRUB would not take this command line as it is: {line}");
+                return Err(Error::CommandLine(line.clone()));
             }
         }
-        let folder = tempfile::tempdir().context("make a temporary folder")?;
+        if let Some(policy) = &self.policy {
+            Policy::from_bytes(policy).map_err(Error::Policy)?;
+        }
+        let Some(monitor) = &self.monitor else {
+            return Ok(());
+        };
+        let word = |at: usize| -> Option<u64> {
+            Some(u64::from_le_bytes(monitor.get(at..at + 8)?.try_into().ok()?))
+        };
+        match (word(0), word(8)) {
+            (Some(MAGIC), Some(VERSION)) => Ok(()),
+            (Some(MAGIC), _) => Err(Error::Monitor("it is of another version than the hypervisor")),
+            _ => Err(Error::Monitor("it does not begin as one")),
+        }
+    }
+
+    /// Writes the disc's image.
+    ///
+    /// # Errors
+    /// What [`Image::check`] finds, [`Error::NotInstalled`] where GRUB or what it needs is missing, and what GRUB says.
+    pub fn write(&self, to: &Path) -> Result<(), Error> {
+        self.check()?;
+        installed()?;
+        let folder = tempfile::tempdir().map_err(io("make a temporary folder in", std::env::temp_dir()))?;
         let boot = folder.path().join("boot");
-        fs::create_dir_all(boot.join("grub"))?;
-        fs::write(boot.join("hypervisor"), self.hypervisor.bytes()?)?;
+        let grub = boot.join("grub");
+        fs::create_dir_all(&grub).map_err(io("make", grub.clone()))?;
+        let put = |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(io("write", path));
+        put(&boot.join("hypervisor"), &self.hypervisor.bytes()?)?;
         let mut configuration = String::from(
             "serial --unit=0 --speed=115200\nterminal_output serial\nmultiboot2 /boot/hypervisor\n",
         );
@@ -96,25 +180,70 @@ impl Image {
         ];
         for (name, bytes, rest) in modules {
             let Some(bytes) = bytes else { continue };
-            fs::write(boot.join(name), bytes)?;
+            put(&boot.join(name), bytes)?;
             configuration.push_str(&format!("module2 /boot/{name} {name} {rest}\n"));
         }
         configuration.push_str("boot\n");
-        fs::write(boot.join("grub/grub.cfg"), configuration)?;
+        put(&grub.join("grub.cfg"), configuration.as_bytes())?;
         let output = Command::new("grub-mkrescue")
             .arg("-o")
             .arg(to)
-            .args([GRUB_MODULES, "--fonts=", "--locales=", "--themes="])
+            .args([MODULES, "--fonts=", "--locales=", "--themes="])
             .arg(folder.path())
             .stdin(Stdio::null())
             .output()
-            .context("run grub-mkrescue (see script/packages.txt)")?;
+            .map_err(io("run", "grub-mkrescue"))?;
         if !output.status.success() {
-            bail!(
-                "grub-mkrescue failed:\n{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
+            return Err(Error::Failed {
+                program: "grub-mkrescue",
+                output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+            });
         }
         Ok(())
+    }
+}
+
+/// Whether all is there that makes a disc.
+fn installed() -> Result<(), Error> {
+    for (program, packages) in [
+        ("grub-mkrescue", "grub-common"),
+        ("xorriso", "xorriso"),
+        ("mformat", "mtools"),
+    ] {
+        if packages::find(program).is_none() {
+            return Err(Error::NotInstalled { program, packages });
+        }
+    }
+    match Firmware::installed().is_empty() {
+        true => Err(Error::NotInstalled {
+            program: "GRUB for a BIOS",
+            packages: Firmware::Bios.package(),
+        }),
+        false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn refused(image: &Image) -> String {
+        image.check().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_the_hypervisor_would_not_start_is_refused_before() {
+        let trial = Image::trial().unwrap();
+        trial.check().unwrap();
+        assert!(refused(&Image::new(b"MZ".to_vec(), "")).contains("no bzImage"));
+        assert!(refused(&trial.clone().command_line(&"x".repeat(2048))).contains("2047 bytes"));
+        assert!(refused(&trial.clone().command_line("a;b")).contains("a;b"));
+        assert!(refused(&trial.clone().monitor(vec![0; 64])).contains("does not begin as one"));
+        assert!(refused(&trial.clone().policy(vec![0; 64], "")).contains("no policy: Length"));
+        let mut other = Program::Monitor.bytes().unwrap();
+        other[8] = 0xff;
+        assert!(refused(&trial.monitor(other)).contains("another version"));
     }
 }

@@ -6,6 +6,7 @@ use std::fs;
 use std::time::Duration;
 
 use vmsight_lab::Kernel;
+use vmsight_lab::cache::Lock;
 use vmsight_lab::cpio::Archive;
 use vmsight_sim_image::bochs::WITH_VMX;
 use vmsight_sim_image::{Image, Machine, user};
@@ -45,6 +46,7 @@ fn an_unmodified_debian_boots_works_and_powers_off() {
     let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}"));
     let image =
         Image::new(fs::read(kernel.vmlinuz()).unwrap(), "console=ttyS0 quiet").initrd(initrd(&kernel));
+    let _lock = Lock::wait("bochs").unwrap();
     let machine = Machine::with_processors(&image, WITH_VMX, 2).unwrap_or_else(|e| panic!("{e:?}"));
     let run = machine.wait(LIMIT).unwrap();
     let serial = run.serial.replace('\r', "");
@@ -59,12 +61,8 @@ fn an_unmodified_debian_boots_works_and_powers_off() {
     ] {
         assert!(serial.contains(line), "not found: {line}\n{serial}");
     }
-    let exits = |name: &str| -> Option<u64> {
-        let line = serial
-            .lines()
-            .find(|l| l.starts_with("vmsight-hypervisor: exits ") && l.contains(name))?;
-        line.split_whitespace().last()?.parse().ok()
-    };
+    let table = vmsight_sim_image::exits::parse(&serial);
+    let exits = |name: &str| table.iter().find(|e| e.name == name).map(|e| e.count);
     assert!(exits("CPUID").is_some_and(|n| n > 0), "{serial}");
     // Nothing happens at every interrupt, system call or page fault: the rest is a handful, whatever the guest does.
     for name in [

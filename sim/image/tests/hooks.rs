@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vmsight_lab::Kernel;
+use vmsight_lab::cache::Lock;
 use vmsight_lab::cpio::Archive;
 use vmsight_sim_abi::{Handler, Hook, Policy};
 use vmsight_sim_image::bochs::{HALTED, WITH_TRAP_FLAG, WITH_VMX};
@@ -121,6 +122,7 @@ fn state<'a>(lines: &'a [Value], name: &str) -> &'a Value {
 
 #[test]
 fn an_unmodified_debian_is_hooked() {
+    let _lock = Lock::wait("bochs").unwrap();
     let machine = Machine::start(&image(INIT, ""), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
     wait_for(&machine, "guest: until unhooked");
     assert!(machine.channel().order("unhook").unwrap());
@@ -172,6 +174,7 @@ fn an_unmodified_debian_is_hooked() {
 /// The baseline: each hook leaves the guest, and the handlers do the same.
 #[test]
 fn the_same_handlers_run_outside_of_the_guest() {
+    let _lock = Lock::wait("bochs").unwrap();
     let machine = Machine::start(&image(SHORT, "exits"), WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
     let run = machine.wait(LIMIT).unwrap();
     println!("{}\n{}", run.serial, run.channel);
@@ -204,6 +207,7 @@ fn hooks_withstand_writes_to_their_page() {
         let image = Image::new(kernel, "HK")
             .monitor(monitor)
             .policy(policy.to_bytes().to_vec(), "");
+        let _lock = Lock::wait("bochs").unwrap();
         let machine = Machine::start(&image, processor).unwrap_or_else(|e| panic!("{e:?}"));
         let run = machine.wait(LIMIT).unwrap();
         let facts = format!("{processor}\n{}\n{}", run.serial, run.channel);
@@ -226,6 +230,7 @@ fn hooks_withstand_writes_to_their_page() {
 fn a_policy_that_does_not_fit_can_end_it() {
     let kernel = Program::Trial.bytes().unwrap_or_else(|e| panic!("{e:?}"));
     let image = Image::new(kernel, "").policy(vec![0; 4096], "fail-closed");
+    let _lock = Lock::wait("bochs").unwrap();
     let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
     let run = machine.wait(LIMIT).unwrap();
     assert!(

@@ -3,20 +3,34 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Register};
 use vmsight_sim_image::Program;
 
+#[path = "../build/freestanding.rs"]
+mod freestanding;
+
+use freestanding::Source;
+
 /// Clippy's default run leaves out what needs the feature `freestanding`.
 #[test]
 fn programs_have_no_lints() {
-    for program in [
-        Program::Hypervisor,
-        Program::Monitor,
-        Program::Trial,
-        Program::Witness,
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("sim");
+    for (package, program) in [
+        ("vmsight-sim-hypervisor", "vmsight-hypervisor"),
+        ("vmsight-sim-monitor", "vmsight-monitor"),
+        ("vmsight-sim-trial", "vmsight-trial"),
+        ("vmsight-sim-witness", "vmsight-witness"),
     ] {
-        program.lint().unwrap_or_else(|e| panic!("{e:?}"));
+        let source = Source {
+            package,
+            program,
+            features: "",
+        };
+        source
+            .cargo("clippy", &target, &["--", "-D", "warnings"])
+            .unwrap_or_else(|e| panic!("{e}"));
     }
 }
 

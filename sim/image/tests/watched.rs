@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use vmsight_lab::Kernel;
+use vmsight_lab::cache::Lock;
 use vmsight_lab::cpio::Archive;
 use vmsight_sim_image::bochs::WITH_VMX;
 use vmsight_sim_image::{Image, Machine, Program};
@@ -115,6 +116,7 @@ fn the_monitor_tells_what_the_guest_did() {
         .initrd(archive.finish())
         .monitor(Program::Monitor.bytes().unwrap_or_else(|e| panic!("{e:?}")))
         .policy(policy.to_bytes().to_vec(), "");
+    let _lock = Lock::wait("bochs").unwrap();
     let machine = Machine::start(&image, WITH_VMX).unwrap_or_else(|e| panic!("{e:?}"));
     let run = machine.wait(LIMIT).unwrap();
     let serial = run.serial.replace('\r', "");

@@ -1,7 +1,8 @@
-//! What a hook costs: instructions and exits, through the gate and by VMCALL.
+//! What a hook costs: exits, and instructions or on hardware time, through the gate and by VMCALL.
 
 use vmsight_sim_abi::Call;
 
+use crate::clock::Clock;
 use crate::start::{copy_call, hook_call, ticks, vmcall};
 use crate::tables::STUB;
 use crate::{Trial, call};
@@ -21,8 +22,8 @@ pub(crate) fn exits() -> u64 {
         .sum()
 }
 
-/// Instructions of a loop of [`CALLS`] turns.
-fn instructions(mut turn: impl FnMut()) -> u64 {
+/// What the time-stamp counter counts in a loop of [`CALLS`] turns.
+pub(crate) fn counted(mut turn: impl FnMut()) -> u64 {
     let begin = ticks();
     for _ in 0..CALLS {
         turn();
@@ -30,8 +31,9 @@ fn instructions(mut turn: impl FnMut()) -> u64 {
     ticks() - begin
 }
 
-/// Measures both ways.
-pub(crate) fn measure(trial: &mut Trial, site: u64) {
+/// Measures both ways; in microseconds where `hardware` is said and true.
+pub(crate) fn measure(trial: &mut Trial, site: u64, hardware: bool) {
+    let clock = Clock::find(hardware);
     // What asking costs: 80 calls for each sum.
     let before = exits();
     let asking = exits() - before;
@@ -39,26 +41,30 @@ pub(crate) fn measure(trial: &mut Trial, site: u64) {
 
     let before = exits();
     // SAFETY: the stub is there.
-    let gate = instructions(|| unsafe { hook_call(ENTRY) });
+    let gate = counted(|| unsafe { hook_call(ENTRY) });
     let left = exits() - before - asking;
     let through_gate = call(Call::Handled, 0) - handled;
     // The same but for the stub, whose place is taken by a function that returns at once.
     let nothing = tables_ret();
     // SAFETY: a function.
-    let empty = instructions(|| unsafe { hook_call(nothing) });
+    let empty = counted(|| unsafe { hook_call(nothing) });
 
     let before = exits();
-    let invoked = instructions(|| {
+    let invoked = counted(|| {
         vmcall(Call::Invoke as u64, site);
     });
     let by_call = exits() - before - asking;
     let all = call(Call::Handled, 0) - handled - through_gate;
-    let turn = instructions(|| core::hint::black_box(()));
+    let turn = counted(|| core::hint::black_box(()));
     copying(trial);
 
-    // Hook to return: all but the call of `hook_call` and the loop; the stub's CALL and the RET that answers it are in both.
-    let round_trip = (gate - empty) / CALLS + 2;
-    let exit_path = (invoked - turn) / CALLS;
+    // Hook to return: all but the call of `hook_call` and the loop; of that, the stub's CALL and the RET that answers it are in
+    // both, and are two instructions.
+    let (gate, invoked) = (gate.saturating_sub(empty), invoked.saturating_sub(turn));
+    let gate = match clock {
+        Clock::Instructions => gate + 2 * CALLS,
+        _ => gate,
+    };
     trial.check(
         "null handler through the gate",
         through_gate == CALLS,
@@ -71,8 +77,8 @@ pub(crate) fn measure(trial: &mut Trial, site: u64) {
     );
     trial.check(
         "round trip through the gate",
-        round_trip <= 60,
-        format_args!("{round_trip} instructions"),
+        clock != Clock::Instructions || gate / CALLS <= 60,
+        format_args!("{}", clock.each(gate, CALLS)),
     );
     trial.check(
         "null handler by VMCALL",
@@ -86,8 +92,8 @@ pub(crate) fn measure(trial: &mut Trial, site: u64) {
     );
     trial.check(
         "round trip by VMCALL",
-        exit_path > round_trip,
-        format_args!("{exit_path} instructions"),
+        clock == Clock::Unknown || invoked > gate,
+        format_args!("{}", clock.each(invoked, CALLS)),
     );
 }
 

@@ -4,6 +4,7 @@
 #![no_main]
 
 mod attacks;
+mod clock;
 mod cost;
 mod hooked;
 mod processors;
@@ -45,10 +46,11 @@ pub(crate) fn call(call: Call, argument: u64) -> u64 {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn start(zero_page: u64) -> ! {
     // SAFETY: the boot protocol has the command line's address there, and ends the line with a zero.
-    let control = unsafe {
-        let line = ((zero_page + 0x228) as *const u32).read() as usize as *const [u8; 2];
+    let line = unsafe {
+        let line = ((zero_page + 0x228) as *const u32).read() as usize as *const [u8; 12];
         line.read()
     };
+    let control = [line[0], line[1]];
     tables::initialise();
     if control == *b"RB" {
         reboot();
@@ -96,7 +98,9 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
         call(Call::Lockdown, 0);
         processors::all(&mut trial);
     } else {
-        cost::measure(&mut trial, site);
+        cost::measure(&mut trial, site, line.starts_with(b"CO hardware"));
+    }
+    if !two && control != *b"CO" {
         attacks::all(&mut trial, site);
     }
     call(Call::Report, 0);

@@ -20,6 +20,7 @@ pub(crate) mod regs;
 pub(crate) mod report;
 pub(crate) mod scan;
 pub(crate) mod shell;
+pub(crate) mod sim;
 pub(crate) mod stream;
 pub(crate) mod strings;
 pub(crate) mod symbols;

@@ -52,6 +52,11 @@ impl Progress {
         }
     }
 
+    /// Something else is being done, or more of it.
+    pub(crate) fn say(&self, what: &str) {
+        self.bar.set_message(what.to_owned());
+    }
+
     /// So many bytes more are done.
     pub(crate) fn advance(&self, bytes: u64) {
         self.bar.inc(bytes);
