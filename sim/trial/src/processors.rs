@@ -143,7 +143,8 @@ fn race(turn: u64) -> bool {
 
 fn nmi(_: u64) -> bool {
     send(0, SEND_NMI);
-    for _ in 0..50 {
+    // As many as there is time for beside what the hypervisor does for each.
+    for _ in 0..1500 {
         core::hint::spin_loop();
     }
     true
