@@ -25,9 +25,9 @@ TARGET is what to look into:
   pid:N                a running VM by the process id of its VMM
   qmp:PATH             a QEMU by its QMP socket
   gdb:HOST:PORT|PATH   anything that speaks QEMU's gdb protocol
-  FILE                 a memory dump; raw, LiME, AVML, ELF core, kdump, QEMU migration streams and VMware
-                       states are told apart by content; raw:FILE, lime:, avml:, elf:, kdump:, migration:,
-                       vmware: force it
+  FILE                 a memory dump; raw, LiME, AVML, ELF core, kdump, QEMU migration streams and
+                       VMware states are told apart by content; raw:FILE, lime:, avml:, elf:,
+                       kdump:, migration:, vmware: force it
 
 Exit codes: 0 fine; 1 nothing found where something was asked for, such as a process; 2 error.")]
 pub(crate) struct Cli {

@@ -4,6 +4,7 @@
 
 mod args;
 mod commands;
+mod help;
 mod output;
 mod place;
 mod session;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use clap::Parser;
+use clap::FromArgMatches;
 use tracing_subscriber::EnvFilter;
 use vmsight_linux::LinuxError;
 use vmsight_target::TargetError;
@@ -35,7 +36,7 @@ pub(crate) enum Outcome {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::from_arg_matches(&help::command().get_matches()).unwrap_or_else(|error| error.exit());
     log_to_stderr(cli.global.verbose, cli.global.quiet);
     match run(&cli) {
         Ok(Outcome::Fine) => ExitCode::SUCCESS,

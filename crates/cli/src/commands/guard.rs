@@ -23,8 +23,9 @@ Rules:
   cr0.wp          clearing CR0.WP            cr4.smep, cr4.smap   clearing these bits of CR4
   lstar           another entry point of system calls (MSR LSTAR)
   modules         loading kernel modules: init_module and finit_module fail with EPERM
-  exec=PATH       executing this file: EACCES. The path is that of the file which was opened, links followed; a * at the
-                  end stands for anything. A copy under another name is another file
+  exec=PATH       executing this file: EACCES. The path is that of the file which was opened, links
+                  followed; a * at the end stands for anything. A copy under another name is another
+                  file
 
 What it cannot see: see `vmsight hooks TARGET` for the means and limits of each backend. Through the gdb stub, writes to memory
 are seen by the kernel's own addresses only, after they happened, and are undone before the guest goes on (of kernel text and

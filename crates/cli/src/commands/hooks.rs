@@ -13,9 +13,10 @@ use crate::{Outcome, args::Global, output::Sheet, session::Session};
 #[command(after_help = "\
 Backends:
   agent-kvm   the agent in a QEMU that was started by `vmsight launch` and runs its guest with KVM
-  agent-tcg   the same in one that emulates its guest's processors: what can be hooked depends on QEMU's version; without
-              registers before 9.2, which is said at each hook
-  gdb-stub    QEMU's gdb stub, opened at run time through QMP: on any running QEMU, with nothing prepared
+  agent-tcg   the same in one that emulates its guest's processors: what can be hooked depends on
+              QEMU's version; without registers before 9.2, which is said at each hook
+  gdb-stub    QEMU's gdb stub, opened at run time through QMP: on any running QEMU, with nothing
+              prepared
 
 The guest is not stopped for this. A stub that a debugger holds is found out when it is opened. Verdicts are what can be done at an
 event: continue; skip the instruction; deny it (a write is undone or dropped); return from the function at once; change registers or

@@ -4,10 +4,10 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, CommandFactory};
+use clap::Args;
 use clap_complete::Shell;
 
-use crate::{Outcome, args::Cli};
+use crate::{Outcome, help};
 
 /// Print a completion script.
 #[derive(Args, Debug)]
@@ -23,7 +23,7 @@ impl Completions {
     pub(crate) fn run(&self) -> Result<Outcome> {
         // Into memory first: the generators panic where they cannot write.
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Cli::command(), "vmsight", &mut script);
+        clap_complete::generate(self.shell, &mut help::command(), "vmsight", &mut script);
         let mut out = io::stdout().lock();
         out.write_all(&script)?;
         out.flush()?;
@@ -42,7 +42,7 @@ pub(crate) struct Man {
 impl Man {
     pub(crate) fn run(&self) -> Result<Outcome> {
         std::fs::create_dir_all(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
-        clap_mangen::generate_to(Cli::command(), &self.dir)
+        clap_mangen::generate_to(help::command(), &self.dir)
             .with_context(|| format!("writing manual pages to {}", self.dir.display()))?;
         Ok(Outcome::Fine)
     }

@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  vmsight debug web1 --symbols-out web1.elf            then: gdb web1.elf -ex 'target remote …' with what it prints
+  vmsight debug web1 --symbols-out web1.elf            then: gdb web1.elf -ex 'target remote …'
   vmsight debug web1 --listen 127.0.0.1:1234           for a debugger that cannot use a Unix socket
   vmsight debug web1 --pid 812                         one process: nobody else stops
 

@@ -27,7 +27,7 @@ Examples:
   vmsight trace web1 --syscalls openat,execve          strace for a whole guest, from outside
   vmsight trace web1 --syscalls --pid 812 --follow     one process and its children
   vmsight trace web1 --syscalls -c --for 10            counts and times over ten seconds
-  vmsight trace web1 --syscalls --tally --for 10       how often each was called, counted without holding the guest
+  vmsight trace web1 --syscalls --tally --for 10       how often each, without holding the guest
   vmsight trace web1 --exec --modules -o jsonl         programs and modules, one JSON object a line
   vmsight trace web1 --hook commit_creds               every call of a kernel function
   vmsight trace web1 --write sys_call_table,4096       who writes there, and what
