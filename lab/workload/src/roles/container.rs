@@ -109,6 +109,11 @@ pub(super) fn runc() -> Result<Held> {
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWCGROUP,
     )?;
+    // As in the host's network: addresses, and the routes and neighbours that come with them, are there at once. A new
+    // namespace does not have that from the host's.
+    for which in ["all", "default"] {
+        fs::write(format!("/proc/sys/net/ipv6/conf/{which}/accept_dad"), "0")?;
+    }
     // A pair of which one end goes to the host's network. Both are named by the kernel: veth0 and veth1.
     busybox("ip link set lo up")?;
     busybox("ip link add eth0 type veth")?;
