@@ -76,46 +76,6 @@ monitor_entry:
 3:  add rsp, 8
     mov qword ptr [monitor_state + {kept}], 0
     jmp 1b
-
-    # The C library's, which the compiler calls. Of general registers: it may call them before the others are kept.
-    .globl memcpy, memmove, memset, memcmp, bcmp
-memcpy:
-    mov rax, rdi
-    mov rcx, rdx
-    rep movsb
-    ret
-memmove:
-    mov rax, rdi
-    mov rcx, rdi
-    sub rcx, rsi
-    cmp rcx, rdx
-    jae memcpy
-    mov rcx, rdx
-    lea rsi, [rsi + rdx - 1]
-    lea rdi, [rdi + rdx - 1]
-    std
-    rep movsb
-    cld
-    ret
-memset:
-    mov r8, rdi
-    mov eax, esi
-    mov rcx, rdx
-    rep stosb
-    mov rax, r8
-    ret
-memcmp:
-bcmp:
-    xor eax, eax
-    xor r8d, r8d
-4:  cmp r8, rdx
-    je 5f
-    movzx eax, byte ptr [rdi + r8]
-    movzx ecx, byte ptr [rsi + r8]
-    inc r8
-    sub eax, ecx
-    je 4b
-5:  ret
 "#,
     magic = const MAGIC,
     version = const VERSION,
@@ -130,6 +90,9 @@ bcmp:
     kept_general = const KEPT_GENERAL,
     kept_all = const KEPT_ALL,
 );
+
+// Of general registers: the compiler may call these before the others are kept.
+global_asm!(include_str!("../../memory.s"));
 
 #[unsafe(no_mangle)]
 #[unsafe(link_section = ".bss.state")]

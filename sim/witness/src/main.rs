@@ -17,7 +17,7 @@ use call::{call, number};
 use shared::{Entry, Kind, record};
 use text::Text;
 
-// The stack holds the count of arguments, then pointers to them. What the compiler calls of the C library is below.
+// The stack holds the count of arguments, then pointers to them.
 global_asm!(
     r#"
     .globl _start
@@ -27,45 +27,6 @@ _start:
     call start
     ud2
 
-    .globl memcpy, memmove, memset, memcmp, bcmp
-memcpy:
-    mov rax, rdi
-    mov rcx, rdx
-    rep movsb
-    ret
-memmove:
-    mov rax, rdi
-    mov rcx, rdi
-    sub rcx, rsi
-    cmp rcx, rdx
-    jae memcpy
-    mov rcx, rdx
-    lea rsi, [rsi + rdx - 1]
-    lea rdi, [rdi + rdx - 1]
-    std
-    rep movsb
-    cld
-    ret
-memset:
-    mov r8, rdi
-    mov eax, esi
-    mov rcx, rdx
-    rep stosb
-    mov rax, r8
-    ret
-memcmp:
-bcmp:
-    xor eax, eax
-    xor r8d, r8d
-2:  cmp r8, rdx
-    je 3f
-    movzx eax, byte ptr [rdi + r8]
-    movzx ecx, byte ptr [rsi + r8]
-    inc r8
-    sub eax, ecx
-    je 2b
-3:  ret
-
     # new_thread(flags, stack, tid): clone, in which the new thread makes one system call and ends, without a stack.
     .globl new_thread
 new_thread:
@@ -73,16 +34,17 @@ new_thread:
     mov eax, 56
     syscall
     test rax, rax
-    jnz 4f
+    jnz 2f
     mov eax, 39
     syscall
     mov eax, 60
     xor edi, edi
     syscall
     ud2
-4:  ret
+2:  ret
 "#
 );
+global_asm!(include_str!("../../memory.s"));
 
 unsafe extern "C" {
     /// See above. The parent's memory is the thread's.
