@@ -6,8 +6,10 @@ mod v6;
 
 use std::net::IpAddr;
 
+use rustc_hash::FxHashSet;
 use serde::Serialize;
 use vmsight_arch::Gva;
+use vmsight_memory::ReadError;
 
 use crate::budget::Budget;
 use crate::file::holder;
@@ -162,6 +164,35 @@ impl Walker<'_> {
             out.extend(walk.items);
         }
         Ok(out)
+    }
+
+    /// Visits the nodes of one table, depth first, from `top` on. `visit` puts a node's children on the stack, the first
+    /// one last, and gives false where there is no more room.
+    fn visit(
+        &mut self,
+        table: u32,
+        top: Gva,
+        mut visit: impl FnMut(&mut Self, Gva, &mut Vec<Gva>) -> Result<bool, ReadError>,
+    ) {
+        let mut seen = FxHashSet::default();
+        let mut stack = vec![top];
+        while let Some(node) = stack.pop().filter(|_| self.budget.limit(1) > 0) {
+            if node.is_null() {
+                continue;
+            }
+            self.budget.walked(1);
+            if !seen.insert(node.0) {
+                self.listing.warn(format!(
+                    "table of routes {table}: it comes back to {node} (a cycle)"
+                ));
+                continue;
+            }
+            match visit(self, node, &mut stack) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => self.listing.warn(format!("table of routes {table}: {error}")),
+            }
+        }
     }
 
     /// Adds a row; false where there is no room.

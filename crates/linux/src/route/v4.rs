@@ -4,7 +4,6 @@
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-use rustc_hash::FxHashSet;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
@@ -109,36 +108,17 @@ pub(super) fn routes(
 }
 
 impl Reader {
-    /// Walks a trie depth first, by rising address.
+    /// Walks a trie by rising address.
     fn trie(&self, walker: &mut Walker<'_>, namespace: &Namespace, table: u32, top: Gva) {
-        let mut seen = FxHashSet::default();
-        let mut stack = vec![top];
-        while let Some(node) = stack.pop().filter(|_| walker.budget.limit(1) > 0) {
-            if node.is_null() {
-                continue;
-            }
-            walker.budget.walked(1);
-            if !seen.insert(node.0) {
-                walker.listing.warn(format!(
-                    "table of routes {table}: it comes back to {node} (a cycle)"
-                ));
-                continue;
-            }
-            let children = self.children(walker, node);
-            let result = match children {
-                Ok(Some(children)) => {
+        walker.visit(table, top, |walker, node, stack| {
+            match self.children(walker, node)? {
+                Some(children) => {
                     stack.extend(children.into_iter().rev());
                     Ok(true)
                 }
-                Ok(None) => self.leaf(walker, namespace, table, node),
-                Err(error) => Err(error),
-            };
-            match result {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => walker.listing.warn(format!("table of routes {table}: {error}")),
+                None => self.leaf(walker, namespace, table, node),
             }
-        }
+        });
     }
 
     /// A node's children; `None` for a leaf.

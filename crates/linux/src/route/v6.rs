@@ -3,7 +3,6 @@
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
-use rustc_hash::FxHashSet;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
@@ -87,34 +86,14 @@ pub(super) fn routes(
             .id
             .read(kernel.space(), at)
             .map_err(LinuxError::read("a table of routes", at))?;
-        reader.tree(walker, namespace, id, layout.root.at(at));
+        walker.visit(id, layout.root.at(at), |walker, node, stack| {
+            reader.node(walker, namespace, id, node, stack)
+        });
     }
     Ok(())
 }
 
 impl Reader {
-    fn tree(&self, walker: &mut Walker<'_>, namespace: &Namespace, table: u32, root: Gva) {
-        let mut seen = FxHashSet::default();
-        let mut stack = vec![root];
-        while let Some(node) = stack.pop().filter(|_| walker.budget.limit(1) > 0) {
-            if node.is_null() {
-                continue;
-            }
-            walker.budget.walked(1);
-            if !seen.insert(node.0) {
-                walker.listing.warn(format!(
-                    "table of routes {table}: it comes back to {node} (a cycle)"
-                ));
-                continue;
-            }
-            match self.node(walker, namespace, table, node, &mut stack) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => walker.listing.warn(format!("table of routes {table}: {error}")),
-            }
-        }
-    }
-
     /// Adds the routes at a node, and its children to those that are to be visited; false where there is no more room.
     fn node(
         &self,
