@@ -27,6 +27,22 @@ pub(crate) struct Sheet<R = Map<String, Value>> {
 }
 
 impl Sheet {
+    /// Rows that have the columns of a listing, and `more` for what was done with them.
+    pub(crate) fn of_done(
+        listed: &[&'static str],
+        more: &[&'static str],
+        columns: &'static [&'static str],
+        rows: &[impl Serialize],
+        warnings: Vec<String>,
+    ) -> Result<Sheet> {
+        Ok(Sheet {
+            keys: [listed, more].concat(),
+            columns,
+            rows: rows.iter().map(to_map).collect::<Result<_>>()?,
+            warnings,
+        })
+    }
+
     /// An empty sheet.
     pub(crate) fn with_keys(keys: &[&'static str], columns: &'static [&'static str]) -> Sheet {
         Sheet {

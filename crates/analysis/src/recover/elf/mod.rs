@@ -8,7 +8,7 @@ mod kernel;
 mod process;
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use vmsight_memory::AddressSpace;
 
 use super::files::page_cache::PageCache;
 use super::frames::PAGE;
-use super::output::{self, ExtractError, MANIFEST, create, digest, name};
+use super::output::{self, ExtractError, Manifest, create, digest, name};
 use file::{Rights, Section};
 use process::{Files, Header, MAX_IMAGE, Memory};
 
@@ -292,13 +292,7 @@ pub fn write(
     into: &Path,
     mut each: impl FnMut(&WrittenElf),
 ) -> Result<(), ExtractError> {
-    output::new_folder(into)?;
-    let at = into.join(MANIFEST);
-    let failed = |source| ExtractError::Write {
-        path: at.clone(),
-        source,
-    };
-    let mut manifest = io::BufWriter::new(create(&at).map_err(failed)?);
+    let mut manifest = Manifest::new(into)?;
     let cache = PageCache::new(kernel)?;
     let mut writer = Writer {
         kernel,
@@ -348,11 +342,10 @@ pub fn write(
             Err(error) => done.failure = Some(error.to_string()),
             Ok(()) => {}
         }
-        serde_json::to_writer(&mut manifest, &done).map_err(|e| failed(e.into()))?;
-        manifest.write_all(b"\n").map_err(failed)?;
+        manifest.add(&done)?;
         each(&done);
     }
-    manifest.flush().map_err(failed)
+    manifest.finish()
 }
 
 struct Writer<'k> {

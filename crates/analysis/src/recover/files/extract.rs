@@ -1,7 +1,7 @@
 //! Writing files out: sparse, each under a name that is harmless here, with a list of what they are.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use vmsight_linux::{Kernel, LinuxError, Problem};
 use super::page_cache::{PageCache, Pages, Stretch};
 use super::{CachedFile, inode};
 use crate::recover::frames::PAGE;
-use crate::recover::output::{self, ExtractError, MANIFEST, create, digest, name};
+use crate::recover::output::{self, ExtractError, Manifest, create, digest, name};
 
 /// Longer files are made as long as their last byte in memory demands: ext4 ends at 16 TiB.
 const MAX_LENGTH: u64 = 1 << 44;
@@ -58,21 +58,14 @@ pub fn extract(
     into: &Path,
     mut each: impl FnMut(&Extracted),
 ) -> Result<(), ExtractError> {
-    output::new_folder(into)?;
-    let at = into.join(MANIFEST);
-    let failed = |source| ExtractError::Write {
-        path: at.clone(),
-        source,
-    };
-    let mut manifest = io::BufWriter::new(create(&at).map_err(failed)?);
+    let mut manifest = Manifest::new(into)?;
     let mut writer = Writer::new(kernel, into)?;
     for file in files {
         let done = writer.write(file)?;
-        serde_json::to_writer(&mut manifest, &done).map_err(|e| failed(e.into()))?;
-        manifest.write_all(b"\n").map_err(failed)?;
+        manifest.add(&done)?;
         each(&done);
     }
-    manifest.flush().map_err(failed)
+    manifest.finish()
 }
 
 struct Writer<'k> {

@@ -3,16 +3,17 @@
 pub(crate) mod name;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 use vmsight_linux::LinuxError;
 
 /// The list of what was written.
-pub(crate) const MANIFEST: &str = "manifest.jsonl";
+const MANIFEST: &str = "manifest.jsonl";
 
 /// Why files could not be written out at all.
 #[derive(Debug, Error)]
@@ -35,8 +36,46 @@ pub enum ExtractError {
     Guest(#[from] LinuxError),
 }
 
+/// The list of what was written: a line of JSON on each.
+pub(crate) struct Manifest {
+    at: PathBuf,
+    out: BufWriter<File>,
+}
+
+impl Manifest {
+    /// In the folder `into`, which is made and must be new or empty.
+    pub(crate) fn new(into: &Path) -> Result<Self, ExtractError> {
+        new_folder(into)?;
+        let at = into.join(MANIFEST);
+        match create(&at) {
+            Ok(file) => Ok(Self {
+                at,
+                out: BufWriter::new(file),
+            }),
+            Err(source) => Err(ExtractError::Write { path: at, source }),
+        }
+    }
+
+    pub(crate) fn add(&mut self, row: &impl Serialize) -> Result<(), ExtractError> {
+        let line = serde_json::to_writer(&mut self.out, row).map_err(io::Error::from);
+        line.and_then(|()| self.out.write_all(b"\n"))
+            .map_err(|source| self.failed(source))
+    }
+
+    pub(crate) fn finish(mut self) -> Result<(), ExtractError> {
+        self.out.flush().map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: io::Error) -> ExtractError {
+        ExtractError::Write {
+            path: self.at.clone(),
+            source,
+        }
+    }
+}
+
 /// The folder itself: whoever may read a guest's memory decides who else may.
-pub(crate) fn new_folder(into: &Path) -> Result<(), ExtractError> {
+fn new_folder(into: &Path) -> Result<(), ExtractError> {
     let failed = |source| ExtractError::Write {
         path: into.to_owned(),
         source,

@@ -93,15 +93,7 @@ impl Cmd {
             "sha256",
             "failure",
         ];
-        let sheet = Sheet {
-            keys: [ElfImage::COLUMNS, &own].concat(),
-            columns: WRITTEN,
-            rows: done
-                .iter()
-                .map(crate::output::to_map)
-                .collect::<Result<Vec<_>>>()?,
-            warnings: listing.warnings,
-        };
+        let sheet = Sheet::of_done(ElfImage::COLUMNS, &own, WRITTEN, &done, listing.warnings)?;
         session.print(&sheet)?;
         Ok(match done.iter().any(|image| image.failure.is_some()) {
             true => Outcome::Failed,

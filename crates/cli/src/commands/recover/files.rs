@@ -168,19 +168,8 @@ impl Cmd {
         });
         drop(progress);
         written.with_context(|| format!("writing files to {}", into.display()))?;
-        let sheet = Sheet {
-            keys: [
-                CachedFile::COLUMNS,
-                &["output", "written", "missing_ranges", "sha256", "failure"],
-            ]
-            .concat(),
-            columns: WRITTEN,
-            rows: done
-                .iter()
-                .map(crate::output::to_map)
-                .collect::<Result<Vec<_>>>()?,
-            warnings: listing.warnings,
-        };
+        let own = ["output", "written", "missing_ranges", "sha256", "failure"];
+        let sheet = Sheet::of_done(CachedFile::COLUMNS, &own, WRITTEN, &done, listing.warnings)?;
         session.print(&sheet)?;
         let failed = |file: &Extracted| file.failure.is_some();
         Ok(if done.iter().any(failed) {
