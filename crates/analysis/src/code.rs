@@ -36,36 +36,34 @@ pub(crate) fn evidence(context: &Context, what: &str, at: Gva, count: usize) -> 
     }
     let mut formatter = assembly::formatter(names);
     formatter.options_mut().set_show_symbol_address(true);
-    let instructions = decoded
-        .iter()
-        .map(|instruction| {
-            let mut text = String::new();
-            formatter.format(instruction, &mut text);
-            text
-        })
-        .collect();
-    Evidence::Code {
-        what: what.to_owned(),
-        at,
-        instructions,
-    }
+    listed(what, at, decoded, formatter)
 }
 
 /// The instructions of `bytes`, which lie or lay at `at`, as evidence: at most 8.
 pub(crate) fn of_bytes(what: &str, at: Gva, bytes: &[u8]) -> Evidence {
-    let mut formatter = assembly::formatter(Vec::new());
-    let instructions = instructions(bytes, at)
-        .take(8)
-        .map(|instruction| {
-            let mut text = String::new();
-            formatter.format(&instruction, &mut text);
-            text
-        })
-        .collect();
+    listed(
+        what,
+        at,
+        instructions(bytes, at).take(8),
+        assembly::formatter(Vec::new()),
+    )
+}
+
+fn listed(
+    what: &str,
+    at: Gva,
+    instructions: impl IntoIterator<Item = Instruction>,
+    mut formatter: impl Formatter,
+) -> Evidence {
+    let as_text = |instruction| {
+        let mut text = String::new();
+        formatter.format(&instruction, &mut text);
+        text
+    };
     Evidence::Code {
         what: what.to_owned(),
         at,
-        instructions,
+        instructions: instructions.into_iter().map(as_text).collect(),
     }
 }
 

@@ -88,6 +88,15 @@ impl Holder {
         }
     }
 
+    /// The processes among `holders` that have a page besides its first holder.
+    pub fn shared_with(holders: &[Self]) -> Vec<i32> {
+        let first = holders.first().and_then(|holder| holder.pid);
+        let others = holders.iter().skip(1).filter_map(|holder| holder.pid);
+        let mut pids: Vec<i32> = others.filter(|pid| Some(*pid) != first).collect();
+        pids.dedup();
+        pids
+    }
+
     /// Whether it is the kernel, in its image, its modules or its vmalloc area.
     pub fn in_area(&self) -> bool {
         let areas = [IMAGE, MODULE_AREA, VMALLOC];

@@ -338,10 +338,6 @@ fn gather(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 
 fn row(one: Match, holders: &[Holder], gpa: Option<u64>) -> MatchRow {
     let holder = holders.first();
-    let pid = holder.and_then(|h| h.pid);
-    let others = holders.iter().skip(1).filter_map(|h| h.pid);
-    let mut shared_with: Vec<i32> = others.filter(|other| Some(*other) != pid).collect();
-    shared_with.dedup();
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let parts = [&one.before, &one.matched, &one.after];
     MatchRow {
@@ -350,12 +346,12 @@ fn row(one: Match, holders: &[Holder], gpa: Option<u64>) -> MatchRow {
         matched: hex(&one.matched),
         after: hex(&one.after),
         owner: holder.map_or(Owner::Unknown, |h| h.owner).name(),
-        pid,
+        pid: holder.and_then(|h| h.pid),
         name: holder.and_then(|h| h.name.clone()),
         place: holder.and_then(|h| h.place.clone()),
         gva: holder.and_then(|h| h.gva),
         gpa,
-        shared_with,
+        shared_with: Holder::shared_with(holders),
         length: one.length,
         rule: one.rule.name.clone(),
         pattern: one.pattern,

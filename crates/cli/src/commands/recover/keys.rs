@@ -182,11 +182,6 @@ impl Cmd {
         let first = key.holders.first();
         let material = &key.hit.material;
         let secret = material.secret();
-        let others = key.holders.iter().skip(1).filter_map(|h| h.pid);
-        let mut shared_with: Vec<i32> = others
-            .filter(|pid| Some(*pid) != first.and_then(|h| h.pid))
-            .collect();
-        shared_with.dedup();
         KeyRow {
             kind: material.kind(),
             form: key.hit.form.name(),
@@ -199,7 +194,7 @@ impl Cmd {
                 .or_else(|| first.and_then(|h| h.place.clone())),
             gpa: Some(key.hit.gpa.0),
             gva: first.and_then(|h| h.gva),
-            shared_with,
+            shared_with: Holder::shared_with(&key.holders),
             transform: key.transform.clone(),
             description: match material {
                 Material::Tls(secret) => Some(secret.label().to_owned()),

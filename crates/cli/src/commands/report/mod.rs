@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use vmsight_analysis::timeline::{Kind, timeline};
+use vmsight_analysis::timeline::{Event, Kind, timeline};
 use vmsight_analysis::{Check, Context, Finding, Outcome as Checked, checks, run};
 use vmsight_linux::module::ModuleFields;
 use vmsight_linux::socket::SocketFilter;
@@ -18,7 +18,7 @@ use vmsight_linux::{Kernel, LinuxError, Listing, ProcessFields, process_tree};
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Progress, to_map},
+    output::{Format, Progress, Row, to_map},
     session::Session,
 };
 use page::{Page, Table};
@@ -83,16 +83,6 @@ const SOCKETS: &[&str] = &[
     "uid",
     "namespace",
     "owners",
-];
-const EVENTS: &[&str] = &[
-    "time",
-    "kind",
-    "action",
-    "pid",
-    "name",
-    "subject",
-    "source",
-    "uncertainty",
 ];
 const SUMMARY: &[&str] = &[
     "hostname",
@@ -180,7 +170,7 @@ impl Cmd {
         let mut listing = timeline(kernel, &Kind::ALL);
         let earlier = listing.rows.len().saturating_sub(self.events);
         listing.rows.drain(..earlier);
-        let mut table = listed("timeline", "Timeline", EVENTS, Ok(listing), unread)?;
+        let mut table = listed("timeline", "Timeline", Event::COLUMNS, Ok(listing), unread)?;
         if earlier > 0 {
             table.note = format!("{earlier} earlier events are left out; vmsight timeline has them.");
         }
