@@ -260,11 +260,55 @@ fn ends(process: Pid) {
     }
 }
 
+/// Local addresses of a process's TCP sockets that listen, in the kernel's hexadecimal.
+fn listening(process: u32) -> Vec<String> {
+    let descriptors = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+    let sockets: Vec<String> = descriptors
+        .filter_map(|entry| {
+            fs::read_link(entry.ok()?.path())
+                .ok()?
+                .into_os_string()
+                .into_string()
+                .ok()
+        })
+        .filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let mut found = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let Ok(lines) = fs::read_to_string(format!("/proc/{process}/net/{table}")) else {
+            continue;
+        };
+        for line in lines.lines().skip(1) {
+            // Number, local address, remote one, state (0A listens), queues, timer, retransmits, uid, timeout, inode.
+            let words: Vec<&str> = line.split_whitespace().collect();
+            if words[3] == "0A" && sockets.iter().any(|inode| inode == words[9]) {
+                found.push(words[1].to_owned());
+            }
+        }
+    }
+    found
+}
+
 #[test]
-fn bochs_ends_with_the_program_however_that_ends() {
+fn a_socket_that_listens_is_seen() {
+    let socket = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = socket.local_addr().unwrap().port();
+    assert!(listening(std::process::id()).contains(&format!("00000000:{port:04X}")));
+}
+
+#[test]
+fn bochs_ends_with_the_program_however_that_ends_and_listens_nowhere() {
     let _lock = Lock::wait("bochs").unwrap();
     for signal in [Signal::INT, Signal::KILL] {
         let (mut child, _unread, bochs) = begun();
+        // 127.0.0.1, as the kernel writes it.
+        let local = |address: &String| address.starts_with("0100007F:");
+        assert_eq!(listening(bochs.as_raw_nonzero().get() as u32), [""; 0]);
+        assert!(
+            listening(child.id()).iter().all(local),
+            "{:?}",
+            listening(child.id())
+        );
         kill_process(Pid::from_child(&child), signal).unwrap();
         child.wait().unwrap();
         ends(bochs);
@@ -276,9 +320,9 @@ fn what_is_not_installed_is_said_with_the_packages_that_have_it() {
     let folder = tempfile::tempdir().unwrap();
     let image = path(&folder, "out.iso");
     for (args, program, package) in [
-        (&["run"][..], "bochs", "bochsbios"),
-        (&["bench"], "bochs", "bochsbios"),
-        (&["attack"], "bochs", "bochsbios"),
+        (&["run"][..], "bochs", "bochs-term"),
+        (&["bench"], "bochs", "bochs-term"),
+        (&["attack"], "bochs", "bochs-term"),
         (&["image", &image, "--attack"], "grub-mkrescue", "grub-common"),
     ] {
         let out = vmsight()

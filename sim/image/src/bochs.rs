@@ -4,13 +4,13 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::error::io;
-use crate::{Channel, Error, Image, packages};
+use crate::{Channel, Error, Image, packages, screen};
 
 /// The processor of the machine, as Bochs calls it.
 pub const WITH_VMX: &str = "corei7_skylake_x";
@@ -148,14 +148,12 @@ impl Machine {
         let mut words = hardware.through.clone();
         words.extend(["nice", "bochs", "-q", "-f", "bochsrc", "-rc", "commands"].map(OsString::from));
         let mut words = words.iter();
-        let process = Command::new(words.next().map_or("bochs".as_ref(), OsString::as_os_str))
-            .args(words)
-            .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .stdout(output)
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(io("run", "bochs"))?;
+        let mut command = Command::new(words.next().map_or("bochs".as_ref(), OsString::as_os_str));
+        command.args(words).current_dir(folder.path()).stderr(output);
+        screen::attach(&mut command)?;
+        let process = command.spawn().map_err(io("run", "bochs"))?;
+        // Its end of the terminal is Bochs's alone.
+        drop(command);
         Ok(Self {
             console: Tail::new(folder.path().join("serial")),
             channel,
@@ -196,7 +194,7 @@ impl Machine {
             let output = fs::read(self.folder.path().join("output")).unwrap_or_default();
             return Err(Error::Failed {
                 program: "bochs",
-                output: String::from_utf8_lossy(&output).trim().to_owned(),
+                output: last_message(&String::from_utf8_lossy(&output)).to_owned(),
             });
         }
         Ok(news)
@@ -303,6 +301,14 @@ pub fn refusal(console: &str) -> Option<&str> {
     Some(error.unwrap_or("GRUB did not find the hypervisor"))
 }
 
+/// Why Bochs ended, out of all that it says on standard error.
+fn last_message(output: &str) -> &str {
+    let message = output
+        .rsplit_once("Bochs is exiting with the following message:\n")
+        .and_then(|(_, rest)| rest.split("\n====").next());
+    message.unwrap_or(output).trim()
+}
+
 fn folder() -> Result<TempDir, Error> {
     tempfile::tempdir().map_err(io("make a temporary folder in", std::env::temp_dir()))
 }
@@ -311,12 +317,12 @@ fn folder() -> Result<TempDir, Error> {
 fn installed() -> Result<(), Error> {
     let missing = |program| Error::NotInstalled {
         program,
-        packages: "bochs, bochsbios and vgabios",
+        packages: "bochs, bochs-term, bochsbios and vgabios",
     };
     if packages::find("bochs").is_none() {
         return Err(missing("bochs"));
     }
-    for file in [BIOS, VGA_BIOS] {
+    for file in [BIOS, VGA_BIOS, screen::PLUGIN] {
         if !Path::new(file).is_file() {
             return Err(missing(file));
         }
@@ -337,7 +343,7 @@ fn configuration(disc: &Path, hardware: &Hardware, port: u16) -> String {
          vgaromimage: file={VGA_BIOS}\n\
          cpu: model={processor}, count={processors}, ips=50000000, reset_on_triple_fault=1\n\
          plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=0, gameport=0\n\
-         display_library: rfb, options=\"timeout=0\"\n\
+         display_library: term\n\
          com1: enabled=1, mode=file, dev=serial\n\
          com2: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
          ata0-master: type=cdrom, path=\"{}\", status=inserted\n\
@@ -368,6 +374,14 @@ mod tests {
         let console = "\x1b[1;1Herror: out of memory.\r\n\x1b[HGNU GRUB  version 2.06\r\n\r\ngrub> ";
         assert_eq!(refusal(console), Some("out of memory."));
         assert_eq!(refusal("vmsight-hypervisor: kernel at 0x1000000\r\n"), None);
+    }
+
+    #[test]
+    fn why_bochs_ended_is_found() {
+        let output = "00000000000i[PLUGIN] loaded plugin libbx_serial.so\n========\n\
+            Bochs is exiting with the following message:\n[BIOS  ] No bootable device.\n========\n0i[SIM   ] quit_sim\n";
+        assert_eq!(last_message(output), "[BIOS  ] No bootable device.");
+        assert_eq!(last_message("nice: bochs: not there\n"), "nice: bochs: not there");
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod exits;
 mod packages;
 pub mod programs;
 pub mod rescue;
+mod screen;
 pub mod trial;
 pub mod user;
 

@@ -21,10 +21,9 @@ A thin VT-x hypervisor boots by GRUB, starts the machine's own kernel, and keeps
 without a VM exit, and the guest's kernel can neither read nor write it, nor enter it but through the gate. The hypervisor, the monitor
 and a guest that attacks it are part of vmsight.
 
-Runs take Bochs, an emulator that has VT-x and counts instructions (Debian's packages bochs, bochsbios and vgabios); images take GRUB
-(grub-pc-bin, grub-common, xorriso and mtools). While it runs, Bochs serves the machine's screen and keyboard by VNC, without a
-password and on all interfaces of this host, at port 5900 or one of the next; it has no other display that needs no screen. What is
-measured in it are instructions and exits, never time.")]
+Runs take Bochs, an emulator that has VT-x and counts instructions (Debian's packages bochs, bochs-term, bochsbios and vgabios);
+images take GRUB (grub-pc-bin, grub-common, xorriso and mtools). The machine's screen is shown nowhere, and nothing of a run listens on
+the network but on this host's loopback. What is measured in Bochs are instructions and exits, never time.")]
 pub(crate) struct Cmd {
     #[command(subcommand)]
     what: What,
