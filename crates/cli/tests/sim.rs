@@ -136,11 +136,16 @@ fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
             .find(|l| l.strip_prefix("trial: ").is_some_and(|l| l.starts_with(finding)))
             .unwrap_or_else(|| panic!("not found: {finding}\n{console}"));
         let (name, facts) = line["trial: ".len()..].trim_end().split_once(": ok ").unwrap();
-        let cost = name.starts_with("exits ") || name == "the monitor reads and writes guest memory";
+        let no_attack = name.starts_with("exits ")
+            || [
+                "the monitor reads and writes guest memory",
+                "the other processor starts",
+            ]
+            .contains(&name);
         let row = rows
             .iter()
             .find(|row| row["attack"] == name && row["facts"] == facts);
-        assert_eq!(row.is_none(), cost, "{name}: {rows:?}");
+        assert_eq!(row.is_none(), no_attack, "{name}: {rows:?}");
     }
     // Without the view of the gate A1 and A3 succeed, and without its load of CR3 A5: the same code that finds them stopped above finds that.
     let of_controls = |row: &&Value| row["build"] != "three views";
@@ -151,6 +156,14 @@ fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
             .iter()
             .all(|row| row["verdict"] == "held" && row["as_it_must"] == true)
     );
+    // Each of them says that gates, tables and the monitor's text are what they were.
+    for row in &attacks {
+        let facts = row["facts"].as_str().unwrap();
+        assert!(
+            row["hash"] == "same" && facts.ends_with("; hash unchanged"),
+            "{row}"
+        );
+    }
     assert_eq!(controls.len(), 3);
     for (control, attack) in controls.iter().zip(["A1", "A3", "A5"]) {
         assert!(

@@ -11,10 +11,11 @@ pub const COST_ON_HARDWARE: &str = "CO hardware";
 /// the monitor whose handler can be had to run without an end.
 pub const TWO_PROCESSORS: &str = "2P";
 
-/// Findings that are of no attack: that the monitor is there, and what it costs.
-const NO_ATTACKS: [&str; 3] = [
+/// Findings that are of no attack: that all is there that an attack takes, and what the monitor costs.
+const NO_ATTACKS: [&str; 4] = [
     "hypervisor",
     "register",
+    "the other processor starts",
     "the monitor reads and writes guest memory",
 ];
 const NO_ATTACKS_BEGIN: [&str; 3] = ["null handler ", "exits ", "round trip "];
@@ -30,8 +31,8 @@ pub struct Finding {
     pub reason: Option<u16>,
     /// How often the monitor's handler was called by it.
     pub handled: Option<u64>,
-    /// Whether the SHA-256 over gates, tables and the monitor's text is what it was. Where the trial does not say, it is part
-    /// of `held`.
+    /// Whether the SHA-256 over gates, tables and the monitor's text is what it was at the finding before, which is part of
+    /// `held`. `None` where the monitor was still being put in, or was only measured.
     pub hash_unchanged: Option<bool>,
     /// What the trial says of it.
     pub facts: String,
@@ -252,6 +253,8 @@ mod tests {
         );
         assert_eq!((attacks[1].held, attacks[1].handled), (false, Some(2)));
         assert_eq!((attacks[1].reason, attacks[1].hash_unchanged), (None, None));
+        let changed = Finding::parse("trial: a write: FAILED exit 48: 1; hash CHANGED").unwrap();
+        assert_eq!(changed.hash_unchanged, Some(false));
     }
 
     #[test]

@@ -23,14 +23,30 @@ use vmsight_sim_abi::{Call, Handler, SIGNATURE, SIGNATURE_LEAF, Status};
 pub(crate) struct Trial {
     passed: u32,
     failed: u32,
+    /// [`Call::MonitorHash`] as it was at the last finding, from when on it must stay as it is.
+    hash: Option<u64>,
 }
 
 impl Trial {
+    /// From now on no finding is as it must be that changes the hash over what the monitor consists of.
+    fn keep_hash(&mut self) {
+        self.hash = Some(call(Call::MonitorHash, 0));
+    }
+
     /// One finding: what it is about, whether it is as it must be, and the facts.
     pub(crate) fn check(&mut self, name: &str, good: bool, facts: core::fmt::Arguments<'_>) {
+        let now = self.hash.map(|_| call(Call::MonitorHash, 0));
+        let same = now == self.hash;
+        let hash = match now {
+            None => "",
+            Some(_) if same => "; hash unchanged",
+            Some(_) => "; hash CHANGED",
+        };
+        self.hash = now;
+        let good = good && same;
         let word = if good { "ok" } else { "FAILED" };
         *(if good { &mut self.passed } else { &mut self.failed }) += 1;
-        let _ = writeln!(Console, "trial: {name}: {word} {facts}");
+        let _ = writeln!(Console, "trial: {name}: {word} {facts}{hash}");
     }
 }
 
@@ -55,7 +71,11 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
     if control == *b"RB" {
         reboot();
     }
-    let mut trial = Trial { passed: 0, failed: 0 };
+    let mut trial = Trial {
+        passed: 0,
+        failed: 0,
+        hash: None,
+    };
     let leaf = core::arch::x86_64::__cpuid(SIGNATURE_LEAF);
     let mut signature = [0; 12];
     for (to, from) in signature.chunks_exact_mut(4).zip([leaf.ebx, leaf.ecx, leaf.edx]) {
@@ -96,11 +116,13 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
     }
     if two {
         call(Call::Lockdown, 0);
+        trial.keep_hash();
         processors::all(&mut trial);
     } else {
         cost::measure(&mut trial, site, line.starts_with(b"CO hardware"));
     }
     if !two && control != *b"CO" {
+        trial.keep_hash();
         attacks::all(&mut trial, site);
     }
     call(Call::Report, 0);
@@ -108,7 +130,7 @@ unsafe extern "C" fn start(zero_page: u64) -> ! {
 }
 
 fn finish(trial: &Trial) -> ! {
-    let Trial { passed, failed } = trial;
+    let Trial { passed, failed, .. } = trial;
     let _ = writeln!(Console, "trial: {passed} passed, {failed} failed");
     power_off()
 }
