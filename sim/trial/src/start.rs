@@ -307,7 +307,7 @@ compat_code:
     .code64
 
     # What user mode runs.
-    .globl user_vmfunc, user_vmcall, user_cpuid
+    .globl user_vmfunc, user_vmcall, user_report, user_cpuid
 user_vmfunc:
     vmfunc
     ud2
@@ -316,6 +316,10 @@ user_cpuid:
     hlt
 user_vmcall:
     mov eax, 0x73696d06
+    vmcall
+    hlt
+user_report:
+    mov eax, 0x73696d02
     vmcall
     hlt
 
@@ -376,6 +380,7 @@ unsafe extern "C" {
     pub(crate) safe static flags_site: u8;
     pub(crate) safe static user_vmfunc: u8;
     pub(crate) safe static user_vmcall: u8;
+    pub(crate) safe static user_report: u8;
     pub(crate) safe static user_cpuid: u8;
     pub(crate) safe static jump_back: u8;
     pub(crate) safe static exception_entries: u8;

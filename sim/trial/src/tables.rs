@@ -31,6 +31,8 @@ pub(crate) static mut TABLES: [Page; 10] = [const { Page([0; 512]) }; 10];
 pub(crate) static mut STUBS: [Page; 2] = [const { Page([0; 512]) }; 2];
 static mut IDT: [[u64; 2]; 256] = [[0; 2]; 256];
 static mut TSS: [[u32; 26]; 2] = [[0; 26]; 2];
+/// One of an attacker's.
+static mut FORGED_TSS: [u32; 26] = [0; 26];
 #[unsafe(export_name = "trial_gdt")]
 static mut GDT: [u64; 10] = [
     0,
@@ -91,7 +93,6 @@ pub(crate) fn initialise() {
         idt[32][0] |= 2 << 32;
         idt[NMI][0] |= 3 << 32;
 
-        let gdt = &mut *addr_of_mut!(GDT);
         for (n, tss) in (*addr_of_mut!(TSS)).iter_mut().enumerate() {
             let stack = |number: u64| {
                 (at(&raw const exception_stacks) + (n as u64 * STACKS + number) * 0x1000) as u32
@@ -101,10 +102,7 @@ pub(crate) fn initialise() {
             for number in 1..=STACKS {
                 tss[7 + 2 * number as usize] = stack(number);
             }
-            let tss = at(&raw const *tss);
-            let low = 103 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
-            gdt[TASKS[n] as usize / 8] = low;
-            gdt[TASKS[n] as usize / 8 + 1] = tss >> 32;
+            describe_task(n, at(&raw const *tss));
         }
         load(0);
     }
@@ -120,6 +118,49 @@ pub(crate) fn load(processor: usize) {
         (*addr_of_mut!(GDT))[TASKS[processor] as usize / 8] &= !(2 << 40);
         asm!("ltr {:x}", in(reg) TASKS[processor]);
     }
+}
+
+/// Has a processor's descriptor say that its task state segment is there.
+///
+/// # Safety
+/// Nobody else uses the table meanwhile.
+unsafe fn describe_task(processor: usize, tss: u64) {
+    // SAFETY: by the caller.
+    let gdt = unsafe { &mut *addr_of_mut!(GDT) };
+    let index = TASKS[processor] as usize / 8;
+    gdt[index] = 103 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
+    gdt[index + 1] = tss >> 32;
+}
+
+/// Loads the first processor's task register with a task state segment at another address, and with the trial's own.
+pub(crate) fn load_task(base: Option<u64>) {
+    // SAFETY: one processor; the next exception would use the segment, and there is none until the own one is back.
+    unsafe {
+        describe_task(0, base.unwrap_or(at(addr_of_mut!(TSS))));
+        asm!("ltr {:x}", in(reg) TASKS[0]);
+    }
+}
+
+/// Base of what the task register has, as the table says it, which is marked as in use when it was loaded.
+pub(crate) fn task() -> Option<u64> {
+    // SAFETY: one processor.
+    let gdt = unsafe { addr_of_mut!(GDT).read_volatile() };
+    let [low, high, ..] = gdt[TASKS[0] as usize / 8..] else {
+        return None;
+    };
+    let base = low >> 16 & 0xff_ffff | (low >> 56) << 24 | high << 32;
+    (low >> 40 & 2 != 0).then_some(base)
+}
+
+/// A task state segment of an attacker's: all its stacks begin there.
+pub(crate) fn forged_task(stack: u64) -> u64 {
+    // SAFETY: one processor.
+    let tss = unsafe { &mut *addr_of_mut!(FORGED_TSS) };
+    // RSP0 to RSP2, and IST1 to IST7.
+    for first in (1..7).step_by(2).chain((9..23).step_by(2)) {
+        (tss[first], tss[first + 1]) = (stack as u32, (stack >> 32) as u32);
+    }
+    at(&raw const *tss)
 }
 
 /// Copies the PML4 to physical page 0, so that it is one of the guest's.

@@ -114,6 +114,33 @@ pub(super) fn context(trial: &mut Trial, site: u64) {
     for flags in [0x0402, 0x4402, 0x4_0002, 0x4_7cd7] {
         trial.survives("flags", 1, flagged, flags);
     }
+    unsafe extern "C" fn with_segment(register_and_base: u64) {
+        // SAFETY: the address of a pair.
+        let (register, base) = unsafe { *(register_and_base as *const (u32, u64)) };
+        wrmsr(register, base);
+        // SAFETY: the stub is there.
+        unsafe { hook_call(ENTRY) };
+        assert_eq!(rdmsr(register), base, "the segment's base is kept");
+        wrmsr(register, 0);
+    }
+    const FS_BASE: u32 = 0xc000_0100;
+    const GS_BASE: u32 = 0xc000_0101;
+    for (name, register, base) in [
+        ("FS at the monitor's state", FS_BASE, MONITOR + 0x1000),
+        ("FS at the list", FS_BASE, LIST),
+        ("GS at the monitor's state", GS_BASE, MONITOR + 0x1000),
+        ("GS at the list", GS_BASE, LIST),
+    ] {
+        let pair = (register, base);
+        trial.survives(name, 1, with_segment, at(&raw const pair));
+    }
+    trial.survives("a call from what is no registered hook", 0, stranger, 0);
+}
+
+/// Descriptor tables and a task state segment of the attacker's, once while all can still be changed, and once after the
+/// lockdown: `names` are those of the six findings.
+pub(super) fn descriptors(trial: &mut Trial, names: [&str; 6]) {
+    let [idt_list, idt, gdt, task, task_state, stacks] = names;
     unsafe extern "C" fn with_idt(base: u64) {
         tables::load_idt(base, 0xfff);
         // SAFETY: the stub is there.
@@ -122,24 +149,35 @@ pub(super) fn context(trial: &mut Trial, site: u64) {
         tables::load_idt(tables::own_idt(), 4095);
         assert_eq!(now, (base, 0xfff), "IDTR is kept");
     }
-    trial.survives("IDT at the list", 1, with_idt, LIST);
-    trial.survives("IDT in guest memory as the monitor sees it", 1, with_idt, WINDOW);
+    trial.survives(idt_list, 1, with_idt, LIST);
+    trial.survives(idt, 1, with_idt, WINDOW);
     unsafe extern "C" fn with_gdt(base: u64) {
         tables::load_gdt(Some(base));
         // SAFETY: the stub is there.
         unsafe { hook_call(ENTRY) };
         tables::load_gdt(None);
     }
-    trial.survives("GDT in guest memory as the monitor sees it", 1, with_gdt, WINDOW);
-    unsafe extern "C" fn with_gs(base: u64) {
-        const GS_BASE: u32 = 0xc000_0101;
-        wrmsr(GS_BASE, base);
+    trial.survives(gdt, 1, with_gdt, WINDOW);
+    unsafe extern "C" fn with_task(base: u64) {
+        tables::load_task(Some(base));
+        let loaded = tables::task();
         // SAFETY: the stub is there.
         unsafe { hook_call(ENTRY) };
-        wrmsr(GS_BASE, 0);
+        tables::load_task(None);
+        assert_eq!(loaded, Some(base), "TR was loaded");
     }
-    trial.survives("GS at the monitor's state", 1, with_gs, MONITOR + 0x1000);
-    trial.survives("a call from what is no registered hook", 0, stranger, 0);
+    trial.survives(task, 1, with_task, WINDOW);
+    trial.survives(task_state, 1, with_task, MONITOR + 0x1000);
+    // An exception in the monitor, whose stack would be the monitor's own if it were delivered.
+    // SAFETY: the trial itself executes nothing there.
+    unsafe {
+        set_dr0(MONITOR_ENTRY);
+        set_dr7(0x401);
+    }
+    let forged = tables::forged_task(monitor_stack());
+    trial.attack(stacks, EXCEPTION, RETURNS, 0, with_task, forged);
+    // SAFETY: none.
+    unsafe { set_dr7(0x400) };
 }
 
 /// Interrupts all the time.

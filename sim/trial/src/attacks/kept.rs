@@ -2,6 +2,8 @@
 
 use super::*;
 
+const VMCALL: u64 = 18;
+
 /// From user mode.
 pub(super) fn privileges(trial: &mut Trial) {
     let vmfunc = at(&raw const user_vmfunc);
@@ -21,7 +23,6 @@ pub(super) fn privileges(trial: &mut Trial) {
         user,
         vmfunc,
     );
-    const VMCALL: u64 = 18;
     trial.attack(
         "VMCALL from user mode",
         VMCALL,
@@ -70,6 +71,47 @@ pub(super) fn pinned(trial: &mut Trial) {
     trial.attack("VMX capabilities", RDMSR, PROTECTION, 0, read_msr, 0x480);
 }
 
+/// What is answered after the lockdown by the calls that change nothing, of which those that say what is so go on.
+fn answers(trial: &mut Trial) {
+    use Status::{Argument, Done, Unknown};
+    let answers = [
+        (Call::Version, 0, 0, Done),
+        (Call::Exits, EPT_VIOLATION, 0, Done),
+        (Call::Exits, 1 << 40, 0, Argument),
+        (Call::Handled, 0, 0, Done),
+        (Call::Ended, 0, 0, Done),
+        (Call::MonitorHash, 3, 0, Done),
+        (Call::MonitorHash, 4, 0, Argument),
+        (Call::MonitorPage, 0, Part::Data as u64, Done),
+        (Call::MonitorPage, 1 << 40, Part::Data as u64, Argument),
+        (Call::MonitorPage, 0, 4, Argument),
+        // No registered hook's.
+        (Call::Invoke, STUB, 0, Argument),
+        // The monitor's own.
+        (Call::Drain, 0, 0, Unknown),
+    ];
+    let before = handled();
+    let right = answers
+        .iter()
+        .filter(|(call, first, second, status)| {
+            vmcall_with(*call as u64, *first, *second).0 == *status as u64
+        })
+        .count();
+    trial.check(
+        "calls that change nothing, after the lockdown",
+        right == answers.len() && handled() == before,
+        format_args!("{right} of {} answered as they must be", answers.len()),
+    );
+    trial.attack(
+        "a report for user mode, after the lockdown",
+        VMCALL,
+        INVALID_OPCODE,
+        0,
+        user,
+        at(&raw const user_report),
+    );
+}
+
 /// Calls of the hypervisor after the lockdown.
 pub(super) fn calls(trial: &mut Trial) {
     let before = handled();
@@ -83,6 +125,7 @@ pub(super) fn calls(trial: &mut Trial) {
         .iter()
         .filter(|&&c| vmcall(c as u64, STUB) == (Status::Locked as u64, 0))
         .count();
+    answers(trial);
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     let mut next = || {
         random ^= random << 13;

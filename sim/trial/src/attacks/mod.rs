@@ -200,6 +200,15 @@ pub(crate) fn all(trial: &mut Trial, site: u64) {
         hooked,
     );
     trial.attack("write to the stub", EPT_VIOLATION, PROTECTION, 0, write, ENTRY);
+    let before = [
+        "IDT at the list, before the lockdown",
+        "IDT in guest memory as the monitor sees it, before the lockdown",
+        "GDT in guest memory as the monitor sees it, before the lockdown",
+        "TR: task state segment in guest memory as the monitor sees it, before the lockdown",
+        "TR: task state segment at the monitor's state, before the lockdown",
+        "TR: all stacks at the monitor's, an exception in the monitor, before the lockdown",
+    ];
+    context::descriptors(trial, before);
     call(Call::Lockdown, 0);
     memory::memory(trial);
     gate::functions(trial);
@@ -209,6 +218,15 @@ pub(crate) fn all(trial: &mut Trial, site: u64) {
     context::debugging(trial, site);
     context::ended_handler(trial);
     context::context(trial, site);
+    let after = [
+        "IDT at the list",
+        "IDT in guest memory as the monitor sees it",
+        "GDT in guest memory as the monitor sees it",
+        "TR: task state segment in guest memory as the monitor sees it",
+        "TR: task state segment at the monitor's state",
+        "TR: all stacks at the monitor's, an exception in the monitor",
+    ];
+    context::descriptors(trial, after);
     memory::pointers(trial);
     kept::privileges(trial);
     kept::pinned(trial);
