@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -392,8 +392,47 @@ const INIT: &str = "\
 #!/bin/busybox sh
 /bin/busybox mkdir /tmp; echo \"guest: mkdir $?\"
 /bin/busybox sh -c 'exec /bin/busybox true'
+echo \"guest: processors $(/bin/busybox nproc)\"
+echo 'guest: until unhooked'
+until /bin/busybox hostname free 2>/error; do :; done
+echo \"guest: $(/bin/busybox hostname)\"
 /bin/busybox poweroff -f
 ";
+
+/// Runs a guest to its end, and gives these orders on standard input once it has said something on its console.
+fn ordered(args: &[&str], once: &str, orders: &str) -> Output {
+    let mut child = vmsight()
+        .arg("sim")
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take();
+    let mut output = child.stdout.take().unwrap();
+    let told = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        output.read_to_end(&mut all).unwrap();
+        all
+    });
+    let mut console = String::new();
+    for line in BufReader::new(child.stderr.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if line.contains(once)
+            && let Some(mut input) = input.take()
+        {
+            input.write_all(orders.as_bytes()).unwrap();
+        }
+        console.push_str(&line);
+        console.push('\n');
+    }
+    Output {
+        status: child.wait().unwrap(),
+        stdout: told.join().unwrap(),
+        stderr: console.into_bytes(),
+    }
+}
 
 /// A policy is made out of the kernel, the hypervisor hooks it, and what the monitor tells is printed as it comes.
 #[test]
@@ -414,14 +453,35 @@ fn a_debian_is_watched_as_it_runs() {
     assert!(with(&["--deny", "mkdir=EACCES"]).contains("no error number"));
     assert!(with(&["--tell", "openat", "--no-hooks"]).contains("rules are nothing without hooks"));
     assert!(with(&["--policy", "/bin/busybox"]).contains("no policy"));
+    assert!(with(&["--control", "--no-hooks"]).contains("--control is of use for a guest with hooks"));
+    assert!(with(&["--processors", "3"]).contains("1..=2"));
 
     let _lock = Lock::wait("bochs").unwrap();
-    let rules = ["--deny", "mkdir=13", "--tell", "openat", "--save-policy", &saved];
-    let options = ["--command-line", "console=ttyS0 quiet", "-o", "jsonl"];
-    let out = sim(&[&guest[..], &rules, &options].concat());
+    let rules = [
+        "--deny",
+        "mkdir=13",
+        "--deny",
+        "sethostname=1",
+        "--tell",
+        "openat",
+    ];
+    let options = ["--save-policy", &saved, "--command-line", "console=ttyS0 quiet"];
+    let more = ["--processors", "2", "--control", "-o", "jsonl"];
+    // The guest may not set its name until the hooks are out.
+    let out = ordered(
+        &[&guest[..], &rules, &options, &more].concat(),
+        "guest: until unhooked",
+        "stats\nout with them\nunhook\n",
+    );
     let console = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(0), "{console}");
-    assert!(console.contains("guest: mkdir 1"), "{console}");
+    for said in ["guest: mkdir 1", "guest: processors 2", "guest: free"] {
+        assert!(console.contains(said), "not found: {said}\n{console}");
+    }
+    assert!(
+        console.contains("out with them: no order; there are stats, hook, unhook"),
+        "{console}"
+    );
     let lines = String::from_utf8(out.stdout).unwrap();
     let events: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let all = |key: &'static str, value: &'static str| events.iter().filter(move |e| e[key] == value);
@@ -443,6 +503,8 @@ fn a_debian_is_watched_as_it_runs() {
         all("event", "call").any(|e| e["number"] == 257 && e["errno"] == 0),
         "{lines}"
     );
+    assert_eq!(all("state", "stats").count(), 1, "{lines}");
+    assert_eq!(all("state", "unhooked").count(), 1, "{lines}");
     let off = all("state", "off").next().unwrap();
     assert_eq!(
         (&off["lost"], &off["tampered"]),

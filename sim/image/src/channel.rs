@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::Error;
@@ -14,6 +14,10 @@ pub struct Channel {
     port: u16,
     shared: Arc<Mutex<Shared>>,
 }
+
+/// What gives the hypervisor orders, from wherever it is kept, as long as there is a [`Channel`].
+#[derive(Debug, Clone)]
+pub struct Orders(Weak<Mutex<Shared>>);
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -86,12 +90,30 @@ impl Channel {
         }
     }
 
-    /// Gives the hypervisor an order: `stats`, `hook`, `unhook`. `false` if Bochs is not connected.
+    /// Gives the hypervisor an order, as [`Orders::give`] does.
     ///
     /// # Errors
     /// [`Error::Io`]
     pub fn order(&self, order: &str) -> Result<bool, Error> {
-        match &mut lock(&self.shared).stream {
+        self.orders().give(order)
+    }
+
+    /// What gives orders.
+    pub fn orders(&self) -> Orders {
+        Orders(Arc::downgrade(&self.shared))
+    }
+}
+
+impl Orders {
+    /// Gives the hypervisor an order: `stats`, `hook`, `unhook`. `false` if Bochs is not connected.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn give(&self, order: &str) -> Result<bool, Error> {
+        let Some(shared) = self.0.upgrade() else {
+            return Ok(false);
+        };
+        match &mut lock(&shared).stream {
             Some(stream) => {
                 writeln!(stream, "{order}").map_err(io("write to", "the second serial port"))?;
                 Ok(true)

@@ -64,6 +64,11 @@ pub(super) struct Guest {
 }
 
 impl Guest {
+    /// Whether there is a kernel, and it will be hooked.
+    pub(super) fn is_hooked(&self) -> bool {
+        self.kernel.is_some() && !self.no_hooks
+    }
+
     /// An image with this kernel.
     pub(super) fn image(&self, kernel: &Path) -> Result<Image> {
         let bytes = read(kernel)?;

@@ -2,6 +2,7 @@
 
 mod attack;
 mod bench;
+mod control;
 mod event;
 mod guest;
 mod image;

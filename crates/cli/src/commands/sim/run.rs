@@ -12,6 +12,7 @@ use vmsight_sim_image::bochs::{Hardware, News, refusal};
 use vmsight_sim_image::exits::{self, Exits};
 use vmsight_sim_image::{Image, Machine};
 
+use super::control::Control;
 use super::event::{Event, Lines, events};
 use super::guest::Guest;
 use super::machine::{hardware, is_disc, plain};
@@ -30,8 +31,12 @@ A kernel is hooked, for which a policy is made out of its own symbols and types 
 system calls, and tells processes, programs, modules, and who becomes root. The hypervisor puts the hooks in as the kernel boots;
 what was refused is told, too.
 
-Bochs does some 50 million instructions a second: a distribution's kernel boots in minutes, so take a small initrd. The guest has
-one processor.
+Bochs does some 50 million instructions a second: a distribution's kernel boots in minutes, so take a small initrd. With two processors
+it does them in turns.
+
+With --control, lines of standard input are orders to the hypervisor: \"unhook\" takes the hooks out of the running kernel, \"hook\" puts
+them in again, \"stats\" asks how often the monitor was called and why the guest was left. Each is answered among the events. Hooks can be
+ordered about once the kernel is hooked, which is told as \"installed\".
 
 As a table (the default), console, events and exits are printed as they come. As json, jsonl or csv, standard output has the monitor's
 events and the exits, and the console goes to standard error.
@@ -46,6 +51,12 @@ pub(super) struct Cmd {
     /// Memory of the machine, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(192..=2048))]
     memory: u32,
+    /// Processors of the machine: 1 or 2
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
+    processors: u32,
+    /// Take orders from standard input, a line each: stats, hook, unhook
+    #[arg(long)]
+    control: bool,
     /// End after this many seconds
     #[arg(long = "for", value_name = "SECONDS")]
     seconds: Option<u64>,
@@ -59,8 +70,14 @@ impl Cmd {
         let style = global.style();
         let stop = on_interrupt()?;
         let stream = Stream::new::<Event>(&style)?;
+        let hooked = self.image.is_some() || self.guest.is_hooked();
+        ensure!(
+            !self.control || hooked,
+            "--control is of use for a guest with hooks alone: one of --kernel, or an image of one"
+        );
         let hardware = Hardware {
             memory: self.memory,
+            processors: self.processors,
             ..hardware()?
         };
         let progress = Progress::spinner(style.quiet, "booting");
@@ -75,8 +92,15 @@ impl Cmd {
             account: None,
             failed: None,
         };
+        let control = self.control.then(|| Control::begin(machine.channel().orders()));
         let limit = Duration::from_secs(self.seconds.unwrap_or(FOREVER).min(FOREVER));
-        let run = machine.watch(limit, |news| view.show(news, &stop))?;
+        let run = machine.watch(limit, |news| {
+            let on = view.show(news, &stop);
+            if let Some(control) = &control {
+                control.pass(&style);
+            }
+            on
+        })?;
         let stopped = stop.load(Ordering::Relaxed);
         view.finish(&run.serial)?;
         if let Some(why) = refusal(&run.serial) {
