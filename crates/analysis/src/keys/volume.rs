@@ -22,13 +22,13 @@ const MAX_DEVICES: usize = 1 << 16;
 const MAX_TARGETS: u64 = 1 << 12;
 /// The longest key of a volume: two of AES-256, and one to authenticate (dm-crypt with integrity).
 const MAX_KEY: u64 = 256;
-/// How many pointers away from a volume's transform the ones lie that do its work: cryptd is between them where the processor's
-/// instructions are used.
+/// How many pointers away from a volume's transform the one lies that does its work: `simd` and `cryptd` are between them where
+/// the processor's instructions are used.
 const MAX_STEPS: u32 = 3;
-/// Structures looked at on the way.
-const MAX_VISITS: usize = 512;
-/// Bytes of each in which there may be pointers.
-const LOOK: usize = 512;
+/// Bytes at the beginning of a transform's context that have the pointer to the transform it hands its work to: `struct
+/// simd_skcipher_ctx` (crypto/simd.c) has nothing else, `struct cryptd_skcipher_ctx` (crypto/cryptd.c) a counter before it. What
+/// lies behind is another's.
+const LINKS: usize = 16;
 
 /// The key of one volume.
 #[derive(Clone)]
@@ -264,6 +264,7 @@ impl<'f> Schedules<'f> {
         two: bool,
     ) -> Option<(Vec<u8>, Vec<Gpa>)> {
         let within = kernel.offset("crypto_skcipher", "base").ok()?;
+        let context = within.wrapping_add(kernel.offset("crypto_tfm", "__crt_ctx").ok()?);
         let direct = kernel.image().direct_map?;
         let end = direct.wrapping_add(kernel.memory().end().0);
         let mut seen = BTreeSet::from([transform]);
@@ -281,17 +282,13 @@ impl<'f> Schedules<'f> {
                 }
                 _ => {}
             }
-            let mut memory = [0; LOOK];
-            if steps == MAX_STEPS || kernel.space().read(at, &mut memory).is_err() {
+            let mut links = [0; LINKS];
+            if steps == MAX_STEPS || kernel.space().read(at.wrapping_add(context), &mut links).is_err() {
                 continue;
             }
-            for word in memory.as_chunks::<8>().0 {
+            for word in links.as_chunks::<8>().0 {
                 let next = Gva(u64::from_le_bytes(*word));
-                if (direct..end).contains(&next)
-                    && next.0.is_multiple_of(8)
-                    && seen.len() < MAX_VISITS
-                    && seen.insert(next)
-                {
+                if (direct..end).contains(&next) && next.0.is_multiple_of(8) && seen.insert(next) {
                     queue.push_back((next, steps + 1));
                 }
             }

@@ -24,13 +24,28 @@ const VOLUMES: [(&str, &str, &str); 3] = [
         "0d9b62f7e8314ac5507fce19b6a2d84370f5183ce6db92a7481e05bfca6d3972",
     ),
 ];
-/// A volume that has its key from a keyring, and what the key is called there.
-const FROM_KEYRING: (&str, &str, &str, &str) = (
-    "from-keyring",
-    "aes-xts-plain64",
-    "vmsight:disk",
-    "4fd2a6309bc871e5d80f6b3a24c97e158ab3f0d96217ce54017be98fd3526ca9",
-);
+/// Volumes that have their keys from a keyring, and what the keys are called there: several, for their transforms lie side by side in
+/// the kernel's memory, and each has to be told from its neighbours.
+const FROM_KEYRING: [(&str, &str, &str, &str); 3] = [
+    (
+        "from-keyring",
+        "aes-xts-plain64",
+        "vmsight:disk",
+        "4fd2a6309bc871e5d80f6b3a24c97e158ab3f0d96217ce54017be98fd3526ca9",
+    ),
+    (
+        "from-keyring-too",
+        "aes-xts-plain64",
+        "vmsight:other",
+        "91b7e03c5da8642f17c3f98e0b7526da4ce1379f82d05b6ae4186fc2937da50b",
+    ),
+    (
+        "from-keyring-as-well",
+        "aes-xts-plain64",
+        "vmsight:third",
+        "2c68f15ab39d047ee65b8213cfa97d40b81e4693fa572dc0683b9ef5d1074ca2",
+    ),
+];
 
 fn bytes(hex: &str) -> Vec<u8> {
     let digit = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
@@ -57,28 +72,32 @@ pub(crate) fn make(guest: &Guest) {
             .unwrap_or_else(|e| panic!("{module}: {e:#}"));
         assert_eq!(account.returned, Some(0), "{module}");
     }
-    let (name, cipher, description, key) = FROM_KEYRING;
-    guest
-        .order(Work::Keep {
-            memory: Vec::new(),
-            aes: "".into(),
-            key: Some(("logon".into(), description.into(), bytes(key).as_slice().into())),
-        })
-        .unwrap_or_else(|e| panic!("{e:#}"));
-    let from_keyring = format!(":{}:logon:{description}", key.len() / 2);
+    let from_keyring = FROM_KEYRING.map(|(name, cipher, description, key)| {
+        guest
+            .order(Work::Keep {
+                memory: Vec::new(),
+                aes: "".into(),
+                key: Some(("logon".into(), description.into(), bytes(key).as_slice().into())),
+            })
+            .unwrap_or_else(|e| panic!("{e:#}"));
+        (name, cipher, format!(":{}:logon:{description}", key.len() / 2))
+    });
+    let from_keyring = from_keyring
+        .iter()
+        .map(|(name, cipher, key)| (*name, *cipher, key.as_str()));
     let tables = VOLUMES
         .into_iter()
-        .chain([(name, cipher, from_keyring.as_str())])
+        .chain(from_keyring)
         .enumerate()
         .map(|(index, (name, cipher, key))| {
+            let start = 512 * index;
             format!(
-                "dd if=/dev/zero of=disk.{index} bs=4096 count=64 2>/dev/null
-                 losetup /dev/loop{index} disk.{index}
-                 dmsetup create {name} --noudevsync --noudevrules \\
-                     --table '0 512 crypt {cipher} {key} 0 /dev/loop{index} 0'\n"
+                "dmsetup create {name} --noudevsync --noudevrules \\
+                     --table '0 512 crypt {cipher} {key} 0 /dev/loop0 {start}'\n"
             )
         });
-    shell(guest, &tables.collect::<String>());
+    let disk = "dd if=/dev/zero of=disk bs=262144 count=6 2>/dev/null; losetup /dev/loop0 disk\n";
+    shell(guest, &[disk, &tables.collect::<String>()].concat());
 }
 
 #[test]
@@ -86,8 +105,9 @@ fn each_volumes_key_is_whole_and_its_schedules_prove_it() {
     let subject = &*SUBJECT;
     let volumes = &subject.volumes;
     assert_eq!(volumes.warnings, [""; 0]);
-    let (name, cipher, description, key) = FROM_KEYRING;
-    for (name, cipher, key) in VOLUMES.into_iter().chain([(name, cipher, key)]) {
+    let beside = VOLUMES.map(|(name, cipher, key)| (name, cipher, None, key));
+    let from_keyring = FROM_KEYRING.map(|(name, cipher, from, key)| (name, cipher, Some(from), key));
+    for (name, cipher, from, key) in beside.into_iter().chain(from_keyring) {
         let volume = volumes.rows.iter().find(|volume| volume.name == name);
         let volume = volume.unwrap_or_else(|| panic!("{name}: {volumes:?}"));
         let key = bytes(key);
@@ -111,8 +131,8 @@ fn each_volumes_key_is_whole_and_its_schedules_prove_it() {
             }
         });
         assert_eq!(schedules.collect::<Vec<_>>().concat(), key, "{name}");
-        let from = (volume.name == FROM_KEYRING.0).then(|| format!("logon:{description}"));
+        let from = from.map(|description| format!("logon:{description}"));
         assert_eq!(volume.from, from, "{volume:?}");
     }
-    assert_eq!(volumes.rows.len(), VOLUMES.len() + 1);
+    assert_eq!(volumes.rows.len(), VOLUMES.len() + FROM_KEYRING.len());
 }
