@@ -399,6 +399,8 @@ fn command(spec: &Spec, vmlinuz: &Path, initramfs: &Path, folder: &Path, keep: b
         (None, _) => {}
     }
     let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "vmsight.lab"];
+    // On a busy host the kernel may find its clock source unstable, and change it after it has said which it has.
+    words.push("tsc=nowatchdog");
     if spec.orders {
         words.push("vmsight.orders");
     }
