@@ -528,7 +528,7 @@ fn a_thousand_decoys_are_not_all_tried() {
     let start = std::time::Instant::now();
     let error = find(&ram.frozen(), &Hints::default()).unwrap_err().to_string();
     assert!(error.contains("too many") || error.len() < 4000, "{error}");
-    assert!(start.elapsed().as_secs() < 20);
+    assert!(start.elapsed().as_secs() < 60);
 }
 
 #[test]

@@ -229,6 +229,15 @@ impl Process {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected form of stat"))
     }
 
+    /// Whether `child` was just made by this process and does not run a program of its own yet.
+    pub(crate) fn is_starting(self, child: Process) -> bool {
+        let of_ours = child.stat().is_ok_and(|stat| stat.parent == self.pid);
+        of_ours
+            && child
+                .exe()
+                .is_ok_and(|exe| self.exe().is_ok_and(|own| own == exe))
+    }
+
     /// Whether the process is gone or only a zombie remains of it.
     pub(crate) fn is_gone(self) -> bool {
         match self.stat() {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::host::peers::{self, Holder};
 use crate::host::process::Process;
@@ -94,14 +94,23 @@ pub enum QmpError {
 }
 
 impl QmpError {
-    /// An error where a client is seen to be connected to the socket at `path`, without touching it.
-    pub(super) fn held(path: &Path) -> Option<Self> {
+    /// An error where a client is seen to be connected to the socket at `path`, without touching it. A process that this one
+    /// is starting meanwhile has a copy of every connection, closed ones too, until it runs its program: it is waited for
+    /// until `deadline`.
+    pub(super) fn held(path: &Path, deadline: Instant) -> Option<Self> {
         let me = Process {
             pid: std::process::id(),
         };
-        let clients = peers::clients_of(me, &path.to_string_lossy())
-            .ok()
-            .filter(|c| !c.is_empty())?;
+        let clients = loop {
+            let clients = peers::clients_of(me, &path.to_string_lossy())
+                .ok()
+                .filter(|c| !c.is_empty())?;
+            let born = |holder: &Holder| me.is_starting(Process { pid: holder.pid });
+            if !clients.iter().all(born) || Instant::now() >= deadline {
+                break clients;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
         Some(Self::Busy {
             path: path.to_owned(),
             clients: clients.into_iter().map(|h| (h.pid, h.comm)).collect(),

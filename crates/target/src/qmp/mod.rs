@@ -42,6 +42,9 @@ const CAPABILITIES: &str = "qmp_capabilities";
 /// Most commands that are sent before the first is answered: they must fit into the socket's buffer.
 const AT_ONCE: usize = 64;
 
+/// How long a process that this one has just made may take until it runs its program.
+const STARTING: Duration = Duration::from_secs(10);
+
 /// A line that asks for a command.
 fn request(command: &str, arguments: Value) -> String {
     let mut request = json!({ "execute": command });
@@ -95,10 +98,10 @@ impl Qmp {
     /// Connects, reads the greeting and does not wait for what follows it: the first command does.
     pub(crate) fn greeted(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
         // Whoever holds it now would be waited for in vain; a holder we may not see is found out by waiting.
-        if let Some(busy) = QmpError::held(path) {
+        let deadline = Instant::now() + timeout;
+        if let Some(busy) = QmpError::held(path, deadline.min(Instant::now() + STARTING)) {
             return Err(busy);
         }
-        let deadline = Instant::now() + timeout;
         let stream = match connect_unix(path, deadline) {
             Ok(stream) => stream,
             // The queue of clients that wait is full: others wait too.

@@ -183,7 +183,7 @@ fn a_stopped_qemu_is_named_as_such() {
     let error = attach(&TargetSpec::Qmp(vm.qmp()), &options)
         .unwrap_err()
         .to_string();
-    assert!(start.elapsed() < Duration::from_secs(2));
+    assert!(start.elapsed() < Duration::from_secs(30));
     assert!(error.contains("is stopped"), "{error}");
     kill_process(pid_of(&vm), Signal::CONT).unwrap();
     assert!(attach(&TargetSpec::Qmp(vm.qmp()), &AttachOptions::default()).is_ok());
@@ -217,7 +217,7 @@ fn a_qemu_that_dies_while_paused_ends_the_pause() {
     let start = Instant::now();
     assert!(matches!(target.registers(None), Err(TargetError::Exited { .. })));
     drop(pause);
-    assert!(start.elapsed() < Duration::from_secs(3));
+    assert!(start.elapsed() < Duration::from_secs(30));
 }
 
 #[test]
