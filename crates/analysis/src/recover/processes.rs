@@ -4,6 +4,8 @@
 //! it, and a slab that is given back keeps it until its pages are used. So all objects of those slabs are looked at, and then
 //! all other memory, for what can only be the rest of a task.
 
+use std::ops::Range;
+
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
 use vmsight_arch::{Gpa, Gva};
@@ -11,7 +13,7 @@ use vmsight_linux::clock::{boot_time, rfc3339};
 use vmsight_linux::listing::address;
 use vmsight_linux::text::guest_array_text;
 use vmsight_linux::{Kernel, LinuxError, Listing};
-use vmsight_memory::ScanOptions;
+use vmsight_memory::ReadOp;
 
 use super::frames::Frames;
 use super::member::{Member, Structure};
@@ -21,8 +23,10 @@ use super::slab::Slabs;
 const MAX_ROWS: usize = 1 << 16;
 /// PID_MAX_LIMIT on 64-bit (include/linux/threads.h).
 const MAX_PID: i32 = 4 << 20;
-/// A task begins where a cache line does.
-const ALIGNMENT: usize = 64;
+/// Places in memory that are looked at in one go.
+const AT_ONCE: usize = 1 << 13;
+/// `MAX_RT_PRIO` to `MAX_PRIO` (include/linux/sched/prio.h).
+const STATIC_PRIO: Range<u64> = 100..140;
 /// The largest `task_struct` that is believed.
 const MAX_TASK: u64 = 64 << 10;
 /// `TASK_DEAD`, `EXIT_DEAD`, `EXIT_ZOMBIE`, `PF_EXITING` (include/linux/sched.h): the same since 4.14.
@@ -206,40 +210,53 @@ impl<'k> TaskReader<'k> {
         }
     }
 
-    /// What is left of tasks in pages that were given back.
+    /// What is left of tasks in pages that were given back. Only where they can have been: slabs are blocks of pages at multiples
+    /// of their size, so that three places in 32 KiB are looked at and not all.
     fn elsewhere(&self, out: &mut Listing<RemovedTask>) {
         let memory = self.kernel.memory();
-        let options = ScanOptions {
-            overlap: self.size,
-            ..ScanOptions::default()
-        };
-        let mut scratch = Vec::new();
         let mut unread = 0u64;
+        let mut object = vec![0; self.size];
         let mut seen: FxHashSet<(i32, u64)> = out.rows.iter().map(|row| (row.pid, row.task.0)).collect();
-        for chunk in memory.chunks(&options) {
-            let Ok(bytes) = memory.chunk_bytes(&chunk, &mut scratch) else {
-                unread += chunk.own as u64;
-                continue;
-            };
-            for offset in (0..chunk.own).step_by(ALIGNMENT) {
-                let Some(object) = bytes.get(offset..offset + self.size) else {
+        let mut prios = vec![[0; 4]; AT_ONCE];
+        for region in memory.regions() {
+            let end = Gpa(region.start.0.saturating_add(region.len));
+            let mut places = self.slabs.places(region.start, end);
+            loop {
+                let places: Vec<Gpa> = places.by_ref().take(AT_ONCE).collect();
+                if places.is_empty() {
                     break;
-                };
-                if !matches!(self.looks(object), Some(Look::Ended)) {
-                    continue;
                 }
-                let at = Gpa(chunk.gpa.0.saturating_add(offset as u64));
-                let task = self.frames.seen(at);
-                let elsewhere = !self.slabs.holds(at) && self.agrees(task, object) == Agreement::All;
-                let new = elsewhere && seen.insert((self.number(&self.pid, object) as i32, task.0));
-                if new && !self.add(task, object, Look::Ended, Certainty::Likely, "memory", out) {
-                    return;
+                let mut reads: Vec<_> = places
+                    .iter()
+                    .zip(&mut prios)
+                    .map(|(at, prio)| ReadOp::new(Gpa(self.static_prio.at(Gva(at.0)).0), prio))
+                    .collect();
+                memory.read_batch(&mut reads);
+                for (read, &at) in reads.iter().zip(&places) {
+                    if read.result.is_err() {
+                        unread += 1;
+                        continue;
+                    }
+                    let prio = u64::from(read.buf.first().copied().unwrap_or(0));
+                    if !STATIC_PRIO.contains(&prio) || memory.read(at, &mut object).is_err() {
+                        continue;
+                    }
+                    if !matches!(self.looks(&object), Some(Look::Ended)) {
+                        continue;
+                    }
+                    let task = self.frames.seen(at);
+                    let elsewhere = !self.slabs.holds(at) && self.agrees(task, &object) == Agreement::All;
+                    let new = elsewhere && seen.insert((self.number(&self.pid, &object) as i32, task.0));
+                    if new && !self.add(task, &object, Look::Ended, Certainty::Likely, "memory", out) {
+                        return;
+                    }
                 }
             }
-            memory.release(&chunk);
         }
         if unread > 0 {
-            out.warn(format!("tasks: {} KiB of memory could not be read", unread >> 10));
+            out.warn(format!(
+                "tasks: {unread} places where there may be what is left of one could not be read"
+            ));
         }
     }
 
@@ -254,7 +271,7 @@ impl<'k> TaskReader<'k> {
             pid > 0 && pid <= MAX_PID
         };
         let prio = self.number(&self.prio, task) as i32;
-        let possible = (100..140).contains(&self.number(&self.static_prio, task))
+        let possible = STATIC_PRIO.contains(&self.number(&self.static_prio, task))
             && is_pid(&self.pid)
             && is_pid(&self.tgid)
             && (-1..140).contains(&prio)

@@ -22,11 +22,35 @@ pub(crate) struct Slab {
     pub(crate) objects: u64,
 }
 
+/// How a cache lays objects into a block of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    /// Bytes of the block, which lies at a multiple of them.
+    bytes: u64,
+    objects: u64,
+}
+
+impl Shape {
+    /// What `struct kmem_cache_order_objects` says (`OO_SHIFT` of mm/slub.c).
+    fn of(word: u64, stride: u64) -> Self {
+        let order = (word >> 16).min(u64::from(MAX_SLAB.ilog2() - PAGE.ilog2()));
+        let bytes = PAGE << order;
+        Self {
+            bytes,
+            objects: (word & 0xffff).min(bytes / stride.max(1)),
+        }
+    }
+}
+
 /// The slabs of a cache.
 #[derive(Debug)]
 pub(crate) struct Slabs {
     /// Bytes from one object to the next.
     pub(crate) stride: u64,
+    /// Bytes before the first object.
+    pad: u64,
+    /// Of a slab as the cache wants it, and as it takes it where memory is short.
+    shapes: [Shape; 2],
     /// By rising address.
     pub(crate) slabs: Vec<Slab>,
     /// There were more than are believed.
@@ -55,7 +79,7 @@ impl Slabs {
         let number = |path: &str| -> Result<u64, LinuxError> {
             layout.member(path)?.number(space, at).map_err(read(cache, at))
         };
-        let (stride, shape) = (number("size")?, number("oo.x")?);
+        let (stride, shape, least) = (number("size")?, number("oo.x")?, number("min.x")?);
         let pad = layout
             .find("red_left_pad")
             .map_or(Ok(0), |member| member.number(space, at).map_err(read(cache, at)))?;
@@ -67,6 +91,8 @@ impl Slabs {
         }
         let mut out = Self {
             stride,
+            pad,
+            shapes: [shape, least].map(|word| Shape::of(word, stride)),
             slabs: Vec::new(),
             cut: false,
         };
@@ -109,6 +135,28 @@ impl Slabs {
             .flat_map(|slab| (0..slab.objects).map(|nth| Gpa(slab.first.0.saturating_add(nth * self.stride))))
     }
 
+    /// Where objects lie or lay in memory from `start` to `end`, if any of its blocks is a slab of this cache or was one.
+    pub(crate) fn places(&self, start: Gpa, end: Gpa) -> impl Iterator<Item = Gpa> {
+        let [wanted, least] = self.shapes;
+        let (stride, pad) = (self.stride, self.pad);
+        let of_shape = move |shape: Shape| {
+            let first = start.0.checked_next_multiple_of(shape.bytes).unwrap_or(end.0);
+            let blocks = end.0.saturating_sub(first) / shape.bytes;
+            (0..blocks).flat_map(move |block| {
+                let block = first + block * shape.bytes;
+                (0..shape.objects).map(move |nth| block + pad + nth * stride)
+            })
+        };
+        let twice = move |at: u64| {
+            let within = (at - pad) % wanted.bytes;
+            let block = at - pad - within;
+            let is_whole = block >= start.0 && end.0.saturating_sub(block) >= wanted.bytes;
+            is_whole && within.is_multiple_of(stride) && within / stride < wanted.objects
+        };
+        let others = of_shape(least).filter(move |at| !twice(*at));
+        of_shape(wanted).chain(others).map(Gpa)
+    }
+
     /// The slab that a physical address lies in.
     fn slab_of(&self, at: Gpa) -> Option<&Slab> {
         let after = self.slabs.partition_point(|slab| slab.first.0 <= at.0);
@@ -140,6 +188,8 @@ mod tests {
         };
         let slabs = Slabs {
             stride: 0x300,
+            pad: 0,
+            shapes: [Shape::of(5, 0x300); 2],
             slabs: vec![slab(0x1000, 5), slab(0x8000, 2)],
             cut: false,
         };
@@ -149,5 +199,39 @@ mod tests {
         }
         assert!(slabs.holds(Gpa(0x1eff)) && !slabs.holds(Gpa(0x1f00)));
         assert_eq!(slabs.objects().count(), 7);
+    }
+
+    #[test]
+    fn places_are_those_of_blocks_of_both_sizes_once() {
+        let slabs = |pad| Slabs {
+            stride: 0x2400,
+            pad,
+            // Three objects in eight pages, one in four.
+            shapes: [(3 << 16) | 3, (2 << 16) | 1].map(|word| Shape::of(word, 0x2400)),
+            slabs: Vec::new(),
+            cut: false,
+        };
+        let places = |pad, start, end| {
+            slabs(pad)
+                .places(Gpa(start), Gpa(end))
+                .map(|at| at.0)
+                .collect::<Vec<_>>()
+        };
+        let wanted = [0x8000, 0xa400, 0xc800, 0x1_0000, 0x1_2400, 0x1_4800];
+        let least = [0x4000, 0xc000, 0x1_4000];
+        assert_eq!(places(0, 0x3000, 0x1_8fff), [&wanted[..], &least[..]].concat());
+        assert_eq!(places(0x40, 0x8000, 0xc000), [0x8040]);
+        assert_eq!(places(0, 0x9000, 0x9000), [0; 0]);
+        assert_eq!(places(0, u64::MAX - 0x100, u64::MAX), [0; 0]);
+    }
+
+    #[test]
+    fn shapes_of_nonsense_are_small() {
+        for word in [0, u64::MAX, 0xffff, 1 << 40] {
+            for stride in [1, 64, MAX_SLAB] {
+                let shape = Shape::of(word, stride);
+                assert!(shape.bytes <= MAX_SLAB && shape.objects * stride <= shape.bytes);
+            }
+        }
     }
 }
