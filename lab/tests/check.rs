@@ -2,7 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
-use vmsight_analysis::{Baseline, Certainty, Context, Evidence, Finding, Outcome, Severity, checks, run};
+use std::cell::Cell;
+
+use vmsight_analysis::{
+    Baseline, Certainty, Context, Evidence, Finding, Known, Outcome, Severity, checks, run,
+};
 use vmsight_arch::Gva;
 use vmsight_lab::{Format, Guest, Memory, Paging, Spec};
 use vmsight_linux::Kernel;
@@ -35,6 +39,9 @@ fn clean(what: &str, context: &Context) {
 struct Live {
     guest: Guest,
     context: Context,
+    /// Of the looks at its code before.
+    known: Known,
+    looks: Cell<u32>,
 }
 
 impl Live {
@@ -50,7 +57,12 @@ impl Live {
         let kernel =
             Kernel::attach(target.memory.clone(), Default::default()).unwrap_or_else(|e| panic!("{e}"));
         let context = Context::new(kernel).with_registers(registers);
-        Live { guest, context }
+        Live {
+            guest,
+            context,
+            known: Known::default(),
+            looks: Cell::new(0),
+        }
     }
 
     fn symbol(&self, name: &str) -> Gva {
@@ -81,11 +93,31 @@ impl Live {
                 let still = Context::new(self.context.kernel().clone())
                     .with_registers(self.context.registers().map(<[_]>::to_vec).map_err(str::to_owned))
                     .paused();
-                let found = all(&still).into_iter().flat_map(|o| o.findings).collect();
+                let found: Vec<Finding> = all(&still).into_iter().flat_map(|o| o.findings).collect();
+                self.again(still, &found);
                 self.context.space().write(at, &old).unwrap();
                 Ok(found)
             })
             .unwrap()
+    }
+
+    /// A look at the code that knows of those before finds the same, and does not decode all of it anew.
+    fn again(&self, context: Context, found: &[Finding]) {
+        let text = checks::named("text").unwrap();
+        let before = self.looks.replace(self.looks.get() + 1);
+        let outcome = run(&context.with_known(self.known.clone()), &[text], &|_| {}).remove(0);
+        let places = |found: &[Finding]| -> Vec<_> {
+            let of_text = found.iter().filter(|f| f.check == text.name);
+            of_text.map(|f| (f.subject.clone(), f.address)).collect()
+        };
+        assert_eq!(places(&outcome.findings), places(found));
+        let functions = usize::try_from(outcome.looked_at).unwrap();
+        let unchanged = self.known.unchanged_functions();
+        assert_eq!(
+            unchanged * 2 > functions,
+            before > 0,
+            "{unchanged} of {functions}"
+        );
     }
 
     fn pointer_to(&self, at: Gva, to: Gva) -> Vec<Finding> {

@@ -10,7 +10,7 @@ use vmsight_memory::AddressSpace;
 
 use crate::code;
 use crate::owner::Owners;
-use crate::{Baseline, Evidence, Object, Owner};
+use crate::{Baseline, Evidence, Known, Object, Owner};
 
 /// One guest as checks see it. What is read of it in common (modules, the owners of addresses) is read once.
 #[derive(Debug)]
@@ -19,6 +19,7 @@ pub struct Context {
     still: bool,
     registers: Result<Vec<Registers>, String>,
     baseline: Option<Arc<Baseline>>,
+    known: Option<Known>,
     owners: OnceLock<Owners>,
     symbols: OnceLock<Vec<ModuleSymbol>>,
     maps: OnceLock<Result<Listing<ProcessMaps>, LinuxError>>,
@@ -32,6 +33,7 @@ impl Context {
             kernel,
             registers: Err("nobody asked for the vCPUs' registers".to_owned()),
             baseline: None,
+            known: None,
             owners: OnceLock::new(),
             symbols: OnceLock::new(),
             maps: OnceLock::new(),
@@ -50,6 +52,17 @@ impl Context {
     pub fn with_baseline(mut self, baseline: Baseline) -> Self {
         self.baseline = Some(Arc::new(baseline));
         self
+    }
+
+    /// With what earlier looks at this guest found right; what this one does is kept there, too.
+    #[must_use]
+    pub fn with_known(mut self, known: Known) -> Self {
+        self.known = Some(known);
+        self
+    }
+
+    pub(crate) fn known(&self) -> Option<&Known> {
+        self.known.as_ref()
     }
 
     /// The trusted copy of the kernel's code.
@@ -71,6 +84,7 @@ impl Context {
             still: self.still,
             registers: self.registers.clone(),
             baseline: self.baseline.clone(),
+            known: None,
             owners: OnceLock::new(),
             symbols: OnceLock::new(),
             maps: OnceLock::new(),
@@ -105,7 +119,7 @@ impl Context {
         self.registers.as_deref().map_err(String::as_str)
     }
 
-    fn owners(&self) -> &Owners {
+    pub(crate) fn owners(&self) -> &Owners {
         self.owners.get_or_init(|| Owners::read(&self.kernel))
     }
 

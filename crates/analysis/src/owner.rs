@@ -91,6 +91,11 @@ pub(crate) struct Owners {
 }
 
 impl Owners {
+    /// First byte, the one past the last, and whose it is.
+    pub(crate) fn ranges(&self) -> &[(u64, u64, Owner)] {
+        &self.ranges
+    }
+
     /// Reads them. What cannot be read is a doubt.
     pub(crate) fn read(kernel: &Kernel) -> Self {
         let image = kernel.image();

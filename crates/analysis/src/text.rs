@@ -11,6 +11,7 @@ use crate::{Context, Owner};
 const MAX_TEXT: u64 = 256 << 20;
 
 /// A stretch of code of one owner.
+#[derive(Debug)]
 pub(crate) struct Region {
     /// Whose it is.
     pub(crate) owner: Owner,

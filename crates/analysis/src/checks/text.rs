@@ -8,6 +8,7 @@ use vmsight_linux::LinuxError;
 
 use super::sites;
 use crate::code;
+use crate::known::{Code, Stretch, Surroundings};
 use crate::text::{self, Region};
 use crate::{Check, Context, Evidence, Finding, Findings, Owner, Severity, Technique};
 
@@ -50,6 +51,16 @@ struct Suspicion {
     how: &'static str,
 }
 
+/// What came out of decoding some functions.
+#[derive(Default)]
+struct Decoded {
+    suspicions: Vec<Suspicion>,
+    /// Pointers that were looked through, and where they led.
+    pointers: Vec<(Gva, Gva)>,
+    /// It was judged by page tables as they are now.
+    by_page_tables: bool,
+}
+
 fn check(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     let patched = Patched {
         calls: sites::static_calls(context, findings).sites,
@@ -59,35 +70,99 @@ fn check(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             .collect(),
         replacements: sites::replacements(context),
     };
-    decode(context, findings, &text::kernel(context)?, &patched);
+    kernel(context, findings, text::kernel(context)?, &patched);
     for (module, region) in text::modules(context) {
         match region {
-            Ok(region) => decode(context, findings, &region, &patched),
+            Ok(region) => {
+                let stretches = decode(context, &region, &patched, None);
+                conclude(context, findings, &region, stretches);
+            }
             Err(why) => findings.note(format!("module {}: {why}", module.name)),
         }
     }
     Ok(())
 }
 
-fn decode(context: &Context, findings: &mut Findings, region: &Region, patched: &Patched) {
-    findings.looked_at(region.functions.len().saturating_sub(1));
+/// The kernel's own code; of what an earlier look found right, only what has changed since.
+fn kernel(context: &Context, findings: &mut Findings, region: Region, patched: &Patched) {
+    let Some(known) = context.known() else {
+        let stretches = decode(context, &region, patched, None);
+        conclude(context, findings, &region, stretches);
+        return;
+    };
+    let sorted = |places: &FxHashSet<u64>| {
+        let mut places: Vec<u64> = places.iter().copied().collect();
+        places.sort_unstable();
+        places
+    };
+    let surroundings = Surroundings {
+        owners: context.owners().ranges().to_vec(),
+        calls: sorted(&patched.calls),
+        probes: sorted(&patched.probes),
+    };
+    let before = known.take_code(&surroundings, &region);
+    let decoded = decode(context, &region, patched, before.as_ref());
+    let stretches = decoded.iter().enumerate().map(|(number, decoded)| match decoded {
+        Some(decoded) => Stretch {
+            right: decoded.suspicions.is_empty() && !decoded.by_page_tables,
+            pointers: decoded.pointers.clone(),
+        },
+        None => before
+            .as_ref()
+            .and_then(|before| before.stretches.get(number).cloned())
+            .unwrap_or_default(),
+    });
+    let stretches = stretches.collect();
+    let as_before = decoded.iter().filter(|decoded| decoded.is_none()).count();
+    let unchanged = (as_before * TOGETHER).min(region.functions.len());
+    conclude(context, findings, &region, decoded);
+    let code = Code {
+        surroundings,
+        region,
+        stretches,
+    };
+    known.keep_code(code, unchanged);
+}
+
+/// Decodes a region's functions, some together; `None` for those that are known to be right as they are.
+fn decode(
+    context: &Context,
+    region: &Region,
+    patched: &Patched,
+    before: Option<&Code>,
+) -> Vec<Option<Decoded>> {
     let last = region.functions.len().saturating_sub(1);
-    let found: Vec<Suspicion> = (0..last.div_ceil(TOGETHER))
-        .into_par_iter()
-        .flat_map_iter(|chunk| {
-            let mut found = Vec::new();
-            let from = chunk * TOGETHER;
-            // One more than are decoded: where the last of them ends.
-            let bounds = region.functions.get(from..(from + TOGETHER + 1).min(last + 1));
-            for pair in bounds.unwrap_or(&[]).windows(2) {
-                if let [start, end] = pair {
-                    function(context, region, patched, (*start, *end), &mut found);
-                }
+    let stretch = |number: usize| {
+        let from = number * TOGETHER;
+        // One more than are decoded: where the last of them ends.
+        let bounds = region.functions.get(from..(from + TOGETHER + 1).min(last + 1));
+        let bounds = bounds.unwrap_or(&[]);
+        if let (Some(before), [start, .., end]) = (before, bounds)
+            && before.is_right(context, number, region, (*start, *end))
+        {
+            return None;
+        }
+        let mut decoded = Decoded::default();
+        for pair in bounds.windows(2) {
+            if let [start, end] = pair {
+                function(context, region, patched, (*start, *end), &mut decoded);
             }
-            found
-        })
-        .collect();
-    for suspicion in found {
+        }
+        Some(decoded)
+    };
+    (0..last.div_ceil(TOGETHER))
+        .into_par_iter()
+        .map(stretch)
+        .collect()
+}
+
+fn conclude(context: &Context, findings: &mut Findings, region: &Region, decoded: Vec<Option<Decoded>>) {
+    findings.looked_at(region.functions.len().saturating_sub(1));
+    for suspicion in decoded
+        .into_iter()
+        .flatten()
+        .flat_map(|decoded| decoded.suspicions)
+    {
         report(context, findings, suspicion);
     }
 }
@@ -97,7 +172,7 @@ fn function(
     region: &Region,
     patched: &Patched,
     (start, end): (u64, u64),
-    found: &mut Vec<Suspicion>,
+    decoded: &mut Decoded,
 ) {
     let bytes = region.slice(start, end);
     let mut loaded = None;
@@ -110,9 +185,9 @@ fn function(
         let at = instruction.ip();
         if let Some(to) = code::branch(&instruction) {
             if !(region.start..region.end()).contains(&to.0)
-                && leaves(context, region, patched, &instruction, to)
+                && leaves(context, region, patched, &instruction, to, decoded)
             {
-                found.push(Suspicion {
+                decoded.suspicions.push(Suspicion {
                     at,
                     to,
                     how: "a direct call or jump leads out",
@@ -124,18 +199,18 @@ fn function(
             && index - when <= 2
             && goes_to(&instruction, register)
             && strange(context, region, to)
-            && leads_to_code(context, to)
+            && leads_to_code(context, to, decoded)
         {
-            found.push(Suspicion {
+            decoded.suspicions.push(Suspicion {
                 at,
                 to,
                 how: "an absolute address is loaded and jumped to",
             });
         } else if index < HEAD && at_head {
-            if let Some(to) = through_pointer(context, &instruction)
+            if let Some(to) = through_pointer(context, &instruction, decoded)
                 && strange(context, region, to)
             {
-                found.push(Suspicion {
+                decoded.suspicions.push(Suspicion {
                     at,
                     to,
                     how: "the function's begin jumps through a pointer",
@@ -146,7 +221,7 @@ fn function(
                 && !patched.probes.contains(&at)
                 && !padding(context, Gva(at), bytes)
             {
-                found.push(Suspicion {
+                decoded.suspicions.push(Suspicion {
                     at,
                     to: Gva(at),
                     how: "the function begins with a breakpoint that is no kprobe's",
@@ -166,7 +241,14 @@ fn padding(context: &Context, at: Gva, bytes: &[u8]) -> bool {
 }
 
 /// Whether a direct branch leads where code of this region does not lead by itself.
-fn leaves(context: &Context, region: &Region, patched: &Patched, instruction: &Instruction, to: Gva) -> bool {
+fn leaves(
+    context: &Context,
+    region: &Region,
+    patched: &Patched,
+    instruction: &Instruction,
+    to: Gva,
+    decoded: &mut Decoded,
+) -> bool {
     let owner = context.owner(to);
     match (&region.owner, &owner) {
         (_, Owner::Kernel | Owner::Generated(_)) => false,
@@ -193,12 +275,13 @@ fn leaves(context: &Context, region: &Region, patched: &Patched, instruction: &I
             .module_symbols()
             .binary_search_by_key(&to, |s| s.address)
             .is_err(),
-        _ => leads_to_code(context, to),
+        _ => leads_to_code(context, to, decoded),
     }
 }
 
 /// Whether the processor would run what lies there: what was not decoded at an instruction's begin leads anywhere.
-fn leads_to_code(context: &Context, to: Gva) -> bool {
+fn leads_to_code(context: &Context, to: Gva, decoded: &mut Decoded) -> bool {
+    decoded.by_page_tables = true;
     context
         .space()
         .translate(to)
@@ -236,7 +319,7 @@ fn goes_to(instruction: &Instruction, register: Register) -> bool {
 }
 
 /// Where `JMP [rip+x]` or `CALL [rip+x]` leads now.
-fn through_pointer(context: &Context, instruction: &Instruction) -> Option<Gva> {
+fn through_pointer(context: &Context, instruction: &Instruction, decoded: &mut Decoded) -> Option<Gva> {
     let indirect = matches!(
         instruction.flow_control(),
         FlowControl::IndirectBranch | FlowControl::IndirectCall
@@ -245,7 +328,16 @@ fn through_pointer(context: &Context, instruction: &Instruction) -> Option<Gva> 
         return None;
     }
     let slot = Gva(instruction.ip_rel_memory_address());
-    context.space().read_u64(slot).ok().map(Gva)
+    match context.space().read_u64(slot) {
+        Ok(to) => {
+            decoded.pointers.push((slot, Gva(to)));
+            Some(Gva(to))
+        }
+        Err(_) => {
+            decoded.by_page_tables = true;
+            None
+        }
+    }
 }
 
 fn strange(context: &Context, region: &Region, to: Gva) -> bool {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::{Map, Value};
-use vmsight_analysis::{Check, Context, Finding, Outcome as Checked, checks, run};
+use vmsight_analysis::{Check, Context, Finding, Known, Outcome as Checked, checks, run};
 
 use crate::{
     Outcome,
@@ -23,7 +23,10 @@ use crate::{
 #[command(after_help = "\
 Exit codes: 0 clean; 1 findings; 2 error, also where a check could not be made. What is of severity info does not count.
 What could not be looked at is said on standard error, and in SARIF as a notification. In a running guest what is found
-is read anew twice, and what is not there each time is no finding.")]
+is read anew twice, and what is not there each time is no finding.
+
+With --watch a running guest is checked again and again. The kernel's code is kept to compare with: only where it has changed is it
+decoded again. All else is looked at as the first time.")]
 pub(crate) struct Cmd {
     /// What to look into
     #[arg(required_unless_present_any = ["list", "explain"])]
@@ -41,6 +44,9 @@ pub(crate) struct Cmd {
     /// Say of one check what it compares, why, and what it cannot see
     #[arg(long, value_name = "CHECK", conflicts_with = "target")]
     explain: Option<String>,
+    /// What was found right by the looks before, with --watch
+    #[arg(skip)]
+    known: Known,
 }
 
 const COLUMNS: &[&str] = &["severity", "check", "subject", "module", "explanation"];
@@ -87,6 +93,9 @@ impl Cmd {
         if global.pause {
             context = context.paused();
         }
+        if global.watch.is_some() {
+            context = context.with_known(self.known.clone());
+        }
         if let Some(golden) = golden {
             let baseline = golden.of(&context)?;
             context = context.with_baseline(baseline);
@@ -97,6 +106,12 @@ impl Cmd {
         for outcome in &outcomes {
             let (check, looked_at, took) = (outcome.check, outcome.looked_at, outcome.took_ms);
             tracing::info!("{check}: looked at {looked_at} things in {took:.1} ms");
+        }
+        let unchanged = self.known.unchanged_functions();
+        if unchanged > 0 {
+            tracing::info!(
+                "text: {unchanged} of the kernel's functions were as the look before had found them right"
+            );
         }
         self.show(&session, &wanted, &outcomes)?;
         Ok(verdict(&outcomes))
