@@ -1,7 +1,7 @@
 //! A running guest of the lab, for as long as it is measured.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
@@ -38,10 +38,13 @@ impl Guest {
 
     /// What to give to vmsight so that it attaches by the QMP socket.
     pub(crate) fn by_qmp(&self) -> String {
-        format!(
-            "qmp:{}",
-            self.facts["qmp"].as_str().expect("a guest with a QMP socket")
-        )
+        format!("qmp:{}", self.qmp().display())
+    }
+
+    /// Its QMP socket.
+    pub(crate) fn qmp(&self) -> PathBuf {
+        let path = self.facts["qmp"].as_str();
+        PathBuf::from(path.expect("a guest with a QMP socket"))
     }
 }
 

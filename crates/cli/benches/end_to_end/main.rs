@@ -16,6 +16,7 @@
     reason = "a bench stops at the first surprise"
 )]
 
+mod checks;
 mod floor;
 mod guest;
 mod pieces;
@@ -443,6 +444,13 @@ fn main() {
             );
         }
     }
+
+    checks::Checked {
+        small: &small,
+        large: large.map(|at| Path::new(&cases[at].target)),
+        running: guests.first().map(Guest::qmp),
+    }
+    .measure(&cache, rounds, &table);
 
     println!(
         "\n{:<58} {:>8} {:>8} {:>8} {:>8}",
