@@ -53,6 +53,7 @@ pub const ALL: &[&Check] = &[
     &io_uring::IO_URING,
     &hidden::MODULES,
     &hidden::PROCESSES,
+    &hidden::THREADS,
     &hidden::SOCKETS,
     &credentials::CREDENTIALS,
     &seccomp::SECCOMP,

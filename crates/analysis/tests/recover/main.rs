@@ -6,6 +6,7 @@ mod conntrack;
 mod elf;
 mod files;
 mod frames;
+mod hidden;
 mod history;
 mod hostile;
 mod packets;

@@ -189,6 +189,7 @@ impl SockReader {
             cookie: None,
             groups: Vec::new(),
             listed: false,
+            in_ports: false,
             address,
             problems: Vec::new(),
         };

@@ -10,6 +10,7 @@ pub(crate) mod namespace;
 mod netlink;
 mod owner;
 mod packet;
+mod ports;
 mod table;
 mod unix;
 mod vsock;
@@ -71,6 +72,9 @@ pub struct Socket {
     pub groups: Vec<u32>,
     /// Whether it was found in its protocol's tables: what the guest's own tools list. False for those only a descriptor leads to.
     pub listed: bool,
+    /// Whether the table of ports in use has it, which no tool lists; false where [`SocketFilter::ports`] did not ask.
+    #[serde(skip)]
+    pub in_ports: bool,
     /// The `struct sock` (or what stands in for it while a connection is made or dies).
     #[serde(serialize_with = "serial::gva")]
     pub address: Gva,
@@ -118,6 +122,8 @@ pub struct SocketFilter {
     pub vsock: bool,
     /// Every other family, found by file descriptors.
     pub other: bool,
+    /// TCP sockets that only the table of ports in use leads to, too.
+    pub ports: bool,
 }
 
 impl SocketFilter {
@@ -128,6 +134,7 @@ impl SocketFilter {
         netlink: true,
         vsock: true,
         other: true,
+        ports: false,
     };
     /// The internet families alone.
     pub const INET: Self = Self {
@@ -136,6 +143,7 @@ impl SocketFilter {
         netlink: false,
         vsock: false,
         other: false,
+        ports: false,
     };
 
     fn wants(&self, family: u16) -> bool {
@@ -206,6 +214,13 @@ impl Kernel {
         tables(filter.vsock, "vsock sockets", &|found| {
             vsock::sockets(self, &reader, found)
         });
+        let mut with_port = table::Found::default();
+        if filter.ports
+            && let Err(error) = ports::tcp(self, &mut with_port)
+        {
+            listing.warn(format!("ports in use: {error}"));
+        }
+        let in_ports: FxHashSet<Gva> = with_port.socks.iter().copied().collect();
         let budget = Budget::default();
         let mut seen: FxHashSet<Gva> = FxHashSet::default();
         for &sock in &found.socks {
@@ -215,21 +230,31 @@ impl Kernel {
                 }
                 let mut row = reader.row(sock, &owners, &namespaces, &budget);
                 row.listed = true;
+                row.in_ports = in_ports.contains(&sock);
                 listing.rows.push(row);
             }
         }
-        for warning in found.warnings.into_vec() {
+        for warning in found
+            .warnings
+            .into_vec()
+            .into_iter()
+            .chain(with_port.warnings.into_vec())
+        {
             listing.warn(warning);
         }
-        let mut unlisted: Vec<Gva> = owners.socks().filter(|sock| !seen.contains(sock)).collect();
+        let others = owners.socks().chain(with_port.socks.iter().copied());
+        let mut unlisted: Vec<Gva> = others.filter(|sock| !seen.contains(sock)).collect();
         unlisted.sort_unstable();
+        unlisted.dedup();
         for sock in unlisted {
             match reader.family(sock) {
                 Ok(family) if filter.wants(family) => {
                     if !budget.row(0) {
                         break;
                     }
-                    listing.rows.push(reader.row(sock, &owners, &namespaces, &budget));
+                    let mut row = reader.row(sock, &owners, &namespaces, &budget);
+                    row.in_ports = in_ports.contains(&sock);
+                    listing.rows.push(row);
                 }
                 Ok(_) => {}
                 Err(error) => listing.warn(format!("the socket at {sock} cannot be read: {error}")),

@@ -5,7 +5,9 @@ mod modules;
 mod processes;
 mod sockets;
 mod task_slabs;
+mod threads;
 
 pub(super) use modules::MODULES;
 pub(super) use processes::PROCESSES;
 pub(super) use sockets::SOCKETS;
+pub(super) use threads::THREADS;

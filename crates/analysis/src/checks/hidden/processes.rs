@@ -38,19 +38,21 @@ const MAX_TOLD: usize = 1 << 10;
 const MAX_NAMESPACES: usize = 1 << 16;
 /// `MAX_PID_NS_LEVEL` (kernel/pid_namespace.c).
 const MAX_LEVEL: u64 = 32;
-/// `PIDTYPE_TGID` (include/linux/pid_types.h): the process that a pid is of.
+/// `PIDTYPE_PID` (include/linux/pid_types.h): the thread that a pid is of.
+pub(super) const PID: u64 = 0;
+/// `PIDTYPE_TGID`: the process that a pid is of.
 const TGID: u64 = 1;
 /// Two pointers, a `hlist_node`.
 const NODE: u64 = 16;
 /// CR0.PG.
 const PAGING: u64 = 1 << 31;
 const TASKS: &str = "in the list of tasks";
-const PIDS: &str = "in the table of pids";
+pub(super) const PIDS: &str = "in the table of pids";
 
 fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     let reader = Reader::new(context)?;
     let listed = reader.listed(findings);
-    let (by_pid, pids) = reader.by_pid(findings)?;
+    let (by_pid, pids) = reader.by_pid(findings, TGID)?;
     let children = reader.children(findings);
     let mut views = CrossView::default();
     views.whole(TASKS, listed);
@@ -94,13 +96,13 @@ fn root(cr3: u64) -> u64 {
 }
 
 /// Where what is looked at lies in a `task_struct`.
-struct Reader<'c> {
+pub(super) struct Reader<'c> {
     context: &'c Context,
     init: Gva,
     tasks: u64,
     children: u64,
     sibling: u64,
-    leader: u64,
+    pub(super) leader: u64,
     pid: u64,
     thread_node: u64,
     signal: u64,
@@ -111,7 +113,7 @@ struct Reader<'c> {
 }
 
 impl<'c> Reader<'c> {
-    fn new(context: &'c Context) -> Result<Self, LinuxError> {
+    pub(super) fn new(context: &'c Context) -> Result<Self, LinuxError> {
         let kernel = context.kernel();
         let of = |member| kernel.offset("task_struct", member);
         Ok(Self {
@@ -134,7 +136,7 @@ impl<'c> Reader<'c> {
         self.context.kernel()
     }
 
-    fn pointer(&self, task: Gva, offset: u64) -> Option<Gva> {
+    pub(super) fn pointer(&self, task: Gva, offset: u64) -> Option<Gva> {
         let read = self.context.space().read_u64(task.wrapping_add(offset));
         read.ok().map(Gva).filter(|at| !at.is_null())
     }
@@ -147,27 +149,31 @@ impl<'c> Reader<'c> {
         walk
     }
 
-    fn pid(&self, task: Gva) -> Option<i32> {
+    pub(super) fn pid(&self, task: Gva) -> Option<i32> {
         let read = self.context.space().read_u32(task.wrapping_add(self.pid));
         read.ok().map(|pid| pid as i32)
     }
 
     /// The list that starts at `init_task`.
-    fn listed(&self, findings: &mut Findings) -> Vec<Gva> {
+    pub(super) fn listed(&self, findings: &mut Findings) -> Vec<Gva> {
         let found = self.nodes(self.init.wrapping_add(self.tasks));
         let nodes = findings.complete("list of tasks", found).into_iter();
         nodes.map(|node| node.wrapping_sub(self.tasks)).collect()
     }
 
-    /// The processes of the pids in the initial namespace, and those pids. Every pid of every namespace has a number there.
-    fn by_pid(&self, findings: &mut Findings) -> Result<(Vec<Gva>, Vec<Gva>), LinuxError> {
+    /// The tasks that pids in the initial namespace are the `kind` of, and those pids. Every pid of every namespace has a number there.
+    pub(super) fn by_pid(
+        &self,
+        findings: &mut Findings,
+        kind: u64,
+    ) -> Result<(Vec<Gva>, Vec<Gva>), LinuxError> {
         let kernel = self.kernel();
         let table = self
             .context
             .object("pid_namespace", self.context.symbol(&["init_pid_ns"])?)?;
         let found = xarray::walk_idr(kernel, table.member("idr")?)?;
-        let first = kernel.offset("pid", "tasks")? + TGID * 8;
-        let link = kernel.offset("task_struct", "pid_links")? + TGID * NODE;
+        let first = kernel.offset("pid", "tasks")? + kind * 8;
+        let link = kernel.offset("task_struct", "pid_links")? + kind * NODE;
         let entries = findings.complete("table of pids", found);
         let pids: Vec<Gva> = entries.iter().filter_map(xarray::Entry::pointer).collect();
         let tasks = pids
@@ -179,7 +185,7 @@ impl<'c> Reader<'c> {
     }
 
     /// The processes below `init_task`: the children of every thread of every one.
-    fn children(&self, findings: &mut Findings) -> Vec<Gva> {
+    pub(super) fn children(&self, findings: &mut Findings) -> Vec<Gva> {
         let mut found = Vec::new();
         let mut seen = FxHashSet::default();
         let mut left = vec![self.init];
@@ -199,7 +205,7 @@ impl<'c> Reader<'c> {
     }
 
     /// The threads of a process, it itself included.
-    fn threads(&self, process: Gva) -> Vec<Gva> {
+    pub(super) fn threads(&self, process: Gva) -> Vec<Gva> {
         let mut threads = vec![process];
         if let Some(signal) = self.pointer(process, self.signal) {
             let head = signal.wrapping_add(self.threads);
@@ -220,7 +226,7 @@ impl<'c> Reader<'c> {
     }
 
     /// The tasks in the sets of control groups (`css_set_table`, kernel/cgroup/cgroup.c).
-    fn in_cgroups(&self) -> Result<Vec<Gva>, LinuxError> {
+    pub(super) fn in_cgroups(&self) -> Result<Vec<Gva>, LinuxError> {
         let (kernel, space) = (self.kernel(), self.context.space());
         let link = kernel.offset("task_struct", "cg_list")?;
         let node = kernel.offset("css_set", "hlist")?;
@@ -246,7 +252,7 @@ impl<'c> Reader<'c> {
     }
 
     /// What runs on each CPU, and what waits for it in the fair class.
-    fn in_run_queues(&self) -> Result<Vec<Gva>, LinuxError> {
+    pub(super) fn in_run_queues(&self) -> Result<Vec<Gva>, LinuxError> {
         let kernel = self.kernel();
         let queues = kernel.per_cpu_symbol("runqueues")?;
         let current = kernel.offset("rq", "curr")?;
@@ -261,7 +267,7 @@ impl<'c> Reader<'c> {
         Ok(tasks)
     }
 
-    fn describe(&self, findings: &mut Findings, task: Gva) -> Option<(i32, String)> {
+    pub(super) fn describe(&self, findings: &mut Findings, task: Gva) -> Option<(i32, String)> {
         let object = findings.or_note("a task", self.context.object("task_struct", task))?;
         let pid = findings.or_note("a task", object.number("pid"))? as i32;
         Some((pid, object.array_text("comm").unwrap_or_default()))

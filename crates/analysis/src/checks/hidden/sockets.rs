@@ -1,4 +1,4 @@
-//! Sockets that are bound and not listed.
+//! Sockets and ports that are in use and not listed.
 
 use vmsight_linux::LinuxError;
 use vmsight_linux::socket::{Socket, SocketFilter};
@@ -8,38 +8,56 @@ use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 /// See [`Check`].
 pub(crate) const SOCKETS: Check = Check {
     name: "hidden-sockets",
-    summary: "Every bound TCP and UDP socket that somebody holds is in its protocol's tables",
-    compares: "the sockets that file descriptors lead to with the hash tables of TCP and UDP in all network \
-               namespaces, which is what /proc/net, ss and netstat show",
+    summary: "Every TCP and UDP socket that somebody holds, and every one with a port of TCP, is in its protocol's tables",
+    compares: "the sockets that file descriptors lead to, and those in TCP's table of ports in use, with the hash tables of TCP \
+               and UDP in all network namespaces, which is what /proc/net, ss and netstat show",
     why: "A socket that is taken out of the tables is shown by no tool in the guest, and its process can hold it \
           for later.",
     techniques: &[Technique::ROOTKIT, Technique::HIDE_ARTIFACTS],
     blind_spots: &[
-        "A socket of the kernel's own, which no process holds.",
+        "A socket of UDP that no process holds, and one of TCP that was taken out of the table of ports, too.",
         "A port that is left out by what shows the tables (a hooked tcp4_seq_ops): see the checks of function pointers.",
     ],
     run,
 };
 
 fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
-    let listing = context.kernel().sockets(SocketFilter::INET)?;
+    let listing = context.kernel().sockets(SocketFilter {
+        ports: true,
+        ..SocketFilter::INET
+    })?;
     for warning in listing.warnings {
         findings.note(warning);
     }
     findings.looked_at(listing.rows.len());
     for socket in listing.rows.iter().filter(|s| !s.listed && must_be_listed(s)) {
+        let explanation = match socket.owners.is_empty() {
+            false => {
+                "a process holds the socket, and it is in no table of its protocol: no tool in the guest shows it"
+            }
+            true => {
+                "a port is in use by a socket that no process holds and that is in no table of its protocol"
+            }
+        };
         let finding = Finding::new(
             Severity::High,
             format!("socket {}", socket.endpoint()),
-            "a process holds the socket, and it is in no table of its protocol: no tool in the guest shows it",
+            explanation,
         );
         let holders: Vec<String> = socket.owners.iter().take(8).map(holder).collect();
-        findings.report(
-            finding
-                .at(socket.address)
-                .with(Evidence::value("held by", holders.join(", ")))
-                .with(Evidence::value("in its protocol's tables", "no")),
-        );
+        let held = match holders.is_empty() {
+            false => holders.join(", "),
+            true => "nobody".to_owned(),
+        };
+        let mut finding = finding
+            .at(socket.address)
+            .with(Evidence::value("held by", held))
+            .with(Evidence::value("in its protocol's tables", "no"));
+        if socket.protocol == "tcp" {
+            let in_ports = if socket.in_ports { "yes" } else { "no" };
+            finding = finding.with(Evidence::value("in the table of ports in use", in_ports));
+        }
+        findings.report(finding);
     }
     Ok(())
 }

@@ -65,6 +65,7 @@ impl Net {
             netlink: wants(Family::Netlink),
             vsock: wants(Family::Vsock),
             other: wants(Family::Other),
+            ports: wants(Family::Inet),
         };
         let mut listing = session.kernel()?.sockets(filter).context("listing sockets")?;
         listing.rows.retain(|s| {
