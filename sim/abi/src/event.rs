@@ -1,6 +1,7 @@
 //! What a monitor has to tell, and where it puts it: a ring in its own data, which the hypervisor empties.
 
 use core::fmt;
+use core::sync::atomic::{Ordering, fence};
 
 /// Bytes of text that an event has room for.
 pub const TEXT: usize = 168;
@@ -212,6 +213,8 @@ impl Ring {
                 ..*event
             };
         }
+        // Whoever empties the ring may be on another processor, and looks at the number first.
+        fence(Ordering::Release);
         self.next = self.next.wrapping_add(1);
     }
 

@@ -2,6 +2,7 @@
 
 use core::fmt::{self, Display, Formatter, Write};
 use core::mem::offset_of;
+use core::sync::atomic::{Ordering, fence};
 
 use vmsight_sim_abi::{CALLS, EVENT_WORDS, EVENTS, Event, Ring, State, Watch};
 use vmsight_sim_hypervisor::attempt::Changes;
@@ -59,7 +60,9 @@ impl Hypervisor {
         }
         let views = self.views.as_ref()?;
         let pool = &mut self.pool;
+        // Another processor's monitor may be putting events in meanwhile: what is before this number is whole.
         let next = *views.state(pool, number, RING + offset_of!(Ring, next))?;
+        fence(Ordering::Acquire);
         let taken = *views.state(pool, number, RING + offset_of!(Ring, taken))?;
         let waiting = next.wrapping_sub(taken);
         if waiting == 0 {

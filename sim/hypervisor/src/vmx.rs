@@ -243,14 +243,58 @@ mod tests {
     fn what_is_missing_is_named() {
         let without =
             |at: u32, bits: u64| move |number| able(number) & !(if number == at { bits } else { 0 });
-        let missing = |at, bits| controls(without(at, bits)).unwrap_err().0;
-        assert_eq!(missing(msr::FUNCTIONS, 1), "EPTP switching");
-        assert_eq!(missing(msr::EPT_VPID, 1), "execute-only EPT pages");
-        assert_eq!(missing(msr::SECONDARY, 1 << 39), "unrestricted guest");
-        assert_eq!(missing(msr::SECONDARY, 1 << 45), "VM functions");
-        assert_eq!(missing(msr::BASIC, TRUE_CONTROLS), "true VMX controls");
-        assert_eq!(missing(msr::MISC, 1 << 8), "the activity state wait-for-SIPI");
-        assert_eq!(missing(msr::TRUE_PIN, 1 << 38), "the VMX-preemption timer");
+        // What may be 1 is in the high half of those that say so of controls.
+        for (at, bit, name) in [
+            (msr::BASIC, 55, "true VMX controls"),
+            (msr::TRUE_PRIMARY, 32 + 28, "MSR bitmaps"),
+            (msr::TRUE_PRIMARY, 32 + 25, "I/O bitmaps"),
+            (msr::TRUE_PRIMARY, 32 + 31, "secondary processor-based controls"),
+            (msr::SECONDARY, 32 + 1, "extended page tables"),
+            (msr::SECONDARY, 32 + 5, "virtual-processor identifiers"),
+            (msr::SECONDARY, 32 + 7, "unrestricted guest"),
+            (msr::SECONDARY, 32 + 13, "VM functions"),
+            (msr::TRUE_PIN, 32 + 3, "NMI exiting"),
+            (msr::TRUE_PIN, 32 + 5, "virtual NMIs"),
+            (msr::TRUE_PIN, 32 + 6, "the VMX-preemption timer"),
+            (msr::TRUE_EXIT, 32 + 2, "saving the debug controls"),
+            (msr::TRUE_EXIT, 32 + 9, "a 64-bit host"),
+            (
+                msr::TRUE_EXIT,
+                32 + 18,
+                "saving and loading PAT and EFER on VM exit",
+            ),
+            (
+                msr::TRUE_EXIT,
+                32 + 19,
+                "saving and loading PAT and EFER on VM exit",
+            ),
+            (
+                msr::TRUE_EXIT,
+                32 + 20,
+                "saving and loading PAT and EFER on VM exit",
+            ),
+            (
+                msr::TRUE_EXIT,
+                32 + 21,
+                "saving and loading PAT and EFER on VM exit",
+            ),
+            (msr::TRUE_EXIT, 32 + 22, "saving the VMX-preemption timer"),
+            (msr::TRUE_ENTRY, 32 + 2, "loading the debug controls"),
+            (msr::TRUE_ENTRY, 32 + 9, "a 64-bit guest"),
+            (msr::TRUE_ENTRY, 32 + 14, "loading PAT and EFER on VM entry"),
+            (msr::TRUE_ENTRY, 32 + 15, "loading PAT and EFER on VM entry"),
+            (msr::EPT_VPID, 0, "execute-only EPT pages"),
+            (msr::EPT_VPID, 6, "EPT of four levels"),
+            (msr::EPT_VPID, 14, "write-back EPT tables"),
+            (msr::EPT_VPID, 16, "EPT pages of 2 MiB"),
+            (msr::EPT_VPID, 20, "INVEPT of all contexts"),
+            (msr::EPT_VPID, 26, "INVEPT of all contexts"),
+            (msr::MISC, 8, "the activity state wait-for-SIPI"),
+            (msr::FUNCTIONS, 0, "EPTP switching"),
+        ] {
+            let Missing(what) = controls(without(at, 1 << bit)).unwrap_err();
+            assert_eq!(what, name, "bit {bit} of {at:#x}");
+        }
         let cr3 = |number| able(number) | if number == msr::TRUE_PRIMARY { 1 << 15 } else { 0 };
         assert_eq!(controls(cr3).unwrap_err().0, "MOV CR3 without a VM exit");
         // What may be missing: an instruction that the guest then does not have.

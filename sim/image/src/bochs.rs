@@ -10,12 +10,15 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::error::io;
-use crate::{Channel, Error, Image, packages, screen};
+use crate::screen::{self, Screen};
+use crate::{Channel, Error, Image, packages};
 
 /// The processor of the machine, as Bochs calls it.
 pub const WITH_VMX: &str = "corei7_skylake_x";
 /// One that has the monitor trap flag, too.
 pub const WITH_TRAP_FLAG: &str = "corei7_icelake_u";
+/// One with VT-x but without VMFUNC.
+pub const WITHOUT_VMFUNC: &str = "corei7_sandy_bridge_2600k";
 /// One with long mode but without VT-x.
 pub const WITHOUT_VMX: &str = "athlon64_clawhammer";
 
@@ -63,6 +66,7 @@ pub struct Machine {
     process: Child,
     console: Tail,
     channel: Channel,
+    screen: Screen,
     /// Bytes of the channel that were given out.
     told: usize,
     seen: Vec<u8>,
@@ -143,20 +147,22 @@ impl Machine {
         put("bochsrc", &configuration(disc, hardware, channel.port()))?;
         // Debian's Bochs has its debugger in, which asks before it starts and after each reset.
         put("commands", &"c\n".repeat(8))?;
-        let output = folder.path().join("output");
-        let output = File::create(&output).map_err(io("write", output.clone()))?;
+        let said = folder.path().join("output");
+        let output = File::create(&said).map_err(io("write", said.clone()))?;
         let mut words = hardware.through.clone();
         words.extend(["nice", "bochs", "-q", "-f", "bochsrc", "-rc", "commands"].map(OsString::from));
         let mut words = words.iter();
         let mut command = Command::new(words.next().map_or("bochs".as_ref(), OsString::as_os_str));
         command.args(words).current_dir(folder.path()).stderr(output);
-        screen::attach(&mut command)?;
+        let screen = Screen::attach(&mut command)?;
         let process = command.spawn().map_err(io("run", "bochs"))?;
+        screen.follow(said);
         // Its end of the terminal is Bochs's alone.
         drop(command);
         Ok(Self {
             console: Tail::new(folder.path().join("serial")),
             channel,
+            screen,
             told: 0,
             folder,
             process,
@@ -207,6 +213,11 @@ impl Machine {
     pub fn serial(&self) -> Result<String, Error> {
         let all = Tail::new(self.console.path.clone()).read()?;
         Ok(String::from_utf8_lossy(&all).into_owned())
+    }
+
+    /// The last that was drawn on the screen, as a terminal gets it: letters between codes that move its cursor.
+    pub fn screen(&self) -> String {
+        self.screen.text()
     }
 
     /// What was read of it so far.

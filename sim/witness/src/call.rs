@@ -29,6 +29,7 @@ pub(crate) mod number {
     pub(crate) const INIT_MODULE: usize = 175;
     pub(crate) const DELETE_MODULE: usize = 176;
     pub(crate) const FUTEX: usize = 202;
+    pub(crate) const SCHED_SETAFFINITY: usize = 203;
     pub(crate) const EXIT_GROUP: usize = 231;
     pub(crate) const FINIT_MODULE: usize = 313;
 }

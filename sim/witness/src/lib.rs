@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `created PARENT CHILD NAME` | process PARENT, called NAME, made CHILD |
 //! | `thread PARENT CHILD NAME` | and a thread |
+//! | `on PROCESSOR PID` | process PID stays on a processor, as do its children, while another works on the other |
 //! | `executed PID PATH` | process PID has become the program at PATH |
 //! | `result WHAT VALUE` | what a step came to: an errno is negative |
 //! | `calls NUMBER TIMES` | that many system calls of this number, in all processes |

@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod both;
 mod call;
 mod shared;
 mod text;
@@ -81,6 +82,7 @@ unsafe extern "C" fn start(arguments: *const u64) -> ! {
     );
     processes();
     thread();
+    both::work();
     modules(&mut text);
     shared::report(&mut text);
     // What is to come is in the counts already: one write, one wait until it is on the line, and the end.
@@ -120,6 +122,11 @@ fn files() {
 
 /// Makes a process that does something and ends; waits for it.
 fn process(act: impl FnOnce()) {
+    wait(begin(act));
+}
+
+/// Makes one, and goes on: its id.
+fn begin(act: impl FnOnce()) -> u64 {
     let parent = call(number::GETPID, [0; 6]);
     match call(number::FORK, [0; 6]) {
         0 => {
@@ -132,9 +139,13 @@ fn process(act: impl FnOnce()) {
                 who: parent as u64,
                 what: child as u64,
             });
-            call(number::WAIT4, [child as u64, 0, 0, 0, 0, 0]);
+            child as u64
         }
     }
+}
+
+fn wait(child: u64) {
+    call(number::WAIT4, [child, 0, 0, 0, 0, 0]);
 }
 
 /// Becomes another program, which is this one again.
@@ -174,21 +185,30 @@ fn processes() {
     // A grandchild.
     process(|| process(|| {}));
     for _ in 0..2 {
-        process(|| execute(PROGRAM));
+        process(execute_again);
     }
-    process(|| {
-        give_up_root(false);
-        execute(SETUID);
-    });
-    // Root without executing anything: by a capability that was kept.
-    process(|| {
-        give_up_root(true);
-        let result = call(number::SETUID, [0; 6]);
-        record(Entry {
-            kind: Kind::Root,
-            who: call(number::GETPID, [0; 6]) as u64,
-            what: result as u64,
-        });
+    process(become_setuid);
+    process(become_root);
+}
+
+fn execute_again() {
+    execute(PROGRAM);
+}
+
+/// Root by executing a file that is root's and setuid.
+fn become_setuid() {
+    give_up_root(false);
+    execute(SETUID);
+}
+
+/// Root without executing anything: by a capability that was kept.
+fn become_root() {
+    give_up_root(true);
+    let result = call(number::SETUID, [0; 6]);
+    record(Entry {
+        kind: Kind::Root,
+        who: call(number::GETPID, [0; 6]) as u64,
+        what: result as u64,
     });
 }
 

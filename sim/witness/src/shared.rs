@@ -1,7 +1,10 @@
 //! What all processes share: how many calls were made, and who made whom. A file of the root, mapped by each of them.
 
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{
+    AtomicU64,
+    Ordering::{AcqRel, Acquire, Relaxed},
+};
 
 use vmsight_sim_witness::{NAME, PROGRAM, SETUID};
 
@@ -16,6 +19,8 @@ const AT: u64 = 0x7000_0000;
 #[repr(C)]
 struct Shared {
     calls: [AtomicU64; NUMBERS],
+    /// How many have come to where they wait for one another.
+    met: AtomicU64,
     used: AtomicU64,
     entries: [[AtomicU64; 3]; ENTRIES],
 }
@@ -32,9 +37,12 @@ pub(crate) enum Kind {
     Executed = 3,
     ExecutedSetuid = 4,
     Root = 5,
+    Made = 6,
+    Loaded = 7,
+    On = 8,
 }
 
-/// By whom, and what: a process's id, or a result.
+/// By whom, and what: a process's id, a result, or a processor.
 pub(crate) struct Entry {
     pub(crate) kind: Kind,
     pub(crate) who: u64,
@@ -85,6 +93,15 @@ pub(crate) fn record(entry: Entry) {
     }
 }
 
+/// Waits until so many are here: without a system call, so that they go on at once.
+pub(crate) fn meet(all: u64) {
+    let Some(shared) = shared() else { return };
+    shared.met.fetch_add(1, AcqRel);
+    while shared.met.load(Acquire) < all {
+        core::hint::spin_loop();
+    }
+}
+
 /// Says what is remembered.
 pub(crate) fn report(text: &mut Text) {
     let Some(shared) = shared() else { return };
@@ -96,6 +113,9 @@ pub(crate) fn report(text: &mut Text) {
             3 => text.line("executed", &[&who, &name(PROGRAM)]),
             4 => text.line("executed", &[&who, &name(SETUID)]),
             5 => text.line("result", &[&"setuid", &(what as i64)]),
+            6 => text.line("result", &[&"mkdir", &(what as i64)]),
+            7 => text.line("result", &[&"unknown_module", &(what as i64)]),
+            8 => text.line("on", &[&what, &who]),
             _ => break,
         };
     }

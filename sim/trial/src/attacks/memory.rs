@@ -24,6 +24,30 @@ pub(super) fn memory(trial: &mut Trial) {
         good,
         format_args!("{stopped} of {tried} stopped; exit {EPT_VIOLATION}: {exits}"),
     );
+    hypervisor(trial);
+}
+
+/// The hypervisor's memory, in which the monitor's pages lie: from one of them to either side, as far as all is stopped.
+fn hypervisor(trial: &mut Trial) {
+    /// It has more than 4 MiB.
+    const LEAST: u64 = 1024;
+    let is_kept = |page: &u64| {
+        [read, write, execute]
+            .into_iter()
+            // SAFETY: an attack. What lies beyond is memory of the guest's own, which is read and no more.
+            .all(|way| unsafe { attempt(way, *page) } == PROTECTION)
+    };
+    let inside = monitor_page(Part::Fixed);
+    let exits = call(Call::Exits, EPT_VIOLATION);
+    let up = (inside..).step_by(0x1000).take_while(is_kept).count();
+    let down = (0..inside).rev().step_by(0x1000).map(|last| last & !0xfff);
+    let pages = up as u64 + down.take_while(is_kept).count() as u64;
+    let exits = call(Call::Exits, EPT_VIOLATION) - exits;
+    trial.check(
+        "read, write, execute each page of the hypervisor",
+        pages > LEAST && exits == 3 * pages,
+        format_args!("{pages} pages; exit {EPT_VIOLATION}: {exits}"),
+    );
 }
 
 /// Addresses that lead the monitor astray: into itself, nowhere, or round in a circle.

@@ -18,9 +18,9 @@ use crate::{Outcome, args::Global};
 /// Make a bootable image: the hypervisor, a monitor, and a kernel that is to run under them.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The image boots from a CD or, written to it as it is, from a USB stick (dd if=OUT of=/dev/sdX). It takes an Intel processor with VT-x,
-EPT and VMFUNC, and one processor: others are to be switched off in the firmware's setup. The hypervisor says on the screen and
-on the first serial port what a machine lacks. On hardware it has not been tried yet.
+The image boots from a CD or, written to it as it is, from a USB stick (dd if=OUT of=/dev/sdX). It takes Intel processors with VT-x,
+EPT and VMFUNC, four at most: others are to be switched off in the firmware's setup. The hypervisor says on the screen and on
+the first serial port what a machine lacks. On hardware it has not been tried yet.
 
 An image made with --bench measures on the machine that it is booted on, and says in microseconds what a hook costs; in an
 emulator or virtual machine it says no time. What it and --attack say comes over the first serial port (115200 baud); kept in a
