@@ -260,6 +260,95 @@ fn every_attack_is_stopped_and_the_gate_costs_no_exit() {
     println!("{console}");
 }
 
+/// A guest that measured: one round without hooks, and one with a hundred.
+fn workload(way: &str, instructions: [u64; 2], left: u64) -> String {
+    let [none, hooked] = instructions;
+    let account = |mark: u64, handled: u64, left: u64| {
+        format!(
+            "{{\"state\":\"stats\",\"handled\":{handled},\"exits\":{{\"CPUID\":{mark},\"VMCALL\":{left}}}}}\n"
+        )
+    };
+    let accounts = [
+        account(1, 0, 0),
+        account(2, 0, 0),
+        account(4, 7, 7),
+        account(5, 107, 7 + left),
+    ]
+    .concat();
+    format!(
+        "workload: syscalls {way}\nwitness: round none files {none} 100 0 0\r\n\
+         witness: round hooked files {hooked} 100 0 0\r\nwitness: done\r\n{accounts}"
+    )
+}
+
+#[test]
+fn what_monitors_cost_in_a_workload_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = path(&folder, "log");
+    let trial = "trial: exits through the gate: ok 0 in 1000 calls\r\ntrial: round trip through the gate: ok 57 instructions\r\n\
+        trial: exits by VMCALL: ok 1000 in 1000 calls\r\ntrial: round trip by VMCALL: ok 435 instructions\r\n";
+    let put = |left: u64| {
+        let (gate, exit) = ([400_000, 410_000], [400_800, 440_000]);
+        fs::write(
+            &log,
+            [
+                trial.to_owned(),
+                workload("gate", gate, left),
+                workload("exit", exit, 100),
+            ]
+            .concat(),
+        )
+        .unwrap();
+    };
+    put(0);
+    let rows: Vec<Value> = serde_json::from_str(&fine(&["bench", "--from", &log, "-o", "json"])).unwrap();
+    let found: Vec<String> = rows
+        .iter()
+        .map(|row| {
+            let keys = [
+                "handler",
+                "way",
+                "instructions",
+                "exits",
+                "calls",
+                "workload_instructions",
+                "slowdown",
+            ];
+            keys.map(|key| row[key].to_string()).join(" ").replace('"', "")
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            "null gate 57 0 1000 null null",
+            "null exit 435 1000 1000 null null",
+            "syscalls none null 0 0 400000 1.0",
+            "syscalls gate 100 0 100 410000 1.025",
+            "syscalls exit 400 100 100 440000 1.1",
+        ]
+    );
+    // A hook through the gate that left the guest is not as it must be.
+    put(1);
+    let out = sim(&["bench", "--from", &log]);
+    let table = String::from_utf8_lossy(&out.stdout);
+    assert_eq!(out.status.code(), Some(2), "{table}");
+    assert!(table.contains("SLOWDOWN") && table.contains("1.025"), "{table}");
+    let warned = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        warned.contains("syscalls through the gate: not every hook"),
+        "{warned}"
+    );
+    fs::write(
+        &log,
+        format!(
+            "{trial}{}",
+            workload("gate", [1, 2], 0).replace("witness: done", "")
+        ),
+    )
+    .unwrap();
+    assert!(refused(&["bench", "--from", &log]).contains("did not come to its end: 2 rounds"));
+}
+
 /// What is said to a trial on hardware has it measure time there, and nowhere else.
 #[test]
 fn an_image_that_measures_time_on_hardware_does_not_in_an_emulator() {
@@ -406,6 +495,8 @@ fn what_cannot_be_started_is_refused_before_anything_runs() {
     assert!(refused(&["image", &text, "--bench"]).contains("--force"));
     assert!(refused(&["attack", "--save", &text]).contains("is there already"));
     assert!(refused(&["bench", "--from", &text]).contains("not a kernel"));
+    assert!(refused(&["bench", "--kernel", &text]).contains("no bzImage"));
+    assert!(refused(&["bench", "--kernel", &text, "--from", &text]).contains("cannot be used with"));
     assert!(refused(&["attack", "--from", "/nonexistent/log"]).contains("/nonexistent/log"));
     assert_eq!(fs::read_to_string(&text).unwrap(), "not a kernel");
     assert_eq!(files(folder.path()), ["text"]);

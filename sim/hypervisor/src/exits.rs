@@ -154,7 +154,7 @@ fn handle(
     match reason {
         exit::CPUID => {
             if privilege() == 3 {
-                hypervisor.user_mode(processor);
+                hypervisor.user_mode(processor, registers.rax as u32);
             }
             cpuid(registers)
         }

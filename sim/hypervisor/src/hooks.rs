@@ -6,7 +6,7 @@
 use core::fmt;
 use core::mem::offset_of;
 
-use vmsight_sim_abi::{FENTRY_NOP, Handler, Malformed, Policy, State, Watch};
+use vmsight_sim_abi::{FENTRY_NOP, FULL, Handler, Malformed, Policy, SIGNATURE_LEAF, State, Watch};
 use vmsight_sim_hypervisor::attempt::Attempt;
 use vmsight_sim_hypervisor::ept::{ENTRIES, Exhausted, MemoryType, Permissions};
 use vmsight_sim_hypervisor::place::{self, CALL, Place};
@@ -28,6 +28,9 @@ pub(crate) struct Options {
     pub(crate) exits: bool,
     /// A kernel that the policy is not for does not go on.
     pub(crate) fail_closed: bool,
+    /// A program has the hypervisor say how things are, by CPUID's leaf of its signature. Events are told then, or when there
+    /// is room for few more: what lies between two such accounts has no output in it.
+    pub(crate) account: bool,
 }
 
 impl Options {
@@ -37,6 +40,7 @@ impl Options {
         Self {
             exits: has("exits"),
             fail_closed: has("fail-closed"),
+            account: has("account"),
         }
     }
 }
@@ -121,6 +125,7 @@ impl Hooks {
         options: Options {
             exits: false,
             fail_closed: false,
+            account: false,
         },
         channel: Channel::NONE,
         kernel: None,
@@ -170,6 +175,11 @@ impl Hooks {
     pub(crate) fn out_of_guest(&self) -> bool {
         self.options.exits
     }
+
+    /// Whether events wait for an account. Those in the guest do so in its monitor's ring, which asks to be emptied.
+    pub(crate) fn hold_back(&self) -> bool {
+        self.options.account && self.watch.ring.waiting() < FULL
+    }
 }
 
 impl Hypervisor {
@@ -194,8 +204,12 @@ impl Hypervisor {
         }
     }
 
-    /// A program runs in user mode.
-    pub(crate) fn user_mode(&mut self, processor: &Processor) {
+    /// A program runs in user mode, and has executed CPUID for this leaf.
+    pub(crate) fn user_mode(&mut self, processor: &Processor, leaf: u32) {
+        if self.hooks.options.account && leaf == SIGNATURE_LEAF {
+            self.drain();
+            return self.say_stats("stats");
+        }
         let Some((slide, cr3)) = self.hooks.kernel.filter(|_| !self.hooks.over) else {
             return;
         };

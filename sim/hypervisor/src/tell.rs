@@ -27,7 +27,9 @@ impl Hypervisor {
         if !self.hooks.is_wanted() {
             return;
         }
-        self.drain();
+        if !self.hooks.hold_back() {
+            self.drain();
+        }
         match self.hooks.channel.command() {
             Some(Command::Stats) => self.say_stats("stats"),
             Some(Command::Hook) => self.switch(true, processor),
@@ -118,7 +120,7 @@ impl Hypervisor {
         }
     }
 
-    fn say_stats(&mut self, state: &str) {
+    pub(crate) fn say_stats(&mut self, state: &str) {
         let mut counts = [0u64; CALLS];
         let (mut handled, mut lost) = (self.hooks.handled, self.hooks.watch.ring.lost);
         if self.hooks.out_of_guest() {

@@ -14,6 +14,7 @@ pub mod rescue;
 mod screen;
 pub mod trial;
 pub mod user;
+pub mod workload;
 
 pub use bochs::Machine;
 pub use channel::Channel;

@@ -113,7 +113,8 @@ impl Image {
     }
 
     /// With a policy: what of the kernel is hooked. `options` are words with blanks between: `exits`, the handlers run in the
-    /// hypervisor, which each hook leaves to; `fail-closed`, a kernel that the policy is not for does not go on.
+    /// hypervisor, which each hook leaves to; `fail-closed`, a kernel that the policy is not for does not go on; `account`, a program
+    /// of the guest has the hypervisor say how things are, by CPUID's leaf 0x40000000.
     #[must_use]
     pub fn policy(mut self, policy: Vec<u8>, options: &str) -> Self {
         self.policy = Some(policy);

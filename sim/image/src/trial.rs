@@ -149,13 +149,22 @@ pub enum Way {
 }
 
 impl Way {
-    const ALL: [Self; 2] = [Self::Gate, Self::Call];
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Gate, Self::Call];
 
     /// As the trial calls it.
     pub fn words(self) -> &'static str {
         match self {
             Self::Gate => "through the gate",
             Self::Call => "by VMCALL",
+        }
+    }
+
+    /// Its name among results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gate => "gate",
+            Self::Call => "exit",
         }
     }
 

@@ -11,6 +11,7 @@
 //! | `executed PID PATH` | process PID has become the program at PATH |
 //! | `result WHAT VALUE` | what a step came to: an errno is negative |
 //! | `calls NUMBER TIMES` | that many system calls of this number, in all processes |
+//! | `round WAY PART INSTRUCTIONS CALLS PROCESSES PROGRAMS` | what a part of the workload took, `none` without hooks or `hooked`, and what was done in it |
 //! | `done` | there is nothing more |
 #![no_std]
 
@@ -34,3 +35,9 @@ pub const TOLD: usize = 135;
 pub const TOLD_ARGUMENT: u64 = 0xffff_ffff;
 /// The system call that is expected to be refused: `mkdir`.
 pub const REFUSED: usize = 83;
+/// The argument with which it does another thing: a fixed workload of two parts, `files` and `processes`, [`ROUNDS`] times in a
+/// kernel without hooks, and as often after it has shown the hypervisor that the kernel is up. It has the hypervisor say how
+/// things are before and after each part.
+pub const WORKLOAD: &CStr = c"workload";
+/// See there.
+pub const ROUNDS: usize = 15;

@@ -6,13 +6,16 @@ mod both;
 mod call;
 mod shared;
 mod text;
+mod workload;
 
 use core::arch::{global_asm, x86_64::__cpuid};
 use core::ffi::CStr;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use vmsight_sim_witness::{MODULE, NAME, PROGRAM, REFUSED, SETUID, TOLD, TOLD_ARGUMENT, UNKNOWN_MODULE};
+use vmsight_sim_witness::{
+    MODULE, NAME, PROGRAM, REFUSED, SETUID, TOLD, TOLD_ARGUMENT, UNKNOWN_MODULE, WORKLOAD,
+};
 
 use call::{call, number};
 use shared::{Entry, Kind, record};
@@ -52,25 +55,40 @@ unsafe extern "C" {
     fn new_thread(flags: u64, stack: u64, tid: *mut u32) -> i64;
 }
 
-const PR_SET_NAME: u64 = 15;
+pub(crate) const PR_SET_NAME: u64 = 15;
 const PR_SET_KEEPCAPS: u64 = 8;
-const O_RDWR_CREAT: u64 = 0o102;
+pub(crate) const O_RDWR_CREAT: u64 = 0o102;
 const USER: u64 = 1000;
 
 /// # Safety
 /// Called once, by the entry code, with where the kernel has put the arguments.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn start(arguments: *const u64) -> ! {
+    // SAFETY: the kernel's: the count, then that many addresses of text.
+    let (count, first) = unsafe { (arguments.read(), arguments.add(2).read()) };
+    let is = |word: &CStr| {
+        let bytes = word.to_bytes_with_nul().iter().zip(first..);
+        // SAFETY: a text and the zero at its end, of which nothing is read after the first byte that differs.
+        count > 1
+            && bytes
+                .into_iter()
+                .all(|(&byte, at)| unsafe { *(at as *const u8) } == byte)
+    };
+    let mut text = Text::new();
+    if is(workload::PART) {
+        workload::part();
+    } else if is(WORKLOAD) {
+        shared::map();
+        workload::measure(&mut text);
+        finish(text);
+    }
     // Leaves the guest in user mode, by which a hypervisor knows that the kernel is up.
     __cpuid(0);
     shared::map();
-    // SAFETY: the kernel's: the count, then that many addresses.
-    let first = unsafe { arguments.read() };
-    if first > 1 {
+    if count > 1 {
         executed();
     }
     call(number::PRCTL, [PR_SET_NAME, NAME.as_ptr() as u64, 0, 0, 0, 0]);
-    let mut text = Text::new();
     files();
     for _ in 0..7 {
         call(number::GETPID, [0; 6]);
@@ -84,6 +102,11 @@ unsafe extern "C" fn start(arguments: *const u64) -> ! {
     thread();
     both::work();
     modules(&mut text);
+    finish(text)
+}
+
+/// Says all that is to be said, and switches the machine off.
+fn finish(mut text: Text) -> ! {
     shared::report(&mut text);
     // What is to come is in the counts already: one write, one wait until it is on the line, and the end.
     for number in [number::WRITE, number::IOCTL, number::REBOOT] {

@@ -82,6 +82,12 @@ pub(crate) fn count(number: usize) {
     add(number, 1);
 }
 
+/// All calls so far.
+pub(crate) fn total() -> u64 {
+    let counts = shared().map_or(&EARLY, |shared| &shared.calls);
+    counts.iter().map(|count| count.load(Relaxed)).sum()
+}
+
 /// Remembers.
 pub(crate) fn record(entry: Entry) {
     let Some(shared) = shared() else { return };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use vmsight_sim_image::bochs::{Hardware, refusal};
+use vmsight_sim_image::bochs::{Hardware, Run, refusal};
 use vmsight_sim_image::{Image, Machine};
 
 use crate::commands::beside::write_beside;
@@ -41,6 +41,17 @@ impl Source {
         what: &str,
         machines: impl FnOnce() -> Result<Vec<(Image, u32)>>,
     ) -> Result<String> {
+        self.text(|| {
+            let mut console = String::new();
+            for (image, processors) in machines()? {
+                console.push_str(&self.run(style, stop, what, &image, processors)?);
+            }
+            Ok(console)
+        })
+    }
+
+    /// What machines said: read, or what `run` has, saved where that is wanted.
+    pub(super) fn text(&self, run: impl FnOnce() -> Result<String>) -> Result<String> {
         if let Some(file) = &self.from {
             let bytes = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
             return Ok(String::from_utf8_lossy(&bytes).into_owned());
@@ -48,19 +59,16 @@ impl Source {
         if let Some(file) = &self.save {
             ensure!(!file.exists(), "{} is there already", file.display());
         }
-        let mut console = String::new();
-        for (image, processors) in machines()? {
-            console.push_str(&self.run(style, stop, what, &image, processors)?);
-        }
+        let text = run()?;
         if let Some(file) = &self.save {
             write_beside(file, "what the machine said", |out| {
-                Ok(std::io::Write::write_all(out, console.as_bytes())?)
+                Ok(std::io::Write::write_all(out, text.as_bytes())?)
             })?;
         }
-        Ok(console)
+        Ok(text)
     }
 
-    /// Runs an image until its machine is switched off, and has what it said.
+    /// Runs an image until its machine is switched off, and has what it said on its console.
     pub(super) fn run(
         &self,
         style: &Style,
@@ -69,6 +77,18 @@ impl Source {
         image: &Image,
         processors: u32,
     ) -> Result<String> {
+        Ok(self.finish(style, stop, what, image, processors)?.serial)
+    }
+
+    /// The same, and has all that it said.
+    pub(super) fn finish(
+        &self,
+        style: &Style,
+        stop: &AtomicBool,
+        what: &str,
+        image: &Image,
+        processors: u32,
+    ) -> Result<Run> {
         let progress = Progress::spinner(style.quiet, what);
         let machine = Machine::new(
             image,
@@ -90,7 +110,9 @@ impl Source {
                     _ => {}
                 }
             }
-            progress.say(&format!("{what}, {findings} findings so far,"));
+            if findings != 0 {
+                progress.say(&format!("{what}, {findings} findings so far,"));
+            }
             !stop.load(Ordering::Relaxed)
         })?;
         drop(progress);
@@ -104,7 +126,7 @@ impl Source {
             self.limit,
             last(&run.serial)
         );
-        Ok(run.serial)
+        Ok(run)
     }
 }
 
