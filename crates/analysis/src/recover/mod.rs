@@ -6,6 +6,7 @@
 pub mod conntrack;
 pub mod elf;
 pub mod files;
+pub mod framebuffers;
 mod frames;
 mod heap;
 pub mod history;

@@ -94,6 +94,22 @@ fn terminals_and_consoles() {
 }
 
 #[test]
+fn a_guest_without_a_graphics_card_has_no_pictures() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let folder = tempfile::tempdir().unwrap();
+    let into = folder.path().join("new");
+    for how in [&["--pictures"][..], &["--into", utf8(&into)]] {
+        let none = vmsight(&[&["recover", "screen", t, "-o", "json"], how].concat());
+        assert_eq!(none.status.code(), Some(1), "{none:?}");
+        assert_eq!(objects(&none.stdout).unwrap(), [], "{none:?}");
+    }
+    assert!(!into.exists());
+    let wrong = ends_with(2, &["recover", "screen", t, "--pictures", "--tty", "tty1"]);
+    assert!(wrong.contains("cannot be used with"), "{wrong}");
+}
+
+#[test]
 fn programs_are_listed_and_written_to_a_new_folder() {
     let vm = prepared();
     let t = vm.target.as_str();

@@ -42,7 +42,7 @@ enum What {
     Packets(packets::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
-    /// What is on the virtual consoles, shown or not, as text
+    /// What is on the screen: virtual consoles as text, framebuffers as pictures
     Screen(screen::Cmd),
     /// What was typed at terminals and written to them, as far as it still is in their buffers
     Tty(tty::Cmd),
@@ -75,7 +75,8 @@ impl Cmd {
             What::Arp(_) | What::Routes(_) | What::Conntrack(_) | What::History(_) | What::Processes(_) => {
                 true
             }
-            What::Screen(_) | What::Tty(_) => true,
+            What::Tty(_) => true,
+            What::Screen(c) => !c.writes(),
             What::Packets(c) => !c.writes(),
             What::Keys(c) => !c.writes(),
         }
