@@ -5,12 +5,13 @@ use std::sync::LazyLock;
 use std::sync::atomic::AtomicBool;
 
 use vmsight_analysis::keys::{self, Form, Owned, VolumeKey};
+use vmsight_analysis::recover::history::HistoryEntry;
 use vmsight_lab::{Format, Guest, Kernel as Version, Spec, Work};
 use vmsight_linux::{AttachOptions, Kernel, Listing};
 use vmsight_memory::{GuestMemory, dump};
 use vmsight_target::TargetSpec;
 
-use crate::{agent, disks, screen, tls};
+use crate::{agent, disks, history, screen, tls};
 
 pub(crate) struct Subject {
     pub(crate) agent: agent::Made,
@@ -19,7 +20,9 @@ pub(crate) struct Subject {
     /// The keys of the dump, and what was said beside.
     pub(crate) found: Vec<Owned>,
     pub(crate) notes: Vec<String>,
+    pub(crate) zsh: i32,
     /// While it ran, and from the dump.
+    pub(crate) history: [(&'static str, Listing<HistoryEntry>); 2],
     pub(crate) pictures: [(&'static str, screen::Pictures); 2],
     pub(crate) forged: screen::Forged,
 }
@@ -34,11 +37,13 @@ fn make() -> Subject {
     let agent = agent::make(&guest);
     let sessions = tls::make(&guest);
     disks::make(&guest);
+    let zsh = history::make(&guest);
     screen::load_drivers(&guest);
     screen::draw(&guest);
 
     let running = target(&guest);
     let pictures = screen::when_shown(&running);
+    let history = history::found(&running);
     // QEMU serves one client at a time.
     drop(running);
     let folder = tempfile::tempdir().unwrap();
@@ -57,6 +62,8 @@ fn make() -> Subject {
         volumes,
         found,
         notes,
+        zsh,
+        history: [("running", history), ("dumped", history::found(&kernel))],
         // The dump is another one from here on.
         forged: screen::forge(&path, &kernel, &dumped),
         pictures: [("running", pictures), ("dumped", dumped)],

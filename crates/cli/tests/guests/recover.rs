@@ -49,6 +49,10 @@ fn what_was_typed_and_who_has_ended() {
         .find(|row| row["command"] == "export TOKEN=s3cr3t-t0ken")
         .unwrap();
     assert_eq!((&token["name"], &token["number"]), (&"bash".into(), &3.into()));
+    assert_eq!(
+        (&token["form"], &token["ended"]),
+        (&"readline".into(), &serde_json::Value::Null)
+    );
     assert!(token["time"].is_string() && token["address"].is_string());
     let init = vmsight(&["recover", "history", t, "--pid", "1"]);
     assert_eq!(init.status.code(), Some(1));
