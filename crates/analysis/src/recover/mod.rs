@@ -10,6 +10,7 @@ pub mod framebuffers;
 mod frames;
 mod heap;
 pub mod history;
+pub mod input;
 mod member;
 mod output;
 pub mod packets;

@@ -6,12 +6,13 @@ use std::sync::atomic::AtomicBool;
 
 use vmsight_analysis::keys::{self, Form, Owned, VolumeKey};
 use vmsight_analysis::recover::history::HistoryEntry;
+use vmsight_analysis::recover::input::KeyEvent;
 use vmsight_lab::{Format, Guest, Kernel as Version, Spec, Work};
 use vmsight_linux::{AttachOptions, Kernel, Listing};
 use vmsight_memory::{GuestMemory, dump};
 use vmsight_target::TargetSpec;
 
-use crate::{agent, disks, history, screen, tls};
+use crate::{agent, disks, history, keyboard, screen, tls};
 
 pub(crate) struct Subject {
     pub(crate) agent: agent::Made,
@@ -21,8 +22,10 @@ pub(crate) struct Subject {
     pub(crate) found: Vec<Owned>,
     pub(crate) notes: Vec<String>,
     pub(crate) zsh: i32,
+    pub(crate) keyboard: keyboard::Made,
     /// While it ran, and from the dump.
     pub(crate) history: [(&'static str, Listing<HistoryEntry>); 2],
+    pub(crate) typed: [(&'static str, Listing<KeyEvent>); 2],
     pub(crate) pictures: [(&'static str, screen::Pictures); 2],
     pub(crate) forged: screen::Forged,
 }
@@ -39,11 +42,12 @@ fn make() -> Subject {
     disks::make(&guest);
     let zsh = history::make(&guest);
     screen::load_drivers(&guest);
+    let keyboard = keyboard::make(&guest);
     screen::draw(&guest);
 
     let running = target(&guest);
     let pictures = screen::when_shown(&running);
-    let history = history::found(&running);
+    let (history, typed) = (history::found(&running), keyboard::found(&running));
     // QEMU serves one client at a time.
     drop(running);
     let folder = tempfile::tempdir().unwrap();
@@ -63,7 +67,9 @@ fn make() -> Subject {
         found,
         notes,
         zsh,
+        keyboard,
         history: [("running", history), ("dumped", history::found(&kernel))],
+        typed: [("running", typed), ("dumped", keyboard::found(&kernel))],
         // The dump is another one from here on.
         forged: screen::forge(&path, &kernel, &dumped),
         pictures: [("running", pictures), ("dumped", dumped)],

@@ -98,7 +98,7 @@ fn terminals_and_consoles() {
 }
 
 #[test]
-fn a_guest_without_a_graphics_card_has_no_pictures() {
+fn a_guest_without_a_graphics_card_has_no_pictures_and_nobody_who_reads_its_keyboard() {
     let vm = prepared();
     let t = vm.target.as_str();
     let folder = tempfile::tempdir().unwrap();
@@ -111,6 +111,8 @@ fn a_guest_without_a_graphics_card_has_no_pictures() {
     assert!(!into.exists());
     let wrong = ends_with(2, &["recover", "screen", t, "--pictures", "--tty", "tty1"]);
     assert!(wrong.contains("cannot be used with"), "{wrong}");
+    let nobody = ends_with(1, &["recover", "input", t]);
+    assert!(nobody.contains("evdev"), "{nobody}");
 }
 
 #[test]
