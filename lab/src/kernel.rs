@@ -11,6 +11,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::cache;
 
+/// What of a kernel's package is in the cache, by `lab/setup`'s number for it.
+const LAYOUT: &str = "2";
+
 /// A kernel of the matrix: a Debian package that is found by the suite it is in, not by its version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kernel {
@@ -57,12 +60,14 @@ impl Kernel {
         self != Kernel::V5_10
     }
 
-    /// Sees to it that the cache has it: fetches it where it is missing.
+    /// Sees to it that the cache has it: fetches it where it is missing, or where less of it was kept.
     pub fn fetch(self) -> Result<Fetched> {
         let folder = cache::folder()?.join("kernels").join(self.id());
-        if !folder.join("package").exists() {
-            self.set_up(&[])?;
+        let kept = fs::read_to_string(folder.join("layout"));
+        if kept.is_ok_and(|kept| kept.trim() == LAYOUT) {
+            return self.fetched(folder);
         }
+        self.set_up(&[])?;
         self.fetched(folder)
     }
 

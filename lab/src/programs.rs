@@ -9,8 +9,17 @@ use anyhow::{Context, Result, bail};
 use crate::cache;
 use crate::cpio::Archive;
 
-/// Modules that go along for them, to be loaded where a test orders it: what an encrypted disk is made of.
-pub(crate) const MODULES: &[(&str, &str)] = &[("dm_crypt", ""), ("xts?", ""), ("essiv?", "")];
+/// Modules that go along for them, to be loaded where a test orders it: what an encrypted disk is made of, graphics cards of QEMU's, and
+/// what programs read a keyboard by.
+pub(crate) const MODULES: &[(&str, &str)] = &[
+    ("dm_crypt", ""),
+    ("xts?", ""),
+    ("essiv?", ""),
+    ("bochs", ""),
+    ("virtio_pci", ""),
+    ("virtio_gpu", ""),
+    ("evdev", ""),
+];
 
 /// Where a guest has the programs.
 const BIN: &str = "usr/bin";
@@ -22,9 +31,7 @@ const LOADER: &str = "ld-linux-x86-64.so.2";
 /// Puts them into a guest's first root. They are fetched where they are missing.
 pub(crate) fn put(archive: &mut Archive) -> Result<()> {
     let folder = cache::folder()?.join("programs");
-    if !folder.join("package").exists() {
-        set_up()?;
-    }
+    set_up()?;
     all(archive, &folder.join("bin"), BIN)?;
     all(archive, &folder.join("lib"), LIB)?;
     // A file, for links stay behind where a guest moves to its second root.
@@ -48,6 +55,7 @@ fn all(archive: &mut Archive, from: &Path, to: &str) -> Result<()> {
     Ok(())
 }
 
+/// Costs nothing where all of them are there.
 fn set_up() -> Result<()> {
     let script = cache::workspace().join("lab/setup");
     let output = Command::new(&script)

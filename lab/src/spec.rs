@@ -62,7 +62,7 @@ pub struct Spec {
     pub orders: bool,
     /// Whether it has [modules of our own](crate::modules), not loaded, in `/lib/modules/vmsight`.
     pub modules: bool,
-    /// Whether it has [programs of Debian's](crate::programs): OpenSSH, OpenSSL, dmsetup.
+    /// Whether it has [programs of Debian's](crate::programs): OpenSSH, OpenSSL, dmsetup, zsh; and drivers of QEMU's graphics cards, not loaded.
     pub programs: bool,
     /// More words for the kernel command line; `vmsight.procs=N` adds N sleeping processes, `vmsight.idle` leaves the
     /// workload out.

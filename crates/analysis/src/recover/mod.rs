@@ -6,9 +6,11 @@
 pub mod conntrack;
 pub mod elf;
 pub mod files;
+pub mod framebuffers;
 mod frames;
 mod heap;
 pub mod history;
+pub mod input;
 mod member;
 mod output;
 pub mod packets;

@@ -318,17 +318,15 @@ fn typed(kernel: &Kernel, out: &mut Gathered) -> Result<(), LinuxError> {
     out.warnings(Kind::History, listing.warnings);
     for entry in listing.rows {
         let Some(time) = entry.time else { continue };
+        let source = match entry.form {
+            "zsh" => "histent.stim",
+            _ => "HIST_ENTRY.timestamp",
+        };
         out.add(Event {
             pid: Some(entry.pid),
             name: Some(entry.name),
             subject: Some(entry.command),
-            ..event(
-                Kind::History,
-                "typed",
-                time,
-                "HIST_ENTRY.timestamp",
-                Clock::Claimed,
-            )
+            ..event(Kind::History, "typed", time, source, Clock::Claimed)
         });
     }
     Ok(())

@@ -3,7 +3,7 @@
 use vmsight_analysis::keys::Material;
 use vmsight_lab::{Guest, Work};
 
-use crate::support::{SUBJECT, shell};
+use crate::support::{SUBJECT, load, shell};
 
 /// Name, cipher, and key.
 const VOLUMES: [(&str, &str, &str); 3] = [
@@ -63,14 +63,7 @@ pub(crate) fn make(guest: &Guest) {
         "authenc",
         "essiv",
     ] {
-        let account = guest
-            .order(Work::Load {
-                name: module.into(),
-                parameters: String::new(),
-                from_memory: false,
-            })
-            .unwrap_or_else(|e| panic!("{module}: {e:#}"));
-        assert_eq!(account.returned, Some(0), "{module}");
+        load(guest, module);
     }
     let from_keyring = FROM_KEYRING.map(|(name, cipher, description, key)| {
         guest

@@ -49,6 +49,10 @@ fn what_was_typed_and_who_has_ended() {
         .find(|row| row["command"] == "export TOKEN=s3cr3t-t0ken")
         .unwrap();
     assert_eq!((&token["name"], &token["number"]), (&"bash".into(), &3.into()));
+    assert_eq!(
+        (&token["form"], &token["ended"]),
+        (&"readline".into(), &serde_json::Value::Null)
+    );
     assert!(token["time"].is_string() && token["address"].is_string());
     let init = vmsight(&["recover", "history", t, "--pid", "1"]);
     assert_eq!(init.status.code(), Some(1));
@@ -91,6 +95,24 @@ fn terminals_and_consoles() {
         (&second["foreground"], &second["cursor"]),
         (&false.into(), &vec![0, 3].into())
     );
+}
+
+#[test]
+fn a_guest_without_a_graphics_card_has_no_pictures_and_nobody_who_reads_its_keyboard() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let folder = tempfile::tempdir().unwrap();
+    let into = folder.path().join("new");
+    for how in [&["--pictures"][..], &["--into", utf8(&into)]] {
+        let none = vmsight(&[&["recover", "screen", t, "-o", "json"], how].concat());
+        assert_eq!(none.status.code(), Some(1), "{none:?}");
+        assert_eq!(objects(&none.stdout).unwrap(), [], "{none:?}");
+    }
+    assert!(!into.exists());
+    let wrong = ends_with(2, &["recover", "screen", t, "--pictures", "--tty", "tty1"]);
+    assert!(wrong.contains("cannot be used with"), "{wrong}");
+    let nobody = ends_with(1, &["recover", "input", t]);
+    assert!(nobody.contains("evdev"), "{nobody}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod conntrack;
 mod elf;
 mod files;
 mod history;
+mod input;
 mod keys;
 mod packets;
 mod processes;
@@ -42,10 +43,12 @@ enum What {
     Packets(packets::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
-    /// What is on the virtual consoles, shown or not, as text
+    /// What is on the screen: virtual consoles as text, framebuffers as pictures
     Screen(screen::Cmd),
     /// What was typed at terminals and written to them, as far as it still is in their buffers
     Tty(tty::Cmd),
+    /// Keys that were pressed, as far as they still are in the buffers of programs that read keyboards
+    Input(input::Cmd),
     /// Cryptographic keys, each proven by its own mathematics
     Keys(keys::Cmd),
 }
@@ -63,6 +66,7 @@ impl Cmd {
             What::Processes(c) => c.run(global),
             What::Screen(c) => c.run(global),
             What::Tty(c) => c.run(global),
+            What::Input(c) => c.run(global),
             What::Keys(c) => c.run(global),
         }
     }
@@ -75,7 +79,8 @@ impl Cmd {
             What::Arp(_) | What::Routes(_) | What::Conntrack(_) | What::History(_) | What::Processes(_) => {
                 true
             }
-            What::Screen(_) | What::Tty(_) => true,
+            What::Tty(_) | What::Input(_) => true,
+            What::Screen(c) => !c.writes(),
             What::Packets(c) => !c.writes(),
             What::Keys(c) => !c.writes(),
         }

@@ -1,33 +1,47 @@
-//! `vmsight recover screen`: the texts on the virtual consoles.
+//! `vmsight recover screen`: the texts on the virtual consoles, and framebuffers as pictures.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use vmsight_analysis::recover::framebuffers::{Framebuffer, framebuffers, write};
 use vmsight_analysis::recover::screen::{Console, consoles};
 
 use crate::{
     Outcome,
     args::Global,
-    output::{Format, Row, Sheet, escape},
+    output::{Format, Progress, Row, Sheet, escape},
     session::Session,
 };
 
-/// What is on the virtual consoles, shown or not, as text.
+/// What is on the screen: virtual consoles, shown or not, as text; framebuffers as pictures.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Every console that was ever opened, tty1 to tty63, also those behind the one in front. Where consoles are drawn into a
 framebuffer, their text is in memory all the time. -o json has the attributes of the cells, too, row by row.
 
-What cannot be seen: in VGA's text mode the console in front, which is in the graphics card's memory; graphics, as of X
-and Wayland; what has scrolled away (since Linux 5.9 the kernel keeps none of it). A glyph is shown as the character that
-it is in code page 437 where the kernel does not keep the character; other fonts may mean another.")]
+--pictures lists framebuffers instead: fbdev's (`fb0`), on which consoles are drawn, and all that programs such as X and
+Wayland have made with DRM (`card0/42`), `shown` or not. --into writes them to a new folder as PNG files, and
+manifest.jsonl with a line on each and the SHA-256. Pixels that are in no memory are magenta there, and counted.
+
+What cannot be seen: in VGA's text mode the console in front, which is in the graphics card's memory; framebuffers that
+are only there (EFI, VESA, or bochs without fbdev), where the target does not give that memory: that is said. Formats
+that are compressed, in tiles or no plain red, green and blue. What has scrolled away (since Linux 5.9 the kernel keeps
+none of it). A glyph is shown as the character that it is in code page 437 where the kernel does not keep the character;
+other fonts may mean another. Linux before 5.11 keeps no types of its modules: there, of DRM only fbdev is seen.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,
     /// Only this console: tty1
     #[arg(long, value_name = "NAME")]
     tty: Option<String>,
+    /// List framebuffers
+    #[arg(long, conflicts_with = "tty")]
+    pictures: bool,
+    /// Write framebuffers as pictures to this new folder
+    #[arg(long, value_name = "DIR", conflicts_with = "tty")]
+    into: Option<PathBuf>,
 }
 
 const COLUMNS: &[&str] = &["tty", "foreground", "columns", "rows", "text"];
@@ -46,9 +60,48 @@ impl Row for Console {
     ];
 }
 
+const PICTURES: &[&str] = &[
+    "name",
+    "driver",
+    "shown",
+    "width",
+    "height",
+    "format",
+    "pixels_in",
+    "problems",
+];
+const WRITTEN: &[&str] = &[
+    "name", "driver", "shown", "width", "height", "missing", "failure", "output",
+];
+
+impl Row for Framebuffer {
+    const COLUMNS: &'static [&'static str] = &[
+        "name",
+        "kind",
+        "driver",
+        "shown",
+        "width",
+        "height",
+        "format",
+        "stride",
+        "pixels_in",
+        "pixels_at",
+        "address",
+        "problems",
+    ];
+}
+
 impl Cmd {
+    /// Whether it makes files.
+    pub(super) fn writes(&self) -> bool {
+        self.into.is_some()
+    }
+
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
+        if self.pictures || self.into.is_some() {
+            return pictures(&session, global, self.into.as_deref());
+        }
         let mut listing = consoles(session.kernel()?).context("reading the virtual consoles")?;
         listing
             .rows
@@ -71,6 +124,32 @@ impl Cmd {
         }
         Ok(if any { Outcome::Fine } else { Outcome::Nothing })
     }
+}
+
+/// Lists framebuffers, and writes them where that is wanted.
+fn pictures(session: &Session, global: &Global, into: Option<&Path>) -> Result<Outcome> {
+    let listing = framebuffers(session.kernel()?).context("looking for framebuffers")?;
+    let Some(into) = into.filter(|_| !listing.rows.is_empty()) else {
+        session.print(&Sheet::new(PICTURES, &listing.rows, listing.warnings))?;
+        return Ok(match listing.rows.is_empty() {
+            true => Outcome::Nothing,
+            false => Outcome::Fine,
+        });
+    };
+    let progress = Progress::spinner(global.quiet, "writing pictures");
+    let mut done = Vec::new();
+    let written = write(session.kernel()?, &listing.rows, into, |picture| {
+        done.push(picture.clone());
+    });
+    drop(progress);
+    written.with_context(|| format!("writing pictures to {}", into.display()))?;
+    let own = ["output", "missing", "sha256", "failure"];
+    let sheet = Sheet::of_done(Framebuffer::COLUMNS, &own, WRITTEN, &done, listing.warnings)?;
+    session.print(&sheet)?;
+    Ok(match done.iter().all(|picture| picture.output.is_none()) {
+        true => Outcome::Failed,
+        false => Outcome::Fine,
+    })
 }
 
 /// A console for people: a line that says which, then its text.

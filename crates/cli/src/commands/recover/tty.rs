@@ -19,7 +19,7 @@ driver's flip buffers. `waiting` is what nobody has read yet; all else has been 
 in there like everything else.
 
 What cannot be seen: bytes in whose place others came; lines whose discipline is not the usual one (PPP, SLIP, …); what
-serial hardware has not handed over; the input layer below the console's keyboard.")]
+serial hardware has not handed over; keys in the input layer, for which see `vmsight recover input`.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,

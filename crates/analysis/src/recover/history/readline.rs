@@ -1,138 +1,17 @@
-//! What was typed: the histories that shells keep in memory, also those that were never or not yet written to a file.
-//!
-//! GNU readline, and so bash, keeps each line in a `HIST_ENTRY` (a pointer to the line, one to its time as text, one to data of the
-//! program's) and the entries' addresses in a list that ends with a null pointer (readline's history.h and history.c; the same
-//! since 5.0 of 2004). Nothing is looked up by symbols: the structures point to each other, and that is looked for in every process,
-//! whatever it is called.
+//! GNU readline, and so bash: each line is in a `HIST_ENTRY` (a pointer to the line, one to its time as text, one to data of the
+//! program's), and the entries' addresses in a list that ends with a null pointer (readline's history.h and history.c; the same
+//! since 5.0 of 2004).
+
+use std::borrow::Cow;
 
 use rustc_hash::{FxHashMap, FxHashSet};
-use serde::Serialize;
 use vmsight_arch::Gva;
-use vmsight_linux::clock::rfc3339;
-use vmsight_linux::listing::address;
-use vmsight_linux::text::guest_text;
-use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
 
-use super::heap::Heap;
-
-/// Entries of one process.
-const MAX_ENTRIES: usize = 1 << 17;
-/// Rows in all.
-const MAX_ROWS: usize = 1 << 20;
-/// Bytes of lines in all.
-const MAX_BYTES: usize = 256 << 20;
-/// No more of processes is looked at than so many times the guest's memory.
-const MAX_COPIES: u64 = 4;
-/// The longest line that is believed.
-const MAX_LINE: usize = 64 << 10;
-/// Times that are believed: from 1990 to 2100.
-const TIMES: std::ops::Range<i64> = 631_152_000..4_102_444_800;
-
-/// A line that somebody typed.
-#[derive(Clone, Debug, Serialize)]
-pub struct HistoryEntry {
-    /// The process that has it in its memory.
-    pub pid: i32,
-    /// That process's name.
-    pub name: String,
-    /// Its place in the process's list, from 1; `None` for one that is in no list any more.
-    pub number: Option<usize>,
-    /// When it was typed, or read from a file that has no times: RFC 3339.
-    pub time: Option<String>,
-    /// The line.
-    pub command: String,
-    /// Where its entry lies in the process.
-    #[serde(serialize_with = "address::gva")]
-    pub address: Gva,
-    /// What could not be read.
-    pub problems: Vec<Problem>,
-}
-
-/// The histories of all processes, or of one, each in its own order; entries that are in no list come last, by time.
-///
-/// # Errors
-/// If processes cannot be listed, or the one that was asked for is not there.
-pub fn history(kernel: &Kernel, pid: Option<i32>) -> Result<Listing<HistoryEntry>, LinuxError> {
-    let processes = kernel.all_maps()?;
-    let mut out = Listing::new(Vec::new(), processes.warnings);
-    let mut bytes = MAX_BYTES;
-    let mut allowed = kernel.memory().size().saturating_mul(MAX_COPIES);
-    let mut there = false;
-    for process in processes.rows {
-        if pid.is_some_and(|pid| pid != process.pid) {
-            continue;
-        }
-        there = true;
-        let heap = match Heap::read(kernel, process.pid, &process.maps.rows, &mut allowed) {
-            Ok(Some(heap)) => heap,
-            Ok(None) => continue,
-            Err(error) => {
-                out.warn(format!("history of process {}: {error}", process.pid));
-                continue;
-            }
-        };
-        let found = entries(&heap);
-        if pid.is_some() {
-            doubts(&heap, process.pid, &mut out);
-        }
-        for entry in found {
-            let Some(left) = bytes
-                .checked_sub(entry.line.len())
-                .filter(|_| out.rows.len() < MAX_ROWS)
-            else {
-                out.warn("history: cut, the listing holds too much already");
-                return Ok(out);
-            };
-            bytes = left;
-            out.rows.push(HistoryEntry {
-                pid: process.pid,
-                name: process.name.clone(),
-                number: entry.number,
-                time: entry.time.checked_mul(1_000_000_000).and_then(rfc3339),
-                command: guest_text(entry.line),
-                address: entry.at,
-                problems: Vec::new(),
-            });
-        }
-    }
-    if allowed == 0 {
-        out.warn("history: cut, the processes have more memory than the guest can have");
-    }
-    match pid {
-        Some(pid) if !there => Err(LinuxError::NotFound(format!(
-            "no process {pid} with memory of its own"
-        ))),
-        _ => Ok(out),
-    }
-}
-
-/// What of a process that was asked for could not be searched.
-fn doubts(heap: &Heap, pid: i32, out: &mut Listing<HistoryEntry>) {
-    if heap.absent > 0 {
-        out.warn(format!(
-            "history of process {pid}: {} KiB of its memory were never used or are paged out",
-            heap.absent >> 10
-        ));
-    }
-    if heap.left_out > 0 {
-        out.warn(format!(
-            "history of process {pid}: {} MiB in large mappings were not searched",
-            heap.left_out >> 20
-        ));
-    }
-}
-
-/// One `HIST_ENTRY`.
-#[derive(Debug, PartialEq, Eq)]
-struct Entry<'h> {
-    at: Gva,
-    number: Option<usize>,
-    time: i64,
-    line: &'h [u8],
-}
+use super::{Entry, MAX_ENTRIES, MAX_LINE, TIMES, is_line};
+use crate::recover::heap::Heap;
 
 /// The entries in a process's memory.
-fn entries(heap: &Heap) -> Vec<Entry<'_>> {
+pub(super) fn entries(heap: &Heap) -> Vec<Entry<'_>> {
     let times = times(heap);
     if times.is_empty() {
         return Vec::new();
@@ -151,7 +30,7 @@ fn entries(heap: &Heap) -> Vec<Entry<'_>> {
     }
     number(heap, &mut found);
     let mut out: Vec<Entry<'_>> = found.into_values().collect();
-    out.sort_by_key(|e| (e.number.unwrap_or(usize::MAX), e.time, e.at.0));
+    out.sort_by_key(|e| (e.number.unwrap_or(u64::MAX), e.time, e.at.0));
     out
 }
 
@@ -181,16 +60,13 @@ fn entry(heap: &Heap, at: Gva, time: i64) -> Option<Entry<'_>> {
     let line = heap.text(Gva(heap.word(at)?), MAX_LINE)?;
     let data = heap.word(at.wrapping_add(16))?;
     let is_data = data == 0 || heap.from(Gva(data)).is_some();
-    // What was typed has no control characters but tabs and, in a command of several lines, line ends.
-    let is_line = !line.is_empty()
-        && line
-            .iter()
-            .all(|&b| b >= b' ' && b != 0x7f || matches!(b, b'\t' | b'\n' | 0x1b));
-    (is_data && is_line).then_some(Entry {
+    (is_data && is_line(line)).then_some(Entry {
+        form: "readline",
         at,
         number: None,
         time,
-        line,
+        ended: None,
+        line: Cow::Borrowed(line),
     })
 }
 
@@ -217,9 +93,9 @@ fn number(heap: &Heap, found: &mut FxHashMap<u64, Entry<'_>>) {
         run.clear();
         seen.clear();
     }
-    for (nth, at) in best.iter().enumerate() {
+    for (nth, at) in (1..).zip(&best) {
         if let Some(entry) = found.get_mut(at) {
-            entry.number = Some(nth + 1);
+            entry.number = Some(nth);
         }
     }
 }
@@ -263,7 +139,7 @@ mod tests {
         words.extend([(0x1900, 0x1840), (0x1908, 0x1800)]);
         let heap = heap(&words, TEXTS);
         let found = entries(&heap);
-        let lines: Vec<_> = found.iter().map(|e| (e.number, e.time, e.line)).collect();
+        let lines: Vec<_> = found.iter().map(|e| (e.number, e.time, &*e.line)).collect();
         assert_eq!(
             lines,
             [
