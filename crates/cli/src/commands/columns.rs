@@ -78,7 +78,7 @@ columns! {
     }
     Socket {
         family, protocol, kind, state, local_address, local_port, remote_address, remote_port,
-        receive_queue, send_queue, uid, inode, owners, namespace, interface, cookie, groups, listed,
+        receive_queue, send_queue, uid, inode, owners, namespace, interface, cookie, groups, listed, in_ports,
         address, problems,
     }
     UnixSocket {

@@ -73,7 +73,6 @@ pub struct Socket {
     /// Whether it was found in its protocol's tables: what the guest's own tools list. False for those only a descriptor leads to.
     pub listed: bool,
     /// Whether the table of ports in use has it, which no tool lists; false where [`SocketFilter::ports`] did not ask.
-    #[serde(skip)]
     pub in_ports: bool,
     /// The `struct sock` (or what stands in for it while a connection is made or dies).
     #[serde(serialize_with = "serial::gva")]
