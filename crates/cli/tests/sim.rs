@@ -13,6 +13,7 @@ use serde_json::Value;
 use vmsight_lab::Kernel;
 use vmsight_lab::cache::Lock;
 use vmsight_lab::cpio::Archive;
+use vmsight_sim_image::Program;
 
 fn vmsight() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmsight"));
@@ -553,6 +554,8 @@ fn ordered(args: &[&str], once: &str, orders: &str) -> Output {
 fn a_debian_is_watched_as_it_runs() {
     let folder = tempfile::tempdir().unwrap();
     let (initrd, saved) = (path(&folder, "initrd"), path(&folder, "policy"));
+    let monitor = path(&folder, "monitor");
+    fs::write(&monitor, Program::Monitor.bytes().unwrap()).unwrap();
     let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}")).vmlinuz();
     let kernel = kernel.to_str().unwrap();
     let mut archive = Archive::new();
@@ -580,11 +583,15 @@ fn a_debian_is_watched_as_it_runs() {
         "--tell",
         "openat",
     ];
-    let options = ["--save-policy", &saved, "--command-line", "console=ttyS0 quiet"];
+    let options = [
+        ["--save-policy", &saved],
+        ["--monitor", &monitor],
+        ["--command-line", "console=ttyS0 quiet"],
+    ];
     let more = ["--processors", "2", "--control", "-o", "jsonl"];
     // The guest may not set its name until the hooks are out.
     let out = ordered(
-        &[&guest[..], &rules, &options, &more].concat(),
+        &[&guest[..], &rules, options.as_flattened(), &more].concat(),
         "guest: until unhooked",
         "stats\nout with them\nunhook\n",
     );

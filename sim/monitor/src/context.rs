@@ -126,7 +126,8 @@ impl<'a, M: Memory> Context<'a, M> {
     }
 
     /// Walks the guest's four levels of page tables: four reads at most, whatever they hold. (`vmsight-arch` has a walker
-    /// for all modes, with evidence and reasons; compiled for the host it uses vector registers, which are the guest's.)
+    /// for all modes, with evidence and reasons; compiled for the host it uses vector registers, which are the guest's. A test holds the
+    /// two against each other.)
     fn translate(&self, address: u64) -> Option<u64> {
         let sign = address >> 47;
         if sign != 0 && sign != 0x1_ffff {
@@ -157,6 +158,10 @@ mod tests {
 
     extern crate std;
     use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+    use vmsight_arch::paging::{FaultReason, PagingMode, TableMemory, walk};
+    use vmsight_arch::{Dtb, Gpa, Gva};
 
     struct Words(BTreeMap<u64, u64>);
 
@@ -257,5 +262,47 @@ mod tests {
             assert_eq!(context.u64(0), Some(0x1003));
             assert_eq!(context.bytes(0, &mut [0; 0x2000]), None);
         });
+    }
+
+    /// The same memory for the walker of `vmsight-arch`.
+    struct Tables<'w>(&'w Words);
+
+    impl TableMemory for Tables<'_> {
+        fn entry_u64(&self, gpa: Gpa) -> Option<u64> {
+            self.0.0.get(&gpa.0).copied()
+        }
+
+        fn entry_u32(&self, _: Gpa) -> Option<u32> {
+            None
+        }
+    }
+
+    /// An entry that leads to one of the pages 1 to 4, or maps something.
+    fn entry() -> impl Strategy<Value = u64> {
+        let flags = prop_oneof![4 => Just(3u64), 1 => Just(0x83), 1 => Just(0x8000_0000_0000_0083), 1 => Just(2), 1 => 0..0x200u64];
+        let page = prop_oneof![8 => (1..5u64).prop_map(|n| n << 12), 1 => (0..1u64 << 40).prop_map(|n| n << 12), 1 => (0..64u64).prop_map(|n| n << 30)];
+        (flags, page).prop_map(|(flags, page)| flags | (page & ADDRESS))
+    }
+
+    proptest! {
+        /// Entries of which the processor would say that reserved bits are set lead nowhere for a guest.
+        #[test]
+        fn what_the_walker_of_all_modes_finds_is_found(
+            entries in prop::collection::vec(((1..5u64), (0..4u64), entry()), 8..40),
+            indices in prop::collection::vec(0..4u64, 4),
+            offset in 0..0x1000u64,
+        ) {
+            let zeros = (1..5u64).flat_map(|page| (0..4u64).map(move |slot| (page * 0x1000 + slot * 8, 0)));
+            let entries = entries.into_iter().map(|(page, slot, entry)| (page * 0x1000 + slot * 8, entry));
+            let mut words = Words(zeros.chain(entries).collect());
+            let address = indices.iter().fold(0, |address, index| address << 9 | index) << 12 | offset;
+            let walked = walk(PagingMode::X86Level4, &Tables(&words), Dtb(0x1000), Gva(address));
+            let found = seen(&mut words, |context| context.translate(address));
+            match walked {
+                Ok(translation) => prop_assert_eq!(found, Some(translation.gpa.0)),
+                Err(fault) if fault.reason == FaultReason::Reserved => {}
+                Err(fault) => prop_assert_eq!(found, None, "{:?}", fault),
+            }
+        }
     }
 }
