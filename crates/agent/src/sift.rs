@@ -67,7 +67,6 @@ pub(crate) fn sift(
     if told.iter().all(|t| t.armed.sieve.is_open()) {
         return told;
     }
-    let now = Instant::now();
     agent.with_guest(|guest, _| {
         let memory = Seen { guest, vcpu };
         told.retain(|told| {
@@ -76,7 +75,8 @@ pub(crate) fn sift(
                 registers,
                 detail: &detail,
             };
-            told.armed.sieve.is_open() || told.armed.sieve.pass(moment, &memory, now) == Passage::Wanted
+            told.armed.sieve.is_open()
+                || told.armed.sieve.pass(moment, &memory, Instant::now) == Passage::Wanted
         });
     });
     told

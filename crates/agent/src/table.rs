@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vmsight_hooks::{Access, Counts, Delivery, Hook, HookId, HookKind, Scope, Sieve};
+use vmsight_hooks::{Access, Counts, Hook, HookId, HookKind, Sieve};
 
 use crate::filter::Filter;
 use crate::session::Session;
@@ -62,11 +62,6 @@ impl Armed {
     /// Tells its monitor about it.
     pub(crate) fn notice(&self, text: impl Into<String>) {
         self.session.notice(Some(self.id), text);
-    }
-
-    /// Whether it matters what a vCPU's registers hold: an event that is only counted, whoever's it is, has none.
-    pub(crate) fn wants_registers(&self) -> bool {
-        self.hook.delivery != Delivery::Counted || self.hook.scope != Scope::All || !self.sieve.is_open()
     }
 
     pub(crate) fn is_removed(&self) -> bool {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::record::{RECORD_WORDS, Record};
 use crate::shared::{Area, RING_ENTRIES};
+use crate::wait::processor;
 use crate::{ChannelError, Shared};
 
 /// The agent's end of a vCPU's ring.
@@ -45,7 +46,7 @@ impl Producer {
         self.head += 1;
         // What was written before is seen by who sees the new head.
         area.head().store(self.head, Ordering::Release);
-        shared.ring_bell();
+        shared.ring_for_event();
         true
     }
 
@@ -94,6 +95,7 @@ impl Consumer {
             *to = from.load(Ordering::Relaxed);
         }
         self.tail += 1;
+        area.read_on().store(processor(), Ordering::Relaxed);
         area.tail().store(self.tail, Ordering::Release);
         area.ring_room();
         Ok(Some(Record::from_words(words)))

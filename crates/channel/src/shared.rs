@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::record::RECORD_WORDS;
-use crate::wait::{ring, sleep};
+use crate::wait::{Spin, processor, ring, sleep};
 use crate::{ChannelError, VERSION};
 
 /// vCPUs that have a ring.
@@ -37,6 +37,8 @@ mod header {
     pub(super) const VCPUS: usize = 2;
     /// Rung for each event (u32).
     pub(super) const BELL: usize = 8;
+    /// The processor that the agent was on when it rang, plus one.
+    pub(super) const RUNG_ON: usize = 9;
     /// Whether the monitor sleeps (u32).
     pub(super) const SLEEPS: usize = 16;
 }
@@ -136,7 +138,13 @@ impl Shared {
         u32::try_from(said).unwrap_or(MAX_VCPUS).min(MAX_VCPUS)
     }
 
-    /// Says that an event is there.
+    /// The agent: says that an event is there.
+    pub(crate) fn ring_for_event(&self) {
+        self.word(header::RUNG_ON).store(processor(), Ordering::Relaxed);
+        self.ring_bell();
+    }
+
+    /// Wakes who waits for an event, so that it looks around.
     pub fn ring_bell(&self) {
         ring(half(self.word(header::BELL)), half(self.word(header::SLEEPS)));
     }
@@ -144,6 +152,12 @@ impl Shared {
     /// How often the bell was rung.
     pub fn bell(&self) -> u32 {
         half(self.word(header::BELL)).load(Ordering::SeqCst)
+    }
+
+    /// The monitor: whether the bell is rung again, after it had been rung `seen` times, while it is worth while to wait awake.
+    pub fn spin(&self, seen: u32, spin: &mut Spin) -> bool {
+        let agent = || self.word(header::RUNG_ON).load(Ordering::Relaxed);
+        spin.until(agent, || self.bell() != seen)
     }
 
     /// Sleeps until the bell is rung again after it had been rung `seen` times, at most `most`; may return early.
@@ -186,12 +200,14 @@ mod control {
     pub(super) const TAIL: usize = 8;
     /// Rung where a record was read (u32).
     pub(super) const ROOM_BELL: usize = 9;
+    /// The processor that the monitor was on when it read, plus one.
+    pub(super) const READ_ON: usize = 10;
     /// The event that was answered last, plus one; the monitor's.
     pub(super) const ANSWERED: usize = 16;
     /// Rung where an event was answered (u32).
     pub(super) const VERDICT_BELL: usize = 17;
-    /// The verdict.
-    pub(super) const VERDICT: usize = 24;
+    /// The verdict. All of it but registers is in the cache line of the number above, which who waits for it has to fetch anyway.
+    pub(super) const VERDICT: usize = 18;
 }
 
 /// Words of a verdict.
@@ -214,6 +230,11 @@ impl<'m> Area<'m> {
 
     pub(crate) fn tail(self) -> &'m AtomicU64 {
         self.word(control::TAIL)
+    }
+
+    /// The processor that the monitor was on when it read last, plus one.
+    pub(crate) fn read_on(self) -> &'m AtomicU64 {
+        self.word(control::READ_ON)
     }
 
     /// How many records were dropped for want of room.
@@ -319,6 +340,21 @@ mod tests {
         // No memory file at all.
         let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         assert!(Shared::open(&file).is_err());
+    }
+
+    #[test]
+    fn a_verdict_without_registers_comes_with_the_number_of_its_event() {
+        let line = |word: &AtomicU64| std::ptr::from_ref(word).addr() / 64;
+        let (shared, _file) = Shared::create().unwrap();
+        let area = shared.area(1).unwrap();
+        let before_registers = &area.verdict()[..4];
+        assert!(
+            before_registers
+                .iter()
+                .all(|word| line(word) == line(area.answered()))
+        );
+        // What the agent writes is elsewhere: each side would take the line from the other.
+        assert_ne!(line(area.open()), line(area.answered()));
     }
 
     #[test]

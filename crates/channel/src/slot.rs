@@ -93,6 +93,18 @@ impl VerdictWords {
         Some(Self(words))
     }
 
+    /// How many words a verdict of a kind has: the others are neither written nor read.
+    const fn len_of(kind: u64) -> usize {
+        match kind {
+            kind::SET_REGISTERS => VERDICT_WORDS,
+            _ => at::REGISTERS,
+        }
+    }
+
+    fn kind(&self) -> u64 {
+        self.0.get(at::KIND).copied().unwrap_or(0)
+    }
+
     /// The verdict in it, `None` where it makes no sense.
     pub fn verdict(&self) -> Option<Verdict> {
         let get = |index: usize| self.0.get(index).copied().unwrap_or(0);
@@ -158,7 +170,8 @@ impl Area<'_> {
 
     /// The monitor: gives the verdict on the event with this number. One caller at a time, and once for each event.
     pub fn answer(self, sequence: u64, verdict: &VerdictWords) {
-        for (to, from) in self.verdict().iter().zip(verdict.0) {
+        let words = self.verdict().iter().take(VerdictWords::len_of(verdict.kind()));
+        for (to, from) in words.zip(verdict.0) {
             to.store(from, Ordering::Relaxed);
         }
         self.answered().store(sequence.wrapping_add(1), Ordering::Release);
@@ -171,9 +184,15 @@ impl Area<'_> {
             return Answer::NotYet;
         }
         fence(Ordering::Acquire);
+        let word = |index: usize| self.verdict().get(index).map_or(0, |w| w.load(Ordering::Relaxed));
+        // Read once: whatever becomes of it meanwhile, it is this kind.
+        let kind = word(at::KIND);
         let mut words = [0; VERDICT_WORDS];
-        for (to, from) in words.iter_mut().zip(self.verdict()) {
-            *to = from.load(Ordering::Relaxed);
+        for (index, to) in words.iter_mut().enumerate().take(VerdictWords::len_of(kind)) {
+            *to = match index {
+                at::KIND => kind,
+                _ => word(index),
+            };
         }
         Answer::Verdict(VerdictWords(words).verdict())
     }
@@ -181,7 +200,8 @@ impl Area<'_> {
     /// The agent: waits for the verdict, first spinning, then asleep for at most `most`. Returns early for a signal.
     pub fn wait_for_answer(self, sequence: u64, spin: &mut Spin, most: Duration) {
         let ready = || self.answered().load(Ordering::Acquire) == sequence.wrapping_add(1);
-        if !spin.until(ready) {
+        let monitor = || self.read_on().load(Ordering::Relaxed);
+        if !spin.until(monitor, ready) {
             self.sleep_for_verdict(ready, most);
         }
     }
@@ -248,6 +268,25 @@ mod tests {
         words[at::KIND] = kind::STEP;
         words[at::VALUE] = 0;
         assert_eq!(VerdictWords(words).verdict(), None, "no steps");
+    }
+
+    #[test]
+    fn words_that_a_verdict_does_not_have_are_left_alone() {
+        let (shared, _file) = Shared::create().unwrap();
+        let area = shared.area(0).unwrap();
+        let registers = area.verdict().get(at::REGISTERS..).unwrap();
+        for word in registers {
+            word.store(7, Ordering::Relaxed);
+        }
+        for verdict in verdicts() {
+            let has_registers = matches!(verdict, Verdict::SetRegisters(_));
+            area.answer(5, &VerdictWords::new(&verdict).unwrap());
+            assert_eq!(area.answer_to(5), Answer::Verdict(Some(verdict)));
+            for word in registers {
+                let was = word.swap(7, Ordering::Relaxed);
+                assert!(has_registers || was == 7);
+            }
+        }
     }
 
     #[test]

@@ -10,6 +10,9 @@ use vmsight_hooks::{BackendKind, Capability, Counts, Delivery, Event, Hook, Hook
 
 use crate::{Backend, EventError};
 
+/// A wait that is none: who waits for so long is woken, or the VM ends.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
 type Callback = Arc<Mutex<dyn FnMut(&Occurrence) -> Verdict + Send>>;
 
 /// Hooks of one VM. Clones share everything; several may be used from several threads, and each event goes to one of them.
@@ -113,6 +116,16 @@ impl Monitor {
                 }
             }
         }
+    }
+
+    /// The events that have no callback, as they come, until the VM ends or [`Self::wake`] is called. Callbacks are called meanwhile.
+    /// After any other error one may go on.
+    pub fn events(&self) -> impl Iterator<Item = Result<Occurrence, EventError>> + use<'_> {
+        std::iter::from_fn(|| match self.next(FOR_EVER) {
+            Ok(occurrence) => occurrence.map(Ok),
+            Err(EventError::Gone) => None,
+            Err(error) => Some(Err(error)),
+        })
     }
 
     /// Calls back for `duration`. Events without a callback are let go.

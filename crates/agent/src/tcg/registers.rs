@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use vmsight_arch::Registers;
 use vmsight_arch::registers::GPR_NAMES;
+use vmsight_hooks::{Field, Looks, Register, Scope};
 
 use super::api::{self, Array, RegisterDescriptor, RegisterHandle};
 
@@ -42,7 +43,77 @@ enum Which {
     Efer,
 }
 
+/// Registers that are to be read: each costs a call into QEMU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Wanted(u64);
+
+impl Wanted {
+    const ALL: Self = Self(u64::MAX);
+
+    /// What it takes to say whether a hook with this scope, and a filter that looks at this, wants an event.
+    pub(super) fn to_judge(scope: Scope, looks: Looks) -> Self {
+        let mut wanted = 0;
+        let mut want = |which: &[Which]| wanted |= which.iter().fold(0, |bits, which| bits | which.bit());
+        for n in (0..16).filter(|n| looks.at(Field::Register(Register::Gpr(*n)))) {
+            want(&[Which::Gpr(usize::from(n))]);
+        }
+        for (field, which) in FIELDS {
+            if looks.at(*field) {
+                want(which);
+            }
+        }
+        if scope != Scope::All {
+            want(&[Which::Cr3]);
+        }
+        Self(wanted)
+    }
+
+    const fn has(self, which: Which) -> bool {
+        self.0 & which.bit() != 0
+    }
+}
+
+/// Where a filter finds its fields; those that are not here have no register.
+const FIELDS: &[(Field, &[Which])] = &[
+    // Where an instruction is executed is told from both (see `Reader::read`).
+    (Field::Register(Register::Rip), &[Which::Rip, Which::Efer]),
+    (Field::Register(Register::Rflags), &[Which::Flags]),
+    (Field::Cr0, &[Which::Cr0]),
+    (Field::Cr2, &[Which::Cr2]),
+    (Field::Cr3, &[Which::Cr3]),
+    (Field::Cr4, &[Which::Cr4]),
+    (Field::Efer, &[Which::Efer]),
+    (Field::Cpl, &[Which::Cs]),
+    (Field::FsBase, &[Which::FsBase]),
+    (Field::GsBase, &[Which::GsBase]),
+    (Field::PerCpu, &[Which::Cs, Which::GsBase, Which::KernelGsBase]),
+];
+
 impl Which {
+    /// Its place among [`Wanted`].
+    const fn bit(self) -> u64 {
+        let n = match self {
+            Self::Gpr(n) => n as u32 & 15,
+            Self::Rip => 16,
+            Self::Flags => 17,
+            Self::Cs => 18,
+            Self::Ss => 19,
+            Self::Ds => 20,
+            Self::Es => 21,
+            Self::Fs => 22,
+            Self::Gs => 23,
+            Self::FsBase => 24,
+            Self::GsBase => 25,
+            Self::KernelGsBase => 26,
+            Self::Cr0 => 27,
+            Self::Cr2 => 28,
+            Self::Cr3 => 29,
+            Self::Cr4 => 30,
+            Self::Efer => 31,
+        };
+        1 << n
+    }
+
     /// By the name of QEMU's `gdb-xml/i386-64bit.xml`.
     fn named(name: &str) -> Option<Self> {
         if let Some(n) = GPR_NAMES.iter().position(|gpr| *gpr == name) {
@@ -151,7 +222,7 @@ impl Reader {
         self.value(*handle)
     }
 
-    /// Where the instruction that was translated at `translated` is being executed: see [`Self::all`].
+    /// Where the instruction that was translated at `translated` is being executed: see [`Self::read`].
     pub(super) fn rip(&self, translated: u64) -> u64 {
         let long = self.one(Which::Efer).is_some_and(|efer| efer & EFER_LMA != 0);
         match self.one(Which::Rip) {
@@ -160,16 +231,22 @@ impl Reader {
         }
     }
 
-    /// All of them, on the thread of `vcpu`. QEMU translates the code of a page once, wherever the page is
+    /// All of them: see [`Self::read`].
+    pub(super) fn all(&self, vcpu: u32, translated: Option<u64>) -> Registers {
+        self.read(vcpu, translated, Wanted::ALL)
+    }
+
+    /// Some of them, the others 0, on the thread of `vcpu`. QEMU translates the code of a page once, wherever the page is
     /// mapped, and keeps RIP only at the beginning of a block and at a few places in it: where the instruction
     /// is, is told from both.
-    pub(super) fn all(&self, vcpu: u32, translated: Option<u64>) -> Registers {
+    pub(super) fn read(&self, vcpu: u32, translated: Option<u64>, wanted: Wanted) -> Registers {
         let mut registers = Registers {
             vcpu,
             ..Registers::default()
         };
         let r = &mut registers;
-        for (which, handle) in self.handles() {
+        let handles = self.handles().iter();
+        for (which, handle) in handles.filter(|(which, _)| wanted.has(*which)) {
             let Some(value) = self.value(*handle) else {
                 continue;
             };
@@ -197,7 +274,7 @@ impl Reader {
                 Which::Efer => r.efer = value,
             }
         }
-        if let Some(translated) = translated {
+        if let Some(translated) = translated.filter(|_| wanted.has(Which::Rip)) {
             r.rip = match r.efer & EFER_LMA {
                 0 => translated,
                 _ => executed_at(translated, r.rip),
@@ -216,7 +293,203 @@ fn executed_at(translated: u64, rip: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::{c_char, c_int, c_uint};
+
+    use vmsight_arch::paging::TableMemory;
+    use vmsight_arch::{Dtb, Gpa, Gva};
+    use vmsight_hooks::{Detail, FilterMemory, Moment, Value};
+
     use super::*;
+
+    const NAMES: [&CStr; 33] = [
+        c"rax",
+        c"rbx",
+        c"rcx",
+        c"rdx",
+        c"rsi",
+        c"rdi",
+        c"rbp",
+        c"rsp",
+        c"r8",
+        c"r9",
+        c"r10",
+        c"r11",
+        c"r12",
+        c"r13",
+        c"r14",
+        c"r15",
+        c"rip",
+        c"eflags",
+        c"cs",
+        c"ss",
+        c"ds",
+        c"es",
+        c"fs",
+        c"gs",
+        c"fs_base",
+        c"gs_base",
+        c"k_gs_base",
+        c"cr0",
+        c"cr2",
+        c"cr3",
+        c"cr4",
+        c"efer",
+        c"st0",
+    ];
+
+    thread_local! {
+        /// How many registers were read, and the privilege level.
+        static READS: Cell<usize> = const { Cell::new(0) };
+        static CPL: Cell<u64> = const { Cell::new(0) };
+    }
+
+    unsafe extern "C" fn list() -> *mut Array {
+        let descriptors: Vec<RegisterDescriptor> = (1..)
+            .zip(NAMES)
+            .map(|(n, name)| RegisterDescriptor {
+                handle: ptr::without_provenance_mut(n),
+                name: name.as_ptr(),
+                feature: ptr::null(),
+            })
+            .collect();
+        let array = Array {
+            len: descriptors.len() as c_uint,
+            data: Box::into_raw(descriptors.into_boxed_slice()).cast(),
+        };
+        Box::into_raw(Box::new(array))
+    }
+
+    unsafe extern "C" fn free_list(list: *mut Array, _: c_int) -> *mut c_char {
+        // SAFETY: what `list` has made, once.
+        unsafe {
+            let list = Box::from_raw(list);
+            let slice =
+                ptr::slice_from_raw_parts_mut(list.data.cast::<RegisterDescriptor>(), list.len as usize);
+            drop(Box::from_raw(slice));
+        }
+        ptr::null_mut()
+    }
+
+    unsafe extern "C" fn new_bytes() -> *mut Array {
+        let array = Array {
+            data: Box::into_raw(Box::new([0_u8; 8])).cast(),
+            len: 0,
+        };
+        Box::into_raw(Box::new(array))
+    }
+
+    unsafe extern "C" fn set_size(bytes: *mut Array, len: c_uint) -> *mut Array {
+        // SAFETY: what `new_bytes` has made.
+        unsafe { (*bytes).len = len };
+        bytes
+    }
+
+    /// Each register has a value of its own.
+    unsafe extern "C" fn read(handle: RegisterHandle, bytes: *mut Array) -> c_int {
+        READS.set(READS.get() + 1);
+        let value = match NAMES.get(handle.addr() - 1).and_then(|name| name.to_str().ok()) {
+            Some("cs") => 0x10 | CPL.get(),
+            Some("efer") => EFER_LMA,
+            _ => 0x1000 * handle.addr() as u64,
+        };
+        // SAFETY: what `new_bytes` has made, with room for 8 bytes.
+        unsafe {
+            (*bytes).data.cast::<u64>().write(value);
+            (*bytes).len = 8;
+        }
+        8
+    }
+
+    fn reader() -> Reader {
+        Reader {
+            api: api::Registers {
+                list,
+                read,
+                new_bytes,
+                set_size,
+                free_list,
+            },
+            handles: OnceLock::new(),
+        }
+    }
+
+    struct Nothing;
+
+    impl TableMemory for Nothing {
+        fn entry_u64(&self, _: Gpa) -> Option<u64> {
+            None
+        }
+
+        fn entry_u32(&self, _: Gpa) -> Option<u32> {
+            None
+        }
+    }
+
+    impl FilterMemory for Nothing {
+        fn read_physical(&self, _: Gpa, _: &mut [u8]) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn what_is_read_to_judge_an_event_is_all_that_its_filter_sees() {
+        let reader = reader();
+        let detail = Detail::Execute { rip: Gva(0x11123) };
+        let gprs = (0..16)
+            .map(Register::Gpr)
+            .chain([Register::Rip, Register::Rflags]);
+        let fields: Vec<Field> = gprs
+            .map(Field::Register)
+            .chain(FIELDS.iter().map(|(field, _)| *field))
+            .collect();
+        for cpl in [0, 3] {
+            CPL.set(cpl);
+            let all = reader.all(0, Some(0x7fff_0000_0123));
+            for field in &fields {
+                let program = Value::from(*field).compile().unwrap();
+                let wanted = Wanted::to_judge(Scope::All, program.looks());
+                let few = reader.read(0, Some(0x7fff_0000_0123), wanted);
+                let see = |registers| {
+                    program.number(
+                        Moment {
+                            registers,
+                            detail: &detail,
+                        },
+                        &Nothing,
+                    )
+                };
+                assert!(
+                    see(&all).is_some_and(|value| value != 0 || (*field, cpl) == (Field::Cpl, 0)),
+                    "{field:?}"
+                );
+                assert_eq!(see(&few), see(&all), "{field:?} at level {cpl}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_more_registers_are_read_than_it_takes() {
+        let reader = reader();
+        let reads = |scope, value: Option<Value>| {
+            let looks = value.map_or(Looks::default(), |value| value.compile().unwrap().looks());
+            READS.set(0);
+            reader.read(0, Some(0x1000), Wanted::to_judge(scope, looks));
+            READS.take()
+        };
+        let rbx = Value::register(Register::Gpr(3));
+        assert_eq!(reads(Scope::All, None), 0);
+        assert_eq!(reads(Scope::All, Some(rbx.clone())), 1);
+        assert_eq!(reads(Scope::Dtb(Dtb(0x1000)), None), 1);
+        assert_eq!(reads(Scope::All, Some(rbx.clone().plus(Field::Vcpu))), 1);
+        // CR0, CR3, CR4 and EFER say how an address is translated.
+        assert_eq!(reads(Scope::All, Some(rbx.load(8))), 5);
+        reader.all(0, Some(0x1000));
+        assert_eq!(
+            READS.take(),
+            NAMES.len() - 1,
+            "and all but those that no event has"
+        );
+    }
 
     #[test]
     fn an_instruction_is_where_its_page_is_mapped() {

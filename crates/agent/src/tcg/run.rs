@@ -3,7 +3,7 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::atomic::Ordering;
 
-use vmsight_arch::{Gpa, Gva, Registers};
+use vmsight_arch::{Gpa, Gva};
 use vmsight_hooks::{Access, Detail};
 
 use super::api::{Block, Instruction, NO_REGISTERS, READS, READS_REGISTERS, WRITES};
@@ -108,14 +108,6 @@ fn with(what: impl FnOnce(&'static Front, &'static Table)) {
     });
 }
 
-/// The registers, where QEMU gives them.
-fn registers(front: &Front, vcpu: u32, translated: u64) -> Option<Registers> {
-    front
-        .registers
-        .as_ref()
-        .map(|reader| reader.all(vcpu, Some(translated)))
-}
-
 /// Where the instruction is that was translated at `translated`. The kernel's is where it was: its code has one
 /// address.
 fn rip(front: &Front, translated: u64) -> u64 {
@@ -136,17 +128,10 @@ extern "C" fn on_execution(vcpu: c_uint, translated: *mut c_void) {
             return;
         }
         let vcpu = front.vcpu(vcpu);
-        // To read them all costs more than all the rest of what is only counted.
-        let wanted = !handled.is_empty()
-            || hooks.iter().any(|armed| armed.wants_registers())
-            || ranges().any(|watch| watch.hooked.armed.wants_registers());
-        let registers = wanted.then(|| registers(front, vcpu, translated)).flatten();
-        let moment = Moment {
-            front,
-            vcpu,
-            registers: registers.as_ref(),
-        };
-        if let Some(registers) = &registers {
+        let moment = Moment::new(front, vcpu, translated);
+        if !handled.is_empty()
+            && let Some(registers) = moment.registers()
+        {
             for (vector, armed) in handled.iter().filter(|(_, a)| moment.is_in_scope(a)) {
                 let detail = interrupt::detail(*vector, registers, |at| front.read_virtual_u64(vcpu, at));
                 moment.occur(armed, detail);
@@ -181,13 +166,8 @@ extern "C" fn on_step(vcpu: c_uint, translated: *mut c_void) {
                 continue;
             }
             let translated = translated as u64;
-            let registers = registers(front, vcpu, translated);
-            let moment = Moment {
-                front,
-                vcpu,
-                registers: registers.as_ref(),
-            };
-            let rip = registers.as_ref().map_or(translated, |r| r.rip);
+            let moment = Moment::new(front, vcpu, translated);
+            let rip = moment.registers().map_or(translated, |r| r.rip);
             moment.occur(&hooked.armed, Detail::Step { rip: Gva(rip) });
             front.change();
         }
@@ -199,19 +179,15 @@ extern "C" fn on_instruction(vcpu: c_uint, site: *mut c_void) {
         // SAFETY: a site of this code, which goes when the code goes, while no vCPU is in it.
         let site = unsafe { *site.cast::<Site>() };
         let vcpu = front.vcpu(vcpu);
-        let registers = registers(front, vcpu, site.translated);
-        let rip = registers.as_ref().map_or(site.translated, |r| r.rip);
+        let moment = Moment::new(front, vcpu, site.translated);
+        let registers = moment.registers();
+        let rip = registers.map_or(site.translated, |r| r.rip);
         if table.has_interrupts && site.act == Act::DescriptorTable {
             // There may be other gates in a moment: by the time all vCPUs are out of the guest it is done.
             front.change();
         }
-        let Some(detail) = site.act.detail(rip, registers.as_ref()) else {
+        let Some(detail) = site.act.detail(rip, registers) else {
             return;
-        };
-        let moment = Moment {
-            front,
-            vcpu,
-            registers: registers.as_ref(),
         };
         for armed in &table.instructions {
             if is_hooked(&armed.hook.kind, &detail) && moment.is_in_scope(armed) {
@@ -259,7 +235,7 @@ fn accessed(
         }
     };
     let mut gpa = None;
-    let mut registers_read = None;
+    let mut at = None;
     for watch in table.memory.iter().filter(|w| w.access.contains(access)) {
         let first = match watch.physical {
             true => match *gpa.get_or_insert_with(physical) {
@@ -271,13 +247,7 @@ fn accessed(
         if !watch.covers(first, first.saturating_add(len - 1)) {
             continue;
         }
-        let vcpu = front.vcpu(vcpu);
-        let registers = registers_read.get_or_insert_with(|| registers(front, vcpu, translated));
-        let moment = Moment {
-            front,
-            vcpu,
-            registers: registers.as_ref(),
-        };
+        let moment = at.get_or_insert_with(|| Moment::new(front, front.vcpu(vcpu), translated));
         if !moment.is_in_scope(&watch.hooked.armed) {
             continue;
         }

@@ -1,15 +1,16 @@
 //! An event on its way: told to the monitor, and held until the verdict is there.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use vmsight_arch::Registers;
 use vmsight_channel::{Answer, Producer, Record, Spin};
-use vmsight_hooks::{self as hooks, Delivery, Detail, Event, Overflow, Passage, Verdict};
+use vmsight_hooks::{self as hooks, Delivery, Detail, Event, Looks, Overflow, Passage, Scope, Verdict};
 
 use super::front::{Front, Place};
+use super::registers::{Reader, Wanted};
 use crate::session::Session;
 use crate::table::Armed;
 
@@ -23,13 +24,15 @@ thread_local! {
     static SPIN: RefCell<Spin> = RefCell::new(Spin::default());
 }
 
-/// A vCPU at an event, on its own thread.
-#[derive(Clone, Copy, Debug)]
+/// A vCPU at an event, on its own thread. To read all registers costs more than all the rest of an event that nobody is told of, so
+/// that is done only where somebody wants to see them.
+#[derive(Debug)]
 pub(super) struct Moment<'a> {
     pub(super) front: &'a Front,
     pub(super) vcpu: u32,
-    /// `None` where QEMU does not give them.
-    pub(super) registers: Option<&'a Registers>,
+    /// Where its instruction was translated.
+    translated: u64,
+    all: OnceCell<Option<Registers>>,
 }
 
 enum Pushed {
@@ -39,10 +42,42 @@ enum Pushed {
     Removed,
 }
 
-impl Moment<'_> {
+impl<'a> Moment<'a> {
+    pub(super) fn new(front: &'a Front, vcpu: u32, translated: u64) -> Self {
+        Self {
+            front,
+            vcpu,
+            translated,
+            all: OnceCell::new(),
+        }
+    }
+
+    /// All registers; `None` where QEMU does not give them.
+    pub(super) fn registers(&self) -> Option<&Registers> {
+        let read = |reader: &Reader| reader.all(self.vcpu, Some(self.translated));
+        self.all
+            .get_or_init(|| self.front.registers.as_ref().map(read))
+            .as_ref()
+    }
+
+    /// At least those that are wanted.
+    fn with<T>(&self, wanted: Wanted, look: impl FnOnce(&Registers) -> T) -> Option<T> {
+        match self.all.get() {
+            Some(all) => all.as_ref().map(look),
+            None => {
+                let reader = self.front.registers.as_ref()?;
+                Some(look(&reader.read(self.vcpu, Some(self.translated), wanted)))
+            }
+        }
+    }
+
     /// Whether a hook's scope is that of the vCPU. A hook with a scope is armed only where there are registers.
     pub(super) fn is_in_scope(&self, armed: &Armed) -> bool {
-        armed.hook.scope.covers(self.registers.map_or(0, |r| r.cr3))
+        let scope = armed.hook.scope;
+        scope == Scope::All
+            || self
+                .with(Wanted::to_judge(scope, Looks::default()), |r| scope.covers(r.cr3))
+                .unwrap_or(false)
     }
 
     /// What a hook in whose scope the vCPU is was on has happened.
@@ -92,11 +127,15 @@ impl Moment<'_> {
 
     /// Whether the hook's filter wants it. A hook with a filter is armed only where there are registers.
     fn wants(&self, armed: &Armed, detail: &Detail) -> bool {
-        let Some(registers) = self.registers.filter(|_| !armed.sieve.is_open()) else {
+        if armed.sieve.is_open() {
             return true;
-        };
-        let moment = hooks::Moment { registers, detail };
-        armed.sieve.pass(moment, self.front, Instant::now()) == Passage::Wanted
+        }
+        let wanted = Wanted::to_judge(Scope::All, armed.sieve.looks());
+        let passage = self.with(wanted, |registers| {
+            let moment = hooks::Moment { registers, detail };
+            armed.sieve.pass(moment, self.front, Instant::now)
+        });
+        passage.is_none_or(|passage| passage == Passage::Wanted)
     }
 
     /// There is no room.
@@ -140,7 +179,7 @@ impl Moment<'_> {
             vcpu: self.vcpu,
             ..Registers::default()
         };
-        let registers = self.registers.unwrap_or(&none);
+        let registers = self.registers().unwrap_or(&none);
         let sequence = session.sequence.fetch_add(1, Ordering::Relaxed);
         let event = Event {
             sequence,

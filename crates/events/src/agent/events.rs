@@ -77,7 +77,7 @@ impl Events {
             }
             // Only one thread spins; the others sleep at once.
             let rang = match self.rings.try_lock() {
-                Ok(mut rings) => rings.spin.until(|| self.shared.bell() != bell),
+                Ok(mut rings) => self.shared.spin(bell, &mut rings.spin),
                 Err(_) => false,
             };
             if !rang {

@@ -104,6 +104,9 @@ impl AgentBackend {
 
     /// Whether the backend takes this verdict on this event.
     fn takes(&self, event: &Event, verdict: VerdictKind) -> bool {
+        if verdict == VerdictKind::Continue {
+            return true;
+        }
         let Some(feature) = feature(&event.detail) else {
             return false;
         };

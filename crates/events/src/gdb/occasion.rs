@@ -179,7 +179,7 @@ impl Worker {
                 memory: &self.memory,
                 stub: RefCell::new(&mut self.debug),
             };
-            let passage = armed.sieve.pass(moment, &memory, Instant::now());
+            let passage = armed.sieve.pass(moment, &memory, Instant::now);
             if passage != Passage::Wanted {
                 self.queue.count(id, |c| c.occurred += 1);
                 return Ok(None);

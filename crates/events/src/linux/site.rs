@@ -11,7 +11,7 @@ use super::TraceError;
 const ENTRY_CODE: usize = 1024;
 
 /// Entry points and what they call with the saved registers on the stack (arch/x86/entry/entry_64.S, entry_64_compat.S).
-/// INT 0x80 has been an interrupt gate in C since 6.7 (`int80_emulation`).
+/// INT 0x80 has been an interrupt gate in C since 6.7, and in stable kernels since 6.1.68 and 6.6.7 (`int80_emulation`): it is not among these.
 const ENTRIES: [(&str, &str, Abi); 4] = [
     ("entry_SYSCALL_64", "do_syscall_64", Abi::X64),
     ("entry_SYSCALL_compat", "do_fast_syscall_32", Abi::Ia32),

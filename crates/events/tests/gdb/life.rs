@@ -362,6 +362,41 @@ fn who_waits_can_be_woken_and_others_can_arm_meanwhile() {
 }
 
 #[test]
+fn events_are_gone_through_until_somebody_wakes_or_the_machine_ends() {
+    let mut vm = Machine::start(1);
+    let monitor = vm.monitor();
+    let hook = monitor
+        .hook(&Hook::execute(Gva(vm.guest.function)).delivered(patient()))
+        .unwrap();
+    vm.work(0, 5);
+    let mut seen = 0;
+    for occurrence in monitor.events() {
+        let occurrence = occurrence.unwrap();
+        seen += 1;
+        occurrence.answer(Verdict::Continue).unwrap();
+        if seen == 5 {
+            break;
+        }
+    }
+    vm.wait_for(|m| m.is_done(0, 1));
+    assert_eq!(
+        (seen, vm.word(0, CALLS), hook.counts().unwrap().occurred),
+        (5, 5, 5)
+    );
+    let waits = {
+        let monitor = monitor.clone();
+        std::thread::spawn(move || monitor.events().count())
+    };
+    while !waits.is_finished() {
+        monitor.wake();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(waits.join().unwrap(), 0, "woken");
+    vm.kill();
+    assert_eq!(monitor.events().count(), 0, "gone");
+}
+
+#[test]
 fn what_its_owner_does_while_a_vcpu_is_held_changes_nothing() {
     let vm = Machine::start(2);
     let monitor = vm.monitor();

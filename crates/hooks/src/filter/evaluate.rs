@@ -5,7 +5,7 @@ use vmsight_arch::paging::{PagingMode, TableMemory, resolve};
 use vmsight_arch::{Gpa, Gva, Registers};
 
 use super::expression::{Arithmetic, Comparison, Field, TextMatch};
-use super::program::{Instruction, Program};
+use super::program::{Instruction, MOST_VALUES, Program};
 use crate::event::Detail;
 use crate::hook::ControlRegister;
 use crate::verdict::Register;
@@ -86,6 +86,8 @@ enum Item {
 }
 
 impl Item {
+    const NOTHING: Self = Self::Number(None);
+
     fn number(self) -> Option<u64> {
         match self {
             Self::Number(number) => number,
@@ -98,6 +100,41 @@ impl Item {
             Self::Truth(truth) => truth,
             Self::Number(_) => Truth::Unknown,
         }
+    }
+}
+
+/// What a program has at a time: as much as was verified that it needs.
+struct Items {
+    items: [Item; MOST_VALUES],
+    len: usize,
+}
+
+impl Default for Items {
+    fn default() -> Self {
+        Self {
+            items: [Item::NOTHING; MOST_VALUES],
+            len: 0,
+        }
+    }
+}
+
+impl Items {
+    fn push(&mut self, item: Item) {
+        if let Some(place) = self.items.get_mut(self.len) {
+            *place = item;
+            self.len += 1;
+        }
+    }
+
+    fn pop(&mut self) -> Item {
+        let last = self.last();
+        self.len = self.len.saturating_sub(1);
+        last
+    }
+
+    fn last(&self) -> Item {
+        let last = self.len.checked_sub(1).and_then(|last| self.items.get(last));
+        last.copied().unwrap_or(Item::NOTHING)
     }
 }
 
@@ -114,14 +151,13 @@ impl Program {
 }
 
 fn run(instructions: &[Instruction], moment: Moment<'_>, memory: &impl FilterMemory) -> Item {
-    let nothing = Item::Number(None);
-    let mut items: Vec<Item> = Vec::with_capacity(super::program::MOST_VALUES);
+    let mut items = Items::default();
     let mut at = 0;
     // Forward only: at most as many rounds as there are instructions.
     while let Some(instruction) = instructions.get(at) {
         at += 1;
         // What is verified has what it takes.
-        let mut take = || items.pop().unwrap_or(nothing);
+        let mut take = || items.pop();
         let gives = match instruction {
             Instruction::Constant(number) => Item::Number(Some(*number)),
             Instruction::Field(field) => Item::Number(read_field(*field, moment, memory)),
@@ -163,7 +199,7 @@ fn run(instructions: &[Instruction], moment: Moment<'_>, memory: &impl FilterMem
                     Instruction::SkipIfTrue(_) => Truth::True,
                     _ => Truth::False,
                 };
-                if items.last().is_some_and(|item| item.truth() == decides) {
+                if items.last().truth() == decides {
                     at += usize::from(*count);
                 }
                 continue;
@@ -171,7 +207,7 @@ fn run(instructions: &[Instruction], moment: Moment<'_>, memory: &impl FilterMem
         };
         items.push(gives);
     }
-    items.pop().unwrap_or(nothing)
+    items.pop()
 }
 
 fn arithmetic(what: Arithmetic, a: u64, b: u64) -> u64 {

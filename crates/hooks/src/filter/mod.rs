@@ -10,6 +10,7 @@
 mod compile;
 mod evaluate;
 mod expression;
+mod looks;
 mod program;
 mod sieve;
 mod tally;
@@ -17,6 +18,7 @@ mod verify;
 
 pub use evaluate::{FilterMemory, Moment, Truth};
 pub use expression::{Arithmetic, Comparison, Condition, Field, TextMatch, Value};
+pub use looks::Looks;
 pub use program::{MOST_BYTES, MOST_INSTRUCTIONS, MOST_READS, MOST_VALUES, Program};
 pub use sieve::{Passage, Sieve};
 pub use tally::{Bucket, Buckets, MOST_BUCKETS, Tallied, Tally};
@@ -92,6 +94,13 @@ impl Filter {
     pub fn counting(mut self, key: &Value, buckets: Buckets) -> Result<Self, FilterError> {
         self.tally = Some(Tally::new(key.compile()?, buckets)?);
         Ok(self)
+    }
+
+    /// What of the vCPU and of an event it looks at.
+    pub fn looks(&self) -> Looks {
+        let programs = [self.condition.as_ref(), self.tally.as_ref().map(Tally::key)];
+        let all = programs.into_iter().flatten().map(Program::looks);
+        all.fold(Looks::default(), Looks::and)
     }
 
     /// The limit.

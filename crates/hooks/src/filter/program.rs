@@ -198,7 +198,7 @@ fn number_of<T: PartialEq>(table: &[T], value: &T) -> u8 {
     index.and_then(|i| u8::try_from(i).ok()).unwrap_or(u8::MAX)
 }
 
-fn number_of_field(field: Field) -> u8 {
+pub(super) fn number_of_field(field: Field) -> u8 {
     match field {
         Field::Register(Register::Gpr(n)) => n,
         other => {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::evaluate::{FilterMemory, Moment, Truth};
 use super::tally::{Counting, Tallied};
-use super::{Filter, Rate};
+use super::{Filter, Looks, Rate};
 use crate::event::Counts;
 
 /// What becomes of an event.
@@ -24,6 +24,7 @@ pub enum Passage {
 #[derive(Debug, Default)]
 pub struct Sieve {
     filter: Filter,
+    looks: Looks,
     filtered: AtomicU64,
     undecided: AtomicU64,
     limited: AtomicU64,
@@ -55,6 +56,7 @@ impl Sieve {
     /// A filter that has counted nothing yet.
     pub fn new(filter: Filter) -> Self {
         Self {
+            looks: filter.looks(),
             filter,
             ..Self::default()
         }
@@ -65,8 +67,18 @@ impl Sieve {
         self.filter.is_none()
     }
 
-    /// What becomes of an event at `now`.
-    pub fn pass(&self, moment: Moment<'_>, memory: &impl FilterMemory, now: Instant) -> Passage {
+    /// What it looks at: whatever else the registers of a [`Moment`] hold does not matter to it.
+    pub const fn looks(&self) -> Looks {
+        self.looks
+    }
+
+    /// What becomes of an event. The time is asked for only where it matters.
+    pub fn pass(
+        &self,
+        moment: Moment<'_>,
+        memory: &impl FilterMemory,
+        now: impl FnOnce() -> Instant,
+    ) -> Passage {
         if let Some(condition) = &self.filter.condition {
             match condition.truth(moment, memory) {
                 Truth::False => {
@@ -86,7 +98,7 @@ impl Sieve {
         }
         if let Some(rate) = self.filter.rate {
             let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-            if !window.admits(rate, now) {
+            if !window.admits(rate, now()) {
                 self.limited.fetch_add(1, Ordering::Relaxed);
                 return Passage::Limited;
             }

@@ -404,7 +404,7 @@ fn a_sieve_counts_what_becomes_of_events() {
             registers: &registers,
             detail: &DETAIL,
         };
-        sieve.pass(moment, &memory, start + Duration::from_millis(after))
+        sieve.pass(moment, &memory, || start + Duration::from_millis(after))
     };
     assert_eq!(pass(10, 0), Passage::Filtered);
     let firsts = [pass(1, 100), pass(2, 200), pass(1, 300)];
@@ -450,4 +450,61 @@ fn the_fuzz_seeds_are_programs() {
         seeds += 1;
     }
     assert!(seeds >= 6);
+}
+
+#[test]
+fn a_filter_says_all_that_it_looks_at() {
+    let looks = |filter: &Filter, fields: &[Field]| fields.iter().all(|field| filter.looks().at(*field));
+    let translation = [Field::Cr0, Field::Cr3, Field::Cr4, Field::Efer];
+    let nothing = Filter::none();
+    assert_eq!(nothing.looks(), Looks::default());
+    let rbx = Filter::only(&Value::register(Register::Gpr(3)).is(Value::from(Field::New))).unwrap();
+    assert!(looks(&rbx, &[Field::Register(Register::Gpr(3)), Field::New]));
+    for other in translation
+        .into_iter()
+        .chain([Field::Old, Field::Register(Register::RAX), Field::PerCpu])
+    {
+        assert!(!looks(&rbx, &[other]), "{other:?}");
+    }
+    // What is counted is looked at as well, and what is read in virtual memory has to be found there.
+    let counts = rbx
+        .clone()
+        .counting(&rax().plus(8).load(4), Buckets::Each)
+        .unwrap();
+    assert!(looks(&counts, &translation) && looks(&counts, &[Field::Register(Register::RAX), Field::New]));
+    let text = Condition::Text(Value::from(Field::PerCpu), TextMatch::Prefix, b"/srv".to_vec());
+    let text = Filter::only(&!text).unwrap();
+    assert!(looks(&text, &translation) && looks(&text, &[Field::PerCpu]));
+    assert_eq!(Sieve::new(text.clone()).looks(), text.looks());
+}
+
+#[test]
+fn registers_that_a_filter_does_not_look_at_do_not_matter() {
+    let mut memory = Memory::new();
+    memory.put(0x1_0008, &7_u64.to_le_bytes());
+    let all = registers();
+    let value = Value::from(Field::GsBase).plus(8).load(8);
+    let program = value.compile().unwrap();
+    let number = |registers: &Registers| {
+        program.number(
+            Moment {
+                registers,
+                detail: &DETAIL,
+            },
+            &memory,
+        )
+    };
+    assert_eq!(number(&all), Some(7));
+    let mut few = Registers::default();
+    few.gs.base = all.gs.base;
+    for (field, to, from) in [
+        (Field::Cr0, &mut few.cr0, all.cr0),
+        (Field::Cr3, &mut few.cr3, all.cr3),
+        (Field::Cr4, &mut few.cr4, all.cr4),
+        (Field::Efer, &mut few.efer, all.efer),
+    ] {
+        assert!(program.looks().at(field));
+        *to = from;
+    }
+    assert_eq!(number(&few), Some(7));
 }
