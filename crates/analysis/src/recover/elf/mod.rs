@@ -23,7 +23,7 @@ use vmsight_memory::AddressSpace;
 
 use super::files::page_cache::PageCache;
 use super::frames::PAGE;
-use super::output::{self, ExtractError, Manifest, create, digest, name};
+use super::output::{self, ExtractError, Manifest, create, digest, failure, name};
 use file::{Rights, Section};
 use process::{Files, Header, MAX_IMAGE, Memory};
 
@@ -333,15 +333,7 @@ pub fn write(
             (_, Some(process), _) => writer.process(process, &mut done),
             _ => Err(io::Error::other("it is gone meanwhile")),
         };
-        match result {
-            // Nothing that follows would fare better.
-            Err(source) if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
-                let path = done.output.map_or(into.to_owned(), |at| into.join(at));
-                return Err(ExtractError::Write { path, source });
-            }
-            Err(error) => done.failure = Some(error.to_string()),
-            Ok(()) => {}
-        }
+        done.failure = failure(result, into, done.output.as_deref())?;
         manifest.add(&done)?;
         each(&done);
     }

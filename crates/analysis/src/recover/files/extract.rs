@@ -12,7 +12,7 @@ use vmsight_linux::{Kernel, LinuxError, Problem};
 use super::page_cache::{PageCache, Pages, Stretch};
 use super::{CachedFile, inode};
 use crate::recover::frames::PAGE;
-use crate::recover::output::{self, ExtractError, Manifest, create, digest, name};
+use crate::recover::output::{self, ExtractError, Manifest, create, digest, failure, name};
 
 /// Longer files are made as long as their last byte in memory demands: ext4 ends at 16 TiB.
 const MAX_LENGTH: u64 = 1 << 44;
@@ -105,15 +105,7 @@ impl<'k> Writer<'k> {
             "DIR" => self.directory(file).map(|at| done.output = at),
             _ => self.contents(&mut done),
         };
-        match result {
-            // Nothing that follows would fare better.
-            Err(source) if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
-                let path = done.output.map_or(self.into.clone(), |at| self.into.join(at));
-                return Err(ExtractError::Write { path, source });
-            }
-            Err(error) => done.failure = Some(error.to_string()),
-            Ok(()) => {}
-        }
+        done.failure = failure(result, &self.into, done.output.as_deref())?.or(done.failure);
         Ok(done)
     }
 

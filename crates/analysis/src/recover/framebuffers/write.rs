@@ -1,13 +1,13 @@
 //! Framebuffers as PNG files.
 
 use std::fs::File;
-use std::io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use vmsight_linux::Kernel;
 
 use super::{Framebuffer, Picture, WrittenPicture};
-use crate::recover::output::{ExtractError, Manifest, create, digest, name};
+use crate::recover::output::{ExtractError, Manifest, create, digest, failure, name};
 
 /// The colour of what is in no memory: one that screens hardly ever have.
 const MISSING: [u8; 3] = [0xff, 0x00, 0xff];
@@ -32,14 +32,8 @@ pub fn write(
             sha256: None,
             failure: None,
         };
-        match picture(kernel, framebuffer, into, &mut done) {
-            Err(source) if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
-                let path = done.output.map_or(into.to_owned(), |at| into.join(at));
-                return Err(ExtractError::Write { path, source });
-            }
-            Err(error) => done.failure = Some(error.to_string()),
-            Ok(()) => {}
-        }
+        let result = picture(kernel, framebuffer, into, &mut done);
+        done.failure = failure(result, into, done.output.as_deref())?;
         manifest.add(&done)?;
         each(&done);
     }

@@ -36,6 +36,22 @@ pub enum ExtractError {
     Guest(#[from] LinuxError),
 }
 
+/// Why one of the files could not be written, if so; an error where none that follows would fare better. `output` is its name in `into`.
+pub(crate) fn failure(
+    result: io::Result<()>,
+    into: &Path,
+    output: Option<&Path>,
+) -> Result<Option<String>, ExtractError> {
+    match result {
+        Err(source) if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+            let path = output.map_or(into.to_owned(), |at| into.join(at));
+            Err(ExtractError::Write { path, source })
+        }
+        Err(error) => Ok(Some(error.to_string())),
+        Ok(()) => Ok(None),
+    }
+}
+
 /// The list of what was written: a line of JSON on each.
 pub(crate) struct Manifest {
     at: PathBuf,

@@ -4,12 +4,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_linux::neighbour::Neighbour;
 
-use crate::{
-    Outcome,
-    args::Global,
-    output::{Row, Sheet},
-    session::Session,
-};
+use super::show;
+use crate::{Outcome, args::Global, output::Row, session::Session};
 
 /// Who is on the links: hardware addresses by IP address, of every network namespace (ARP and neighbour discovery).
 #[derive(Args, Debug)]
@@ -51,10 +47,6 @@ impl Cmd {
         listing
             .rows
             .retain(|row| self.interface.is_none() || row.interface == self.interface);
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }

@@ -4,12 +4,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_analysis::recover::conntrack::{Connection, connections};
 
-use crate::{
-    Outcome,
-    args::Global,
-    output::{Row, Sheet},
-    session::Session,
-};
+use super::show;
+use crate::{Outcome, args::Global, output::Row, session::Session};
 
 /// Connections that netfilter tracks, also those that only go through the guest.
 #[derive(Args, Debug)]
@@ -56,10 +52,6 @@ impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
         let session = Session::open(global, &self.target)?;
         let listing = connections(session.kernel()?).context("reading the table of connections")?;
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }

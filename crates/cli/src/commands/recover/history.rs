@@ -4,10 +4,11 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_analysis::recover::history::{HistoryEntry, history};
 
+use super::show;
 use crate::{
     Outcome,
     args::Global,
-    output::{Progress, Row, Sheet},
+    output::{Progress, Row},
     session::Session,
 };
 
@@ -44,10 +45,6 @@ impl Cmd {
         let progress = Progress::spinner(global.quiet, "searching processes");
         let listing = history(session.kernel()?, self.pid).context("searching for histories")?;
         drop(progress);
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }

@@ -4,12 +4,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_analysis::recover::input::{KeyEvent, key_events};
 
-use crate::{
-    Outcome,
-    args::Global,
-    output::{Row, Sheet},
-    session::Session,
-};
+use super::show;
+use crate::{Outcome, args::Global, output::Row, session::Session};
 
 /// Keys that were pressed, as far as they still are in the buffers of programs that read keyboards.
 #[derive(Args, Debug)]
@@ -55,10 +51,6 @@ impl Cmd {
         listing.rows.retain(|row| {
             self.device.as_ref().is_none_or(|device| *device == row.device) && (row.waiting || !self.waiting)
         });
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }

@@ -15,8 +15,15 @@ mod tty;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use serde::Serialize;
+use vmsight_linux::Listing;
 
-use crate::{Outcome, args::Global};
+use crate::{
+    Outcome,
+    args::Global,
+    output::{Row, Sheet},
+    session::Session,
+};
 
 /// Get back what is in a guest's memory: files, and what people and programs left behind.
 #[derive(Args, Debug)]
@@ -85,4 +92,17 @@ impl Cmd {
             What::Keys(c) => !c.writes(),
         }
     }
+}
+
+/// Prints what was recovered. Nothing is an outcome of its own.
+fn show<R: Row + Serialize>(
+    session: &Session,
+    columns: &'static [&'static str],
+    listing: Listing<R>,
+) -> Result<Outcome> {
+    session.print(&Sheet::new(columns, &listing.rows, listing.warnings))?;
+    Ok(match listing.rows.is_empty() {
+        true => Outcome::Nothing,
+        false => Outcome::Fine,
+    })
 }

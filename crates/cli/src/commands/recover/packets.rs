@@ -6,11 +6,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_analysis::recover::packets::{Packet, packets, write_pcap};
 
+use super::show;
 use crate::{
     Outcome,
     args::Global,
     commands::beside::write_beside,
-    output::{Progress, Row, Sheet},
+    output::{Progress, Row},
     session::Session,
 };
 
@@ -80,10 +81,6 @@ impl Cmd {
                 write_pcap(&listing.rows, out).context("writing the packets")
             })?;
         }
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }

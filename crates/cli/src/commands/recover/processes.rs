@@ -4,10 +4,11 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_analysis::recover::processes::{RemovedTask, removed_tasks};
 
+use super::show;
 use crate::{
     Outcome,
     args::Global,
-    output::{Progress, Row, Sheet},
+    output::{Progress, Row},
     session::Session,
 };
 
@@ -67,10 +68,6 @@ impl Cmd {
         let mut listing = removed_tasks(session.kernel()?).context("searching for tasks")?;
         drop(progress);
         listing.rows.retain(|row| !self.no_threads || row.pid == row.tgid);
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }

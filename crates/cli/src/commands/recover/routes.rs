@@ -4,12 +4,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_linux::route::Route;
 
-use crate::{
-    Outcome,
-    args::Global,
-    output::{Row, Sheet},
-    session::Session,
-};
+use super::show;
+use crate::{Outcome, args::Global, output::Row, session::Session};
 
 /// Routes of every network namespace, IPv4 and IPv6, from all tables.
 #[derive(Args, Debug)]
@@ -63,10 +59,6 @@ impl Cmd {
         listing
             .rows
             .retain(|row| self.table.as_ref().is_none_or(|table| *table == row.table));
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }

@@ -4,12 +4,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use vmsight_analysis::recover::tty::{TerminalText, terminals};
 
-use crate::{
-    Outcome,
-    args::Global,
-    output::{Row, Sheet},
-    session::Session,
-};
+use super::show;
+use crate::{Outcome, args::Global, output::Row, session::Session};
 
 /// What was typed at terminals and what programs wrote to them, as far as it still is in their buffers.
 #[derive(Args, Debug)]
@@ -58,10 +54,6 @@ impl Cmd {
         listing.rows.retain(|row| {
             self.tty.as_ref().is_none_or(|tty| *tty == row.tty) && (row.waiting || !self.waiting)
         });
-        session.print(&Sheet::new(COLUMNS, &listing.rows, listing.warnings))?;
-        Ok(match listing.rows.is_empty() {
-            true => Outcome::Nothing,
-            false => Outcome::Fine,
-        })
+        show(&session, COLUMNS, listing)
     }
 }
