@@ -27,6 +27,8 @@ const MAX_CLIENTS: usize = 1024;
 const MAX_EVENTS: u64 = 1 << 13;
 /// Rows in all.
 const MAX_ROWS: usize = 1 << 18;
+/// Processes that are named for one ring: each of its rows has them.
+const MAX_PIDS: usize = 64;
 /// The longest name of a device.
 const MAX_NAME: usize = 256;
 /// Bytes of a `struct input_event`: seconds, microseconds, type, code, value.
@@ -49,7 +51,7 @@ pub struct KeyEvent {
     pub action: &'static str,
     /// Its program has not read it yet. What has been read is left over.
     pub waiting: bool,
-    /// The processes that have this ring.
+    /// The processes that have this ring, 64 at most.
     pub pids: Vec<i32>,
     /// The `struct evdev_client`.
     #[serde(serialize_with = "address::gva")]
@@ -166,7 +168,7 @@ impl<'k> Reader<'k> {
                 .and_then(|at| self.file_data.pointer(self.kernel.space(), at).ok());
             if let Some(data) = data.filter(|data| !data.is_null()) {
                 let pids = found.entry(data).or_default();
-                if !pids.contains(&file.pid) {
+                if pids.len() < MAX_PIDS && !pids.contains(&file.pid) {
                     pids.push(file.pid);
                 }
             }
