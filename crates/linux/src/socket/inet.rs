@@ -138,7 +138,7 @@ pub(super) fn tcp(
 }
 
 /// A pointer moved on, null staying null.
-fn offset(at: Gva, by: u64) -> Gva {
+pub(super) fn offset(at: Gva, by: u64) -> Gva {
     if at.is_null() { at } else { at.wrapping_add(by) }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vmsight_arch::Gva;
 
+use super::inet::offset;
 use super::table::{self, Found, Table};
 use crate::layout::{Field, Place, layout};
 use crate::structures::hlist;
@@ -57,11 +58,7 @@ pub(super) fn tcp(kernel: &Kernel, found: &mut Found) -> Result<(), LinuxError> 
     let heads = layout.bhash.read(space, info).map_err(read())?;
     let table = Table {
         what: "TCP's ports in use",
-        heads: if heads.is_null() {
-            heads
-        } else {
-            heads.wrapping_add(bucket.chain.offset())
-        },
+        heads: offset(heads, bucket.chain.offset()),
         count: u64::from(layout.buckets.read(space, info).map_err(read())?),
         stride: bucket.size,
         node: port.node.offset(),

@@ -185,7 +185,7 @@ impl Pixels {
         let mut elsewhere = false;
         while at < end {
             match self.gpa(kernel, at) {
-                Some(gpa) if is_memory(kernel, gpa) => return Ok("memory"),
+                Some(gpa) if kernel.memory().region_of(gpa).is_some() => return Ok("memory"),
                 Some(_) => elsewhere = true,
                 None => {}
             }
@@ -215,14 +215,6 @@ impl Pixels {
         }
         missing
     }
-}
-
-fn is_memory(kernel: &Kernel, gpa: Gpa) -> bool {
-    kernel
-        .memory()
-        .regions()
-        .iter()
-        .any(|region| region.contains(gpa))
 }
 
 #[cfg(test)]
