@@ -227,6 +227,32 @@ fn a_baseline_is_for_the_next_boot_too() {
     );
 }
 
+/// What is looked at again and again in a guest that runs is known from the look before, until it is gone.
+fn seen_again(live: &Live) {
+    let (evil, _) = live.in_module();
+    // No program of today makes this call.
+    let slot = live.symbol("sys_call_table").wrapping_add(156 * 8);
+    let known = Known::default();
+    let look = || {
+        let context = Context::new(live.context.kernel().clone()).with_known(known.clone());
+        let syscalls = checks::named("syscalls").unwrap();
+        let found = run(&context, &[syscalls], &|_| {}).remove(0).findings;
+        assert!(found.iter().all(|f| f.subject == "sys_call_table[156]"), "{found:#?}");
+        found.iter().map(|f| f.certainty).collect::<Vec<_>>()
+    };
+    let (old, new) = (live.word(slot), evil.0);
+    let write = |word: u64| live.context.space().write(slot, &word.to_le_bytes()).unwrap();
+    assert_eq!(look(), []);
+    write(new);
+    assert_eq!(look(), [Certainty::Seen(3)]);
+    assert_eq!(look(), [Certainty::Seen(4)]);
+    write(old);
+    assert_eq!(look(), []);
+    write(new);
+    assert_eq!(look(), [Certainty::Seen(3)]);
+    write(old);
+}
+
 fn planted(live: &Live) {
     let (evil, module) = live.in_module();
 
@@ -360,6 +386,7 @@ fn check(spec: &Spec, plant: bool) {
     if plant {
         planted(&live);
         golden(&live);
+        seen_again(&live);
     }
     golden_file(&live, spec.kernel);
     let folder = tempfile::tempdir().unwrap();

@@ -205,6 +205,6 @@ impl Finding {
 
     /// Whether both say the same of the same thing.
     pub(crate) fn is_of(&self, other: &Finding) -> bool {
-        self.subject == other.subject && self.address == other.address
+        self.check == other.check && self.subject == other.subject && self.address == other.address
     }
 }

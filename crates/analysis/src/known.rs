@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmsight_arch::Gva;
 
 use crate::text::Region;
-use crate::{Context, Owner};
+use crate::{Certainty, Context, Finding, Outcome, Owner};
 
-/// What checks that are made again and again of one guest (`vmsight check --watch`) know of the looks before: the kernel's code and
-/// what it was held against. It is kept whole and compared byte by byte: no checksum whose collisions somebody could make. As much
-/// memory is used as the kernel has text, some 15 MB.
+/// What checks that are made again and again of one guest (`vmsight check --watch`) know of the looks before: what they found, and the
+/// kernel's code and what it was held against. The code is kept whole and compared byte by byte: no checksum whose collisions somebody
+/// could make. As much memory is used as the kernel has text, some 15 MB.
 #[derive(Clone, Debug, Default)]
 pub struct Known {
     state: Arc<Mutex<State>>,
@@ -19,6 +19,8 @@ pub struct Known {
 struct State {
     code: Option<Code>,
     unchanged: usize,
+    /// What the last look found, after it had looked at it again.
+    findings: Vec<Finding>,
 }
 
 impl Known {
@@ -40,10 +42,30 @@ impl Known {
 
     /// Keeps what is known of it now.
     pub(crate) fn keep_code(&self, code: Code, unchanged: usize) {
-        *self.state() = State {
-            code: Some(code),
-            unchanged,
-        };
+        let mut state = self.state();
+        (state.code, state.unchanged) = (Some(code), unchanged);
+    }
+
+    /// Whether the last look found all of this too: it need not be looked at again, for it has been now. Counts it if so.
+    pub(crate) fn saw(&self, findings: &mut [Finding]) -> bool {
+        let state = self.state();
+        let before: Option<Vec<u32>> = findings
+            .iter()
+            .map(|now| match state.findings.iter().find(|f| f.is_of(now))?.certainty {
+                Certainty::Seen(times) => Some(times),
+                Certainty::Still => None,
+            })
+            .collect();
+        let Some(before) = before else { return false };
+        for (finding, times) in findings.iter_mut().zip(before) {
+            finding.certainty = Certainty::Seen(times.saturating_add(1));
+        }
+        true
+    }
+
+    /// Keeps what this look found.
+    pub(crate) fn keep_findings(&self, outcomes: &[Outcome]) {
+        self.state().findings = outcomes.iter().flat_map(|o| o.findings.iter().cloned()).collect();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -32,7 +32,8 @@ pub struct Outcome {
 /// Runs `checks` side by side; their outcomes in the same order. `done` is told of each that ends.
 ///
 /// In a guest that runs, what is found is looked at again, with the modules and all else read anew; what is not seen each
-/// time is no finding, and a note says so.
+/// time is no finding, and a note says so. What an earlier look at this guest had found ([`Context::with_known`]) has been
+/// looked at again by this one.
 pub fn run(context: &Context, checks: &[&Check], done: &(dyn Fn(&Check) + Sync)) -> Vec<Outcome> {
     let mut outcomes: Vec<Outcome> = checks
         .par_iter()
@@ -42,23 +43,35 @@ pub fn run(context: &Context, checks: &[&Check], done: &(dyn Fn(&Check) + Sync))
             outcome
         })
         .collect();
-    if !context.is_changing() {
-        return outcomes;
+    if context.is_changing() {
+        let known = context.known();
+        let mut doubtful: Vec<&mut Outcome> = outcomes
+            .iter_mut()
+            .filter_map(|o| (!known.is_some_and(|known| known.saw(&mut o.findings))).then_some(o))
+            .collect();
+        look_again(context, checks, &mut doubtful);
+        if let Some(known) = known {
+            known.keep_findings(&outcomes);
+        }
     }
+    outcomes
+}
+
+/// Looks at what was found again, and again.
+fn look_again(context: &Context, checks: &[&Check], doubtful: &mut Vec<&mut Outcome>) {
     for read in 0..REREADS {
-        let doubtful: Vec<&mut Outcome> = outcomes.iter_mut().filter(|o| !o.findings.is_empty()).collect();
+        doubtful.retain(|o| !o.findings.is_empty());
         if doubtful.is_empty() {
             break;
         }
         std::thread::sleep(PAUSE);
         let anew = context.anew();
-        doubtful.into_par_iter().for_each(|outcome| {
+        doubtful.par_iter_mut().for_each(|outcome| {
             if let Some(check) = checks.iter().find(|c| c.name == outcome.check) {
                 still(outcome, &once(&anew, check), read + 2);
             }
         });
     }
-    outcomes
 }
 
 fn once(context: &Context, check: &Check) -> Outcome {

@@ -26,7 +26,8 @@ What could not be looked at is said on standard error, and in SARIF as a notific
 is read anew twice, and what is not there each time is no finding.
 
 With --watch a running guest is checked again and again. The kernel's code is kept to compare with: only where it has changed is it
-decoded again. All else is looked at as the first time.")]
+decoded again. What is found is looked at twice more, with a pause, unless the check before had found it too. All else is looked at
+as the first time.")]
 pub(crate) struct Cmd {
     /// What to look into
     #[arg(required_unless_present_any = ["list", "explain"])]
