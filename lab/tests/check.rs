@@ -237,7 +237,10 @@ fn seen_again(live: &Live) {
         let context = Context::new(live.context.kernel().clone()).with_known(known.clone());
         let syscalls = checks::named("syscalls").unwrap();
         let found = run(&context, &[syscalls], &|_| {}).remove(0).findings;
-        assert!(found.iter().all(|f| f.subject == "sys_call_table[156]"), "{found:#?}");
+        assert!(
+            found.iter().all(|f| f.subject == "sys_call_table[156]"),
+            "{found:#?}"
+        );
         found.iter().map(|f| f.certainty).collect::<Vec<_>>()
     };
     let (old, new) = (live.word(slot), evil.0);

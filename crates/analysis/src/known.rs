@@ -51,10 +51,12 @@ impl Known {
         let state = self.state();
         let before: Option<Vec<u32>> = findings
             .iter()
-            .map(|now| match state.findings.iter().find(|f| f.is_of(now))?.certainty {
-                Certainty::Seen(times) => Some(times),
-                Certainty::Still => None,
-            })
+            .map(
+                |now| match state.findings.iter().find(|f| f.is_of(now))?.certainty {
+                    Certainty::Seen(times) => Some(times),
+                    Certainty::Still => None,
+                },
+            )
             .collect();
         let Some(before) = before else { return false };
         for (finding, times) in findings.iter_mut().zip(before) {

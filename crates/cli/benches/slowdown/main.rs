@@ -160,7 +160,12 @@ fn measure(machines: &[Machine; 2], rounds: usize, what: &str, [little, much]: [
         let (clock, vcpus) = (ratios(|t| t.clock), ratios(|t| t.vcpus));
         let of = |of: fn(&Took) -> f64| middle(&sorted(its.iter().map(of)));
         // Whoever else uses the machine only ever adds to what the same instructions take.
-        let least = |its: &[Took]| sorted(its.iter().map(|t| t.vcpus)).first().copied().unwrap_or(f64::NAN);
+        let least = |its: &[Took]| {
+            sorted(its.iter().map(|t| t.vcpus))
+                .first()
+                .copied()
+                .unwrap_or(f64::NAN)
+        };
         let at_best = least(its) / least(&runs[way.beside]);
         let (low, high) = match judged {
             Judged::ByClock => quartiles(&clock),

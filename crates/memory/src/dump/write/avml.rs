@@ -3,8 +3,9 @@
 //! Source: AVML's `src/image.rs`; Snappy's `framing_format.txt`.
 
 use std::io::Write;
+use std::sync::OnceLock;
 
-use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::iter::ParallelIterator;
 use rayon::slice::ParallelSlice;
 use vmsight_arch::Gpa;
 
@@ -17,8 +18,12 @@ use crate::dump::avml::{MAGIC, MAX_BLOCK, VERSION};
 
 /// Bytes that a Snappy frame holds at most.
 const FRAME: usize = 1 << 16;
-/// Length of the chunk that begins each stream of frames.
-const STREAM_START: usize = 10;
+/// Frames that are packed and written together.
+const TOGETHER: usize = 16;
+/// The chunk that begins each stream of frames.
+const STREAM_START: &[u8] = b"\xff\x06\0\0sNaPpY";
+/// What most frames hold.
+const ZEROS: &[u8] = &[0; FRAME];
 
 pub(super) fn write(
     out: &mut OutFile<'_>,
@@ -33,6 +38,11 @@ pub(super) fn write(
         pieces.each(*region, |_, piece, _| match piece {
             Piece::Untouched(mut len) => {
                 while len > 0 {
+                    if block.bytes.is_empty() && len >= MAX_BLOCK as u64 {
+                        block.write_zeros(out)?;
+                        len -= MAX_BLOCK as u64;
+                        continue;
+                    }
                     let now = (MAX_BLOCK - block.bytes.len()).min(usize::try_from(len).unwrap_or(MAX_BLOCK));
                     block.bytes.resize(block.bytes.len() + now, 0);
                     len -= now as u64;
@@ -70,6 +80,17 @@ impl Block {
         }
     }
 
+    /// Writes a whole block of zeros. Nothing is gathered.
+    fn write_zeros(&mut self, out: &mut OutFile<'_>) -> Result<(), WriteError> {
+        let region = Region {
+            start: self.start,
+            len: MAX_BLOCK as u64,
+        };
+        put(out, region, vec![zero_frame().repeat(MAX_BLOCK / FRAME)])?;
+        self.start = region.end();
+        Ok(())
+    }
+
     /// Writes what was gathered and begins the next.
     fn write(&mut self, out: &mut OutFile<'_>) -> Result<(), WriteError> {
         if self.bytes.is_empty() {
@@ -79,36 +100,62 @@ impl Block {
             start: self.start,
             len: self.bytes.len() as u64,
         };
-        // Frames do not depend on each other; only the first begins a stream.
+        // Frames do not depend on each other. Several in a row are one piece to write and to hash.
         let frames: Vec<Vec<u8>> = self
             .bytes
-            .par_chunks(FRAME)
-            .enumerate()
-            .map(|(index, bytes)| {
-                let frame = frame(bytes);
-                match index {
-                    0 => frame,
-                    _ => frame.get(STREAM_START..).unwrap_or_default().to_vec(),
-                }
-            })
+            .par_chunks(FRAME * TOGETHER)
+            .map_init(encoder, frames)
             .collect();
-        out.put(plain::header(MAGIC, VERSION, region))?;
-        let mut len = 0u64;
-        for frame in frames {
-            len += frame.len() as u64;
-            out.put(frame)?;
-        }
-        out.put(len.to_le_bytes().to_vec())?;
+        put(out, region, frames)?;
         self.start = region.end();
         self.bytes.clear();
         Ok(())
     }
 }
 
-/// A stream of one frame.
-fn frame(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = snap::write::FrameEncoder::new(Vec::with_capacity(bytes.len() / 4));
+type Encoder = snap::write::FrameEncoder<Vec<u8>>;
+
+fn encoder() -> Encoder {
+    Encoder::new(Vec::new())
+}
+
+/// Whole frames of these bytes, without what begins a stream.
+fn frames(encoder: &mut Encoder, bytes: &[u8]) -> Vec<u8> {
+    let mut all = Vec::with_capacity(bytes.len() / 4);
+    for bytes in bytes.chunks(FRAME) {
+        if bytes == ZEROS {
+            all.extend_from_slice(zero_frame());
+        } else {
+            let frame = frame(encoder, bytes);
+            all.extend_from_slice(frame);
+        }
+    }
+    all
+}
+
+/// One frame, without what begins a stream.
+fn frame<'e>(encoder: &'e mut Encoder, bytes: &[u8]) -> &'e [u8] {
+    encoder.get_mut().clear();
     // Into memory: this does not fail.
-    let _ = encoder.write_all(bytes);
-    encoder.into_inner().unwrap_or_default()
+    let _ = encoder.write_all(bytes).and_then(|()| encoder.flush());
+    let frame = encoder.get_ref().as_slice();
+    // An encoder begins a stream before its first frame.
+    frame.strip_prefix(STREAM_START).unwrap_or(frame)
+}
+
+/// A frame of zeros, of which most guests' memory is full.
+fn zero_frame() -> &'static [u8] {
+    static FRAME_OF_ZEROS: OnceLock<Vec<u8>> = OnceLock::new();
+    FRAME_OF_ZEROS.get_or_init(|| frame(&mut encoder(), ZEROS).to_vec())
+}
+
+/// Writes a block: its header, the frames, and how many bytes of frames there are.
+fn put(out: &mut OutFile<'_>, region: Region, frames: Vec<Vec<u8>>) -> Result<(), WriteError> {
+    out.put([plain::header(MAGIC, VERSION, region).as_slice(), STREAM_START].concat())?;
+    let mut len = STREAM_START.len() as u64;
+    for frames in frames {
+        len += frames.len() as u64;
+        out.put(frames)?;
+    }
+    out.put(len.to_le_bytes().to_vec())
 }
