@@ -224,10 +224,15 @@ impl Reader {
 
     /// Where the instruction that was translated at `translated` is being executed: see [`Self::read`].
     pub(super) fn rip(&self, translated: u64) -> u64 {
-        let long = self.one(Which::Efer).is_some_and(|efer| efer & EFER_LMA != 0);
-        match self.one(Which::Rip) {
-            Some(rip) if long => executed_at(translated, rip),
-            _ => translated,
+        let Some(rip) = self.one(Which::Rip) else {
+            return translated;
+        };
+        let at = executed_at(translated, rip);
+        // Mostly the page is mapped in one place only, and then the mode does not matter: one register less to read.
+        let is_elsewhere = at != translated;
+        match is_elsewhere && self.one(Which::Efer).is_some_and(|efer| efer & EFER_LMA != 0) {
+            true => at,
+            false => translated,
         }
     }
 
@@ -489,6 +494,21 @@ mod tests {
             NAMES.len() - 1,
             "and all but those that no event has"
         );
+    }
+
+    #[test]
+    fn the_mode_is_looked_at_only_where_it_matters() {
+        let reader = reader();
+        let rip = 0x1000 * (1 + NAMES.iter().position(|name| *name == c"rip").unwrap() as u64);
+        for (translated, at, reads) in [
+            (rip, rip, 1),
+            (rip + 0x123, rip + 0x123, 1),
+            (0x7fff_0000_0123, rip + 0x123, 2),
+        ] {
+            READS.set(0);
+            assert_eq!(reader.rip(translated), at);
+            assert_eq!(READS.take(), reads, "{translated:#x}");
+        }
     }
 
     #[test]
