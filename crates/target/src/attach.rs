@@ -2,6 +2,7 @@
 
 mod ahead;
 mod by_stub;
+mod devices;
 mod dumps;
 
 use std::fmt;

@@ -154,6 +154,14 @@ pub enum TargetError {
         /// How many it has.
         count: usize,
     },
+    /// Nothing tells where its devices' memory lies.
+    #[error("the memory of {target}'s devices cannot be read: {why}")]
+    NoDeviceMemory {
+        /// The target.
+        target: String,
+        /// What is missing.
+        why: String,
+    },
     /// There is nothing that could pause it.
     #[error("{target} cannot be paused: {why}")]
     NoPause {

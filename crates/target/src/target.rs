@@ -145,7 +145,7 @@ impl Target {
     }
 
     /// An error of the monitor of a VM that is gone says just that.
-    fn or_exited(&self, error: TargetError) -> TargetError {
+    pub(crate) fn or_exited(&self, error: TargetError) -> TargetError {
         match &self.info {
             Some(info) if !same_process(info) => TargetError::Exited { pid: info.pid },
             _ => error,

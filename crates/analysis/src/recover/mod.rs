@@ -4,6 +4,7 @@
 //! wrote them, and whoever prints them escapes them.
 
 pub mod conntrack;
+mod devices;
 pub mod elf;
 pub mod files;
 pub mod framebuffers;
@@ -18,3 +19,6 @@ pub mod processes;
 pub mod screen;
 mod slab;
 pub mod tty;
+mod vga;
+
+pub use devices::DeviceMemory;

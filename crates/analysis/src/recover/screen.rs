@@ -1,7 +1,7 @@
 //! The texts on the virtual consoles: what `struct vc_data` keeps of each (drivers/tty/vt/vt.c), shown or not.
 //!
 //! Where a console is drawn into a framebuffer (fbcon over any graphics driver, and no console at all), its text is in ordinary
-//! memory all the time. In VGA's text mode the console in front is in the card's memory only.
+//! memory all the time. In VGA's text mode the console in front is in the card's memory only, and read there.
 
 use serde::Serialize;
 use vmsight_arch::Gva;
@@ -9,7 +9,9 @@ use vmsight_linux::listing::address;
 use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
 use vmsight_memory::ReadError;
 
+use super::devices::DeviceMemory;
 use super::member::{Member, Structure};
+use super::vga;
 
 /// `MAX_NR_CONSOLES` (include/uapi/linux/vt.h).
 const MAX_CONSOLES: u64 = 63;
@@ -17,6 +19,8 @@ const MAX_CONSOLES: u64 = 63;
 const MAX_COLUMNS: u64 = 32767;
 /// Cells of one console that are read: `vc_resize` takes no more than 4 MiB.
 const MAX_CELLS: u64 = 2 << 20;
+/// How often cells in a card's memory are read that scroll meanwhile.
+const ATTEMPTS: usize = 3;
 /// A space in grey on black, as an empty cell is.
 const BLANK: char = ' ';
 
@@ -38,6 +42,8 @@ pub struct Console {
     /// The attributes of each row's cells, run by run: the attribute as VGA has it (background, foreground) in hex, and how many cells
     /// have it: `07x80`.
     pub attributes: Vec<String>,
+    /// Where the text is: `memory`; `device` where it is the graphics card's. `None` where it could not be read.
+    pub text_in: Option<&'static str>,
     /// The `struct vc_data`.
     #[serde(serialize_with = "address::gva")]
     pub address: Gva,
@@ -45,12 +51,12 @@ pub struct Console {
     pub problems: Vec<Problem>,
 }
 
-/// The virtual consoles that were ever opened.
+/// The virtual consoles that were ever opened. `devices` is asked where the one in front is a graphics card's.
 ///
 /// # Errors
 /// If the kernel has none, or its types lack a member.
-pub fn consoles(kernel: &Kernel) -> Result<Listing<Console>, LinuxError> {
-    let reader = ConsoleReader::new(kernel)?;
+pub fn consoles(kernel: &Kernel, devices: &DeviceMemory<'_>) -> Result<Listing<Console>, LinuxError> {
+    let reader = ConsoleReader::new(kernel, devices)?;
     let space = kernel.space();
     let table = kernel.symbol("vc_cons")?;
     let entry = Structure::of(kernel, "vc")?;
@@ -79,6 +85,7 @@ pub fn consoles(kernel: &Kernel) -> Result<Listing<Console>, LinuxError> {
 
 struct ConsoleReader<'k> {
     kernel: &'k Kernel,
+    devices: &'k DeviceMemory<'k>,
     columns: Member,
     rows: Member,
     row_size: Member,
@@ -99,10 +106,11 @@ struct Grid {
 }
 
 impl<'k> ConsoleReader<'k> {
-    fn new(kernel: &'k Kernel) -> Result<Self, LinuxError> {
+    fn new(kernel: &'k Kernel, devices: &'k DeviceMemory<'k>) -> Result<Self, LinuxError> {
         let vc = Structure::of(kernel, "vc_data")?;
         Ok(Self {
             kernel,
+            devices,
             columns: vc.member("vc_cols")?,
             rows: vc.member("vc_rows")?,
             row_size: vc.member("vc_size_row")?,
@@ -126,6 +134,7 @@ impl<'k> ConsoleReader<'k> {
             cursor: None,
             text: None,
             attributes: Vec::new(),
+            text_in: None,
             address: at,
             problems: Vec::new(),
         };
@@ -155,19 +164,16 @@ impl<'k> ConsoleReader<'k> {
             && (1..=MAX_COLUMNS).contains(&rows)
             && columns * rows <= MAX_CELLS
             && stride >= columns * 2
+            && stride * rows <= MAX_CELLS * 2
             && stride * rows <= size;
         if !possible || buffer.is_null() {
             let reason = format!("{columns} columns and {rows} rows do not fit into its {size} bytes");
             row.problems.push(Problem::new("text", reason));
             return Ok(None);
         }
-        if self.origin.pointer(space, at)? != buffer {
-            let reason = "in the memory of the graphics card, which VGA's text mode uses";
-            row.problems.push(Problem::new("text", reason));
+        let Some(cells) = self.cells(at, buffer, stride * rows, row)? else {
             return Ok(None);
-        }
-        let mut cells = vec![0; (stride * rows) as usize];
-        space.read(buffer, &mut cells)?;
+        };
         let high = self.high_font.number(space, at)? as u16;
         let codes = self.codes(at, columns, rows);
         let mut grid = Grid {
@@ -185,6 +191,46 @@ impl<'k> ConsoleReader<'k> {
             grid.attributes.push(attributes(&line, high));
         }
         Ok(Some(grid))
+    }
+
+    /// The bytes of the cells, out of the kernel's buffer or the graphics card.
+    fn cells(
+        &self,
+        at: Gva,
+        buffer: Gva,
+        length: u64,
+        row: &mut Console,
+    ) -> Result<Option<Vec<u8>>, ReadError> {
+        let space = self.kernel.space();
+        let mut origin = self.origin.pointer(space, at)?;
+        if origin == buffer {
+            let mut cells = vec![0; length as usize];
+            space.read(buffer, &mut cells)?;
+            row.text_in = Some("memory");
+            return Ok(Some(cells));
+        }
+        // In text mode a screen scrolls by beginning further down in the window.
+        for attempt in 1.. {
+            let cells = match vga::cells(self.kernel, self.devices, origin, length) {
+                Ok(cells) => cells,
+                Err(why) => {
+                    let reason = format!("in the memory of the graphics card, which is out of reach: {why}");
+                    row.problems.push(Problem::new("text", reason));
+                    return Ok(None);
+                }
+            };
+            let before = std::mem::replace(&mut origin, self.origin.pointer(space, at)?);
+            if before != origin && attempt < ATTEMPTS {
+                continue;
+            }
+            if before != origin {
+                row.problems
+                    .push(Problem::new("text", "it scrolled while it was read"));
+            }
+            row.text_in = Some("device");
+            return Ok(Some(cells));
+        }
+        Ok(None)
     }
 
     /// The code points of each row, where the kernel keeps them.

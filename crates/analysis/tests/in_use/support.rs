@@ -5,12 +5,13 @@ use std::sync::LazyLock;
 use std::sync::atomic::AtomicBool;
 
 use vmsight_analysis::keys::{self, Form, Owned, VolumeKey};
+use vmsight_analysis::recover::DeviceMemory;
 use vmsight_analysis::recover::history::HistoryEntry;
 use vmsight_analysis::recover::input::KeyEvent;
 use vmsight_lab::{Format, Guest, Kernel as Version, Spec, Work};
 use vmsight_linux::{AttachOptions, Kernel, Listing};
 use vmsight_memory::{GuestMemory, dump};
-use vmsight_target::TargetSpec;
+use vmsight_target::{Target, TargetSpec};
 
 use crate::{agent, disks, history, keyboard, screen, tls};
 
@@ -45,11 +46,14 @@ fn make() -> Subject {
     let keyboard = keyboard::make(&guest);
     screen::draw(&guest);
 
-    let running = target(&guest);
-    let pictures = screen::when_shown(&running);
+    let attached = target(&guest);
+    let running = kernel(attached.memory.clone());
+    let cards = DeviceMemory::new(|| attached.device_memory().map_err(|e| e.to_string()));
+    let pictures = screen::when_shown(&running, &cards);
     let (history, typed) = (history::found(&running), keyboard::found(&running));
     // QEMU serves one client at a time.
-    drop(running);
+    drop((cards, running));
+    drop(attached);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("memory");
     guest.dump(Format::Raw, &path).unwrap_or_else(|e| panic!("{e:?}"));
@@ -59,7 +63,7 @@ fn make() -> Subject {
     let found = keys::search(kernel.memory(), &AtomicBool::new(false), &|_| {});
     let (found, notes) = keys::owned(&kernel, found);
     let volumes = keys::volume_keys(&kernel, &found).unwrap_or_else(|e| panic!("{e}"));
-    let dumped = screen::Pictures::of(&kernel);
+    let dumped = screen::Pictures::of(&kernel, &screen::dumped());
     Subject {
         agent,
         sessions,
@@ -76,11 +80,10 @@ fn make() -> Subject {
     }
 }
 
-/// The kernel of the guest as it runs.
-fn target(guest: &Guest) -> Kernel {
+/// The guest as it runs.
+fn target(guest: &Guest) -> Target {
     let spec = TargetSpec::Qmp(guest.qmp_path().unwrap());
-    let target = vmsight_target::attach(&spec, &Default::default()).unwrap_or_else(|e| panic!("{e}"));
-    kernel(target.memory)
+    vmsight_target::attach(&spec, &Default::default()).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// The kernel of a dump.

@@ -75,7 +75,22 @@ pub(super) fn confirm(kernel: &Kernel) -> Result<(), LinuxError> {
     refuse_unproven(kernel, vec![vec![region(HIGH, end)]])
 }
 
-/// The RAM in the memory map that firmware gave, as start and end.
+impl Kernel {
+    /// The RAM in the memory map that firmware gave (`e820_table`, arch/x86/kernel/e820.c, all versions), in the map's order. What was
+    /// plugged in later is not there.
+    ///
+    /// # Errors
+    /// If the map cannot be read, or has no RAM at all.
+    pub fn firmware_ram(&self) -> Result<Vec<Region>, LinuxError> {
+        let region = |(start, end): (u64, u64)| Region {
+            start: Gpa(start),
+            len: end - start,
+        };
+        Ok(ram(self)?.into_iter().map(region).collect())
+    }
+}
+
+/// The RAM in the memory map that firmware gave, as start and end, which is not before the start.
 fn ram(kernel: &Kernel) -> Result<Vec<(u64, u64)>, LinuxError> {
     let table = kernel.symbol_pointer("e820_table")?;
     let space = kernel.space();

@@ -9,6 +9,9 @@ use crate::monitor::{self, FlatRange};
 /// Most ranges whose address is asked for again one by one.
 const MAX_CHECKED: usize = 64;
 
+/// Devices' ranges that are looked at.
+const MAX_OF_DEVICES: usize = 64;
+
 /// What is smaller is a window through which firmware is shown.
 const WINDOW: u64 = 1 << 20;
 
@@ -67,6 +70,69 @@ fn gpa2hva(gpa: u64) -> String {
     format!("gpa2hva {gpa:#x}")
 }
 
+/// Asks where the memory of the guest's devices lies. `hmp` and `backends` are as for [`ask`].
+pub(crate) fn ask_devices<E>(
+    backends: &[String],
+    mut hmp: impl FnMut(&[String]) -> Result<Vec<String>, E>,
+) -> Result<Vec<HostRange>, MonitorFailure<E>> {
+    again(|| devices_once(backends, &mut hmp))
+}
+
+/// Blocks of two cards have one name, so each range is asked for by itself, at both ends: what is between lies between.
+fn devices_once<E>(
+    backends: &[String],
+    hmp: &mut impl FnMut(&[String]) -> Result<Vec<String>, E>,
+) -> Result<Vec<HostRange>, MonitorFailure<E>> {
+    let inconsistent = |reason: String| Err(MonitorFailure::Inconsistent(reason));
+    let tree = hmp(&["info mtree -f".to_owned()])?;
+    let Some(mut flat) = tree
+        .first()
+        .and_then(|tree| monitor::device_memory(tree, backends))
+    else {
+        return inconsistent("info mtree -f shows no address space called memory".into());
+    };
+    flat.truncate(MAX_OF_DEVICES);
+    if flat.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ends = |r: &FlatRange| [r.gpa, r.gpa.saturating_add(r.len - 1)];
+    let lines: Vec<String> = flat.iter().flat_map(ends).map(gpa2hva).collect();
+    let answers = hmp(&lines)?;
+    if answers.len() != lines.len() {
+        return inconsistent("not every command was answered".into());
+    }
+    let mut ranges = Vec::with_capacity(flat.len());
+    for (range, answers) in flat.iter().zip(answers.chunks_exact(2)) {
+        let ends: Vec<u64> = answers.iter().filter_map(|a| monitor::parse_gpa2hva(a)).collect();
+        match ends[..] {
+            [hva, last] if hva.checked_add(range.len - 1) == Some(last) => ranges.push(HostRange {
+                gpa: range.gpa,
+                len: range.len,
+                hva,
+            }),
+            _ => {
+                return inconsistent(format!(
+                    "gpa2hva does not know {} at {:#x} as one piece",
+                    range.block, range.gpa
+                ));
+            }
+        }
+    }
+    Ok(joined(ranges))
+}
+
+/// Asks up to three times, as long as the answers disagree.
+fn again<T, E>(mut once: impl FnMut() -> Result<T, MonitorFailure<E>>) -> Result<T, MonitorFailure<E>> {
+    let mut last = String::new();
+    for _ in 0..3 {
+        match once() {
+            Err(MonitorFailure::Inconsistent(reason)) => last = reason,
+            other => return other,
+        }
+    }
+    Err(MonitorFailure::Inconsistent(last))
+}
+
 /// Asks for the layout. `hmp` runs lines of the human monitor in their order, and gives a text for each; `backends` are the ids of the memory backends.
 /// The guest changes its layout while its firmware runs, so answers that disagree are asked for again.
 pub(crate) fn ask<E>(
@@ -74,14 +140,7 @@ pub(crate) fn ask<E>(
     blocks: Blocks,
     mut hmp: impl FnMut(&[String]) -> Result<Vec<String>, E>,
 ) -> Result<Vec<HostRange>, MonitorFailure<E>> {
-    let mut last = String::new();
-    for _ in 0..3 {
-        match ask_once(backends, blocks, &mut hmp) {
-            Err(MonitorFailure::Inconsistent(reason)) => last = reason,
-            other => return other,
-        }
-    }
-    Err(MonitorFailure::Inconsistent(last))
+    again(|| ask_once(backends, blocks, &mut hmp))
 }
 
 fn ask_once<E>(
@@ -321,6 +380,52 @@ mod tests {
         assert_eq!(rounds, 1);
         assert!(layout.iter().all(|r| r.hva == 0x7f00_0000_0000 + r.gpa));
         assert_eq!(layout.first().map(|r| r.gpa), Some(0));
+    }
+
+    /// Two cards, whose blocks have one name.
+    const CARDS: &str = "FlatView #0\n AS \"memory\", root: system\n\
+                         \u{20} 0000000000000000-000000001fffffff (prio 0, ram): pc.ram\n\
+                         \u{20} 00000000fc000000-00000000fcffffff (prio 1, ram): vga.vram\n\
+                         \u{20} 00000000fd000000-00000000fdffffff (prio 1, ram): vga.vram\n";
+
+    fn devices(place: impl Fn(u64) -> u64) -> Result<Vec<HostRange>, MonitorFailure<()>> {
+        ask_devices(&["pc.ram".to_owned()], |lines| {
+            let answer = |line: &String| match line.strip_prefix("gpa2hva 0x") {
+                None => CARDS.to_owned(),
+                Some(gpa) => {
+                    let hva = place(u64::from_str_radix(gpa, 16).unwrap());
+                    format!("Host virtual address for 0x{gpa} (vga.vram) is {hva:#x}\n")
+                }
+            };
+            Ok(lines.iter().map(answer).collect())
+        })
+    }
+
+    #[test]
+    fn memory_of_devices_is_placed_range_by_range() {
+        let place = |gpa| match gpa {
+            0..0xfd00_0000 => gpa + 0x7f00_0000_0000,
+            _ => gpa + 0x7e00_0000_0000,
+        };
+        let shown: Vec<String> = devices(place).unwrap().iter().map(ToString::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "0xfc000000-0xfd000000 at 0x7f00fc000000",
+                "0xfd000000-0xfe000000 at 0x7e00fd000000"
+            ]
+        );
+        // The guest has moved it between two questions.
+        let moved = devices(|gpa| {
+            if gpa == 0xfdff_ffff {
+                0x7d00_0000_0000
+            } else {
+                place(gpa)
+            }
+        });
+        assert!(matches!(moved, Err(MonitorFailure::Inconsistent(reason)) if reason.contains("one piece")));
+        let nobody: Result<_, MonitorFailure<()>> = ask_devices(&[], |_| Ok(Vec::new()));
+        assert!(matches!(nobody, Err(MonitorFailure::Inconsistent(_))));
     }
 
     #[test]

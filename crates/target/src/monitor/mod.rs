@@ -8,7 +8,7 @@ mod mtree;
 mod ramblock;
 mod registers;
 
-pub(crate) use mtree::{FlatRange, guest_memory};
+pub(crate) use mtree::{FlatRange, device_memory, guest_memory};
 pub(crate) use ramblock::{RamBlock, parse_gpa2hva, parse_memdev, parse_ramblocks};
 pub(crate) use registers::parse_registers;
 
@@ -30,7 +30,9 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_text_panics(at in 0_usize..6000, len in 0_usize..200, with in "[-0-9a-fx@(): \\n=é]{0,40}") {
-            guest_memory(&mangle(include_str!("captured/qemu10.0-q35-backends.mtree"), at, len, &with), &[]);
+            let mtree = mangle(include_str!("captured/qemu10.0-q35-backends.mtree"), at, len, &with);
+            guest_memory(&mtree, &[]);
+            device_memory(&mtree, &[]);
             parse_ramblocks(&mangle(include_str!("captured/qemu10.0-q35-backends.ramblock"), at % 1200, len, &with));
             parse_registers(&mangle(include_str!("captured/qemu7.2-linux-6.1.registers"), at % 4000, len, &with));
             parse_gpa2hva(&with);

@@ -24,23 +24,38 @@ pub(crate) struct FlatRange {
 ///
 /// Ranges that the chipset shows to the guest read-only (shadowed BIOS) are main memory too.
 pub(crate) fn guest_memory(text: &str, backends: &[String]) -> Option<Vec<FlatRange>> {
-    let is_backend = |name: &str| {
-        // QEMU before 5.0 had no backend object for the default memory; machine types from before 4.0 name
-        // regions by path (/objects/mem).
-        backends
-            .iter()
-            .any(|b| name == b || name.strip_suffix(b.as_str()).is_some_and(|r| r.ends_with('/')))
-            || (name.ends_with(".ram") && !name.contains('/'))
-    };
     let view = flat_view(text, "memory")?;
     Some(
         view.filter_map(parse_range)
             .take(MAX_RANGES)
             .filter(|r| {
-                matches!(r.kind.trim_start_matches("nv-"), "ram" | "rom" | "romd") && is_backend(&r.block)
+                matches!(r.kind.trim_start_matches("nv-"), "ram" | "rom" | "romd")
+                    && is_main(&r.block, backends)
             })
             .collect(),
     )
+}
+
+/// The ranges of that address space behind which devices have plain memory of their own, which a graphics card has for what it
+/// shows. Not what an assigned device has (`ramd`): to read there may have effects.
+pub(crate) fn device_memory(text: &str, backends: &[String]) -> Option<Vec<FlatRange>> {
+    let view = flat_view(text, "memory")?;
+    Some(
+        view.filter_map(parse_range)
+            .take(MAX_RANGES)
+            .filter(|r| r.kind == "ram" && !is_main(&r.block, backends))
+            .collect(),
+    )
+}
+
+/// Whether a memory region is one of `backends`, or the machine's own memory.
+fn is_main(name: &str, backends: &[String]) -> bool {
+    // QEMU before 5.0 had no backend object for the default memory; machine types from before 4.0 name
+    // regions by path (/objects/mem).
+    backends
+        .iter()
+        .any(|b| name == b || name.strip_suffix(b.as_str()).is_some_and(|r| r.ends_with('/')))
+        || (name.ends_with(".ram") && !name.contains('/'))
 }
 
 /// The lines of the flat view that the address space `name` uses.
@@ -131,6 +146,29 @@ mod tests {
     }
 
     #[test]
+    fn a_card_has_memory_where_the_guest_put_it() {
+        let of = |text| {
+            let ranges = device_memory(text, &["pc.ram".to_owned()]).unwrap();
+            let card = ranges.into_iter().map(|r| (r.gpa, r.len, r.block, r.offset));
+            card.collect::<Vec<_>>()
+        };
+        for text in [
+            include_str!("captured/qemu7.2-pc-booted.mtree"),
+            include_str!("captured/qemu10.0-pc-booted.mtree"),
+        ] {
+            assert_eq!(of(text), [(0xfd00_0000, 0x100_0000, "vga.vram".into(), 0)]);
+        }
+        // Before firmware has run, it is nowhere.
+        let early = include_str!("captured/qemu10.0-q35-backends.mtree");
+        assert_eq!(
+            device_memory(early, &["vm1", "d1", "mem"].map(str::to_owned)),
+            Some(Vec::new())
+        );
+        let assigned = "FlatView #0\n AS \"memory\", root: system\n  0-fff (prio 0, ramd): 0000:01:00.0 BAR 0 mmaps[0]\n";
+        assert!(of(assigned).is_empty());
+    }
+
+    #[test]
     fn suffixes_of_kvm_and_old_names() {
         let range = |line| parse_range(line).map(|r| (r.block, r.offset, r.kind));
         assert_eq!(
@@ -148,7 +186,7 @@ mod tests {
 
     #[test]
     fn nonsense_gives_nothing() {
-        assert!(guest_memory("", &[]).is_none());
+        assert!(guest_memory("", &[]).is_none() && device_memory("", &[]).is_none());
         assert!(guest_memory("FlatView #0\n AS \"I/O\", root: io\n", &[]).is_none());
         let broken = "FlatView #0\n AS \"memory\", root: system\n  5-4 (prio 0, ram): a.ram\n  0-ffffffffffffffff (prio 0, ram): a.ram\n  zz\n";
         assert!(spans(broken, &[]).is_empty());

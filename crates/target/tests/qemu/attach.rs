@@ -273,15 +273,36 @@ fn memory_of_a_device_is_none_of_the_machines() {
         "memory-backend-memfd,id=shm,size=4M,share=on",
         "-device",
         "ivshmem-plain,memdev=shm",
+        "-device",
+        "VGA",
+        "-device",
+        "secondary-vga",
+        "-qmp",
+        "unix:DIR/second,server=on,wait=off",
     ]);
-    // Firmware gives it its place.
+    // Firmware gives them their places, and says on the screen who it is.
     let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    while !vm.hmp("info mtree -f").contains("ram): shm") {
+    let screen = || vm.hmp("xp /160xb 0xb8000");
+    while !vm.hmp("info mtree -f").contains("ram): shm") || !screen().contains("0x53 0x07 0x65 0x07 0x61") {
         assert!(std::time::Instant::now() < until, "{}", vm.hmp("info mtree -f"));
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
     let target = attach_pid(&vm, &AttachOptions::default());
     assert_eq!(target.memory.end(), Gpa(64 << 20), "{:?}", regions(&target));
+
+    let devices = target.device_memory().unwrap_or_else(|e| panic!("{e}"));
+    assert!(devices.is_live() && !devices.is_writable());
+    assert_eq!(devices.size(), (4 + 16 + 16) << 20, "{:?}", devices.regions());
+    // One of the cards has the screen, and a cell of it every four bytes.
+    let title = |at: u64| {
+        let cell = |n: u64| devices.read_u8(Gpa(at + 4 * n)).unwrap();
+        (0..7).map(cell).collect::<Vec<u8>>()
+    };
+    let cards = devices
+        .regions()
+        .iter()
+        .flat_map(|r| (r.start.0..r.end().0).step_by(4 << 20));
+    assert_eq!(cards.filter(|at| title(*at) == b"SeaBIOS").count(), 1);
 }
 
 #[test]

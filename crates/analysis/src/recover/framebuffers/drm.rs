@@ -12,7 +12,8 @@ use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
 use vmsight_memory::ReadError;
 use vmsight_symbols::Types;
 
-use super::{Framebuffer, MAX_ROWS, Picture, PixelFormat, Pixels};
+use super::{Framebuffer, MAX_ROWS, PixelFormat, Pixels};
+use crate::recover::DeviceMemory;
 use crate::recover::files::page_cache::PageCache;
 use crate::recover::frames::PAGE;
 use crate::recover::member::{Member, Structure};
@@ -31,12 +32,13 @@ const IN_VRAM: u64 = 2;
 /// Adds the framebuffers of all cards. `left` is how many bytes of pixels may still be looked for.
 pub(super) fn framebuffers(
     kernel: &Kernel,
+    devices: &DeviceMemory<'_>,
     out: &mut Listing<Framebuffer>,
     left: &mut u64,
 ) -> Result<(), LinuxError> {
     let module = kernel.module_address(MODULE)?;
     let types = kernel.module_types(MODULE)?;
-    let reader = Reader::new(kernel, &types)?;
+    let reader = Reader::new(kernel, devices, &types)?;
     let symbols = kernel.symbols_of_module(module, &MODULE.into())?;
     let known: FxHashMap<&str, Gva> = symbols
         .rows
@@ -87,6 +89,7 @@ pub(super) fn framebuffers(
 
 struct Reader<'k> {
     kernel: &'k Kernel,
+    devices: &'k DeviceMemory<'k>,
     cache: PageCache<'k>,
     minor_type: Member,
     minor_index: Member,
@@ -176,13 +179,14 @@ enum Place {
 }
 
 impl<'k> Reader<'k> {
-    fn new(kernel: &'k Kernel, types: &Types) -> Result<Self, LinuxError> {
+    fn new(kernel: &'k Kernel, devices: &'k DeviceMemory<'k>, types: &Types) -> Result<Self, LinuxError> {
         let of = |name| Structure::within(types, kernel.release(), name);
         let (minor, device) = (of("drm_minor")?, of("drm_device")?);
         let (framebuffer, plane) = (of("drm_framebuffer")?, of("drm_plane")?);
         let state = of("drm_plane_state")?;
         Ok(Self {
             kernel,
+            devices,
             cache: PageCache::new(kernel)?,
             minor_type: minor.member("type")?,
             minor_index: minor.member("index")?,
@@ -289,12 +293,7 @@ impl<'k> Reader<'k> {
                     return Ok(());
                 };
                 if let Some(pixels) = self.pixels(device, gem, offset.saturating_add(size))? {
-                    let picture = Picture {
-                        format,
-                        pixels,
-                        offset,
-                    };
-                    row.paint(self.kernel, picture, size);
+                    row.paint(self.kernel, self.devices, format, pixels, (offset, size));
                     return Ok(());
                 }
                 Problem::new(

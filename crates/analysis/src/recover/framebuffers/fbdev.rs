@@ -5,7 +5,8 @@ use vmsight_linux::text::guest_text;
 use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
 use vmsight_memory::ReadError;
 
-use super::{Framebuffer, Picture, PixelFormat, Pixels};
+use super::{Framebuffer, PixelFormat, Pixels};
+use crate::recover::DeviceMemory;
 use crate::recover::member::{Member, Structure};
 
 /// `FB_MAX` (include/uapi/linux/fb.h).
@@ -33,6 +34,7 @@ struct Members {
 /// Adds the framebuffers of fbdev. `left` is how many bytes of pixels may still be looked for.
 pub(super) fn framebuffers(
     kernel: &Kernel,
+    devices: &DeviceMemory<'_>,
     out: &mut Listing<Framebuffer>,
     left: &mut u64,
 ) -> Result<(), LinuxError> {
@@ -62,7 +64,7 @@ pub(super) fn framebuffers(
             Ok(0) => {}
             Ok(at) => {
                 let mut row = Framebuffer::at("fbdev", format!("fb{number}"), Gva(at));
-                if let Err(error) = members.read(kernel, &mut row, left) {
+                if let Err(error) = members.read(kernel, devices, &mut row, left) {
                     row.problems.push(Problem::read("width", &error));
                 }
                 out.rows.push(row);
@@ -79,7 +81,13 @@ pub(super) fn framebuffers(
 }
 
 impl Members {
-    fn read(&self, kernel: &Kernel, row: &mut Framebuffer, left: &mut u64) -> Result<(), ReadError> {
+    fn read(
+        &self,
+        kernel: &Kernel,
+        devices: &DeviceMemory<'_>,
+        row: &mut Framebuffer,
+        left: &mut u64,
+    ) -> Result<(), ReadError> {
         let (space, at) = (kernel.space(), row.address);
         row.driver = guest_text(&space.read_cstr(self.id.at(at), ID)?);
         row.width = self.width.number(space, at)?;
@@ -110,16 +118,14 @@ impl Members {
         let Some(size) = row.size(format, offset, left) else {
             return Ok(());
         };
+        let physical = Gpa(self.physical.number(space, at)?);
+        // Where a card has them the kernel maps the card's memory, and says where that is; where it maps its own, it says nothing.
+        let mapped = |base: &Gva| space.translate(*base).is_ok_and(|found| found.gpa == physical);
         let pixels = match row.pixels_at {
-            Some(base) => Pixels::Mapped(base),
-            None => Pixels::Physical(Gpa(self.physical.number(space, at)?)),
+            Some(base) if physical.0 == 0 || !mapped(&base) => Pixels::Mapped(base),
+            _ => Pixels::Physical(physical),
         };
-        let picture = Picture {
-            format,
-            pixels,
-            offset,
-        };
-        row.paint(kernel, picture, size);
+        row.paint(kernel, devices, format, pixels, (offset, size));
         Ok(())
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! A picture can be got back where its pixels are in the guest's memory: emulated on top of DRM, fbdev draws into ordinary memory, from
 //! where a driver takes it to the card; and drivers of virtual cards keep their buffers in memory of files that have no name. Pixels
-//! that only a card has are said to be there, and no picture is made up.
+//! that only a card has (VESA's and EFI's framebuffers, those of bochs) are read there, where the target gives the card's memory; where
+//! it does not they are said to be there, and no picture is made up.
 
 mod drm;
 mod fbdev;
@@ -16,8 +17,10 @@ use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_linux::listing::address;
 use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
+use vmsight_memory::GuestMemory;
 
-use pixels::{PixelFormat, Pixels};
+use super::DeviceMemory;
+use pixels::{PixelFormat, Pixels, Place};
 pub use write::write;
 
 /// Pixels of a side: `MAX_WIDTH` and `MAX_HEIGHT` of no driver are higher.
@@ -47,7 +50,7 @@ pub struct Framebuffer {
     pub format: String,
     /// Bytes from the begin of a row to that of the next one.
     pub stride: u64,
-    /// Where the pixels are: `memory`, `device`; `None` where that could not be found out.
+    /// Where the pixels are: `memory`; `device` where they are a graphics card's, read or not; `None` where that could not be found out.
     pub pixels_in: Option<&'static str>,
     /// The first pixel in the kernel's address space, where it is mapped there.
     #[serde(serialize_with = "address::gva_opt")]
@@ -66,6 +69,8 @@ pub struct Framebuffer {
 struct Picture {
     format: PixelFormat,
     pixels: Pixels,
+    /// What they are read from.
+    memory: GuestMemory,
     /// Of the first pixel, in bytes from the begin of the pixels.
     offset: u64,
 }
@@ -86,15 +91,15 @@ pub struct WrittenPicture {
     pub failure: Option<String>,
 }
 
-/// The framebuffers of a guest: fbdev's, then those of DRM.
+/// The framebuffers of a guest: fbdev's, then those of DRM. `devices` is asked where pixels are only a graphics card's.
 ///
 /// # Errors
 /// If the kernel knows no framebuffers at all (built without CONFIG_FB and DRM not loaded), or its types lack a member.
-pub fn framebuffers(kernel: &Kernel) -> Result<Listing<Framebuffer>, LinuxError> {
+pub fn framebuffers(kernel: &Kernel, devices: &DeviceMemory<'_>) -> Result<Listing<Framebuffer>, LinuxError> {
     let mut out = Listing::default();
     let mut left = MAX_TOTAL;
-    let fbdev = fbdev::framebuffers(kernel, &mut out, &mut left);
-    match (fbdev, drm::framebuffers(kernel, &mut out, &mut left)) {
+    let fbdev = fbdev::framebuffers(kernel, devices, &mut out, &mut left);
+    match (fbdev, drm::framebuffers(kernel, devices, &mut out, &mut left)) {
         (Err(error), Err(_)) => return Err(error),
         (Err(error), Ok(())) => out.warn(format!("framebuffers of fbdev: {error}")),
         // Without the module there are none.
@@ -151,18 +156,33 @@ impl Framebuffer {
     }
 
     /// Takes the pixels, `size` bytes from `offset` on, for this framebuffer's.
-    fn paint(&mut self, kernel: &Kernel, picture: Picture, size: u64) {
-        match picture.pixels.whereabouts(kernel, picture.offset, size) {
-            Ok("device") => {
-                self.pixels_in = Some("device");
-                let reason = "in the memory of the graphics card, which this target does not give";
+    fn paint(
+        &mut self,
+        kernel: &Kernel,
+        devices: &DeviceMemory<'_>,
+        format: PixelFormat,
+        pixels: Pixels,
+        (offset, size): (u64, u64),
+    ) {
+        let (place, memory) = match pixels.place(kernel, devices, offset, size) {
+            Ok(Place::Memory) => ("memory", Ok(kernel.memory().clone())),
+            Ok(Place::Device(gpa)) => ("device", devices.at(kernel, gpa)),
+            Err(reason) => return self.problems.push(Problem::new("pixels_in", reason)),
+        };
+        self.pixels_in = Some(place);
+        match memory {
+            Ok(memory) => {
+                self.picture = Some(Picture {
+                    format,
+                    pixels,
+                    memory,
+                    offset,
+                });
+            }
+            Err(why) => {
+                let reason = format!("in the memory of the graphics card, which is out of reach: {why}");
                 self.problems.push(Problem::new("pixels_in", reason));
             }
-            Ok(place) => {
-                self.pixels_in = Some(place);
-                self.picture = Some(picture);
-            }
-            Err(reason) => self.problems.push(Problem::new("pixels_in", reason)),
         }
     }
 }

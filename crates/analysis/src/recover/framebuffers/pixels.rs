@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use vmsight_arch::{Gpa, Gva};
 use vmsight_linux::Kernel;
+use vmsight_memory::GuestMemory;
 
+use crate::recover::DeviceMemory;
 use crate::recover::frames::PAGE;
 
 /// Where a colour's bits are in a pixel, which is little-endian.
@@ -138,8 +140,17 @@ pub(super) enum Pixels {
     Mapped(Gva),
     /// In pages, by their number in the buffer, rising.
     Pages(Vec<(u64, Gpa)>),
-    /// At this physical address.
+    /// At this physical address, which is a card's as far as the kernel says.
     Physical(Gpa),
+}
+
+/// Whose memory pixels are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The guest's.
+    Memory,
+    /// A device's, which has this address of theirs.
+    Device(Gpa),
 }
 
 impl Pixels {
@@ -171,34 +182,50 @@ impl Pixels {
         PAGE - start.wrapping_add(offset) % PAGE
     }
 
-    /// `memory` if any of these bytes is in the guest's memory, `device` if all that are anywhere are elsewhere.
+    /// The guest's memory if any of these bytes is there, a device's if all that are anywhere are elsewhere.
     ///
     /// # Errors
     /// Where they are nowhere.
-    pub(super) fn whereabouts(
+    pub(super) fn place(
         &self,
         kernel: &Kernel,
+        devices: &DeviceMemory<'_>,
         offset: u64,
         length: u64,
-    ) -> Result<&'static str, &'static str> {
+    ) -> Result<Place, &'static str> {
+        if let Self::Physical(start) = self {
+            let gpa = Gpa(start
+                .0
+                .checked_add(offset)
+                .ok_or("its pixels pass the end of memory")?);
+            return Ok(match devices.is_ram(kernel, gpa) {
+                true => Place::Memory,
+                false => Place::Device(gpa),
+            });
+        }
         let (mut at, end) = (offset, offset.saturating_add(length));
-        let mut elsewhere = false;
+        let mut elsewhere = None;
         while at < end {
             match self.gpa(kernel, at) {
-                Some(gpa) if kernel.memory().region_of(gpa).is_some() => return Ok("memory"),
-                Some(_) => elsewhere = true,
+                Some(gpa) if kernel.memory().region_of(gpa).is_some() => return Ok(Place::Memory),
+                Some(gpa) => elsewhere = elsewhere.or(Some(gpa)),
                 None => {}
             }
             at = at.saturating_add(self.within(at));
         }
-        match elsewhere {
-            true => Ok("device"),
-            false => Err("none of its pixels are mapped or in memory"),
-        }
+        elsewhere
+            .map(Place::Device)
+            .ok_or("none of its pixels are mapped or in memory")
     }
 
-    /// Reads from the byte `offset` on, and gives what could not be read: it is left as it was.
-    pub(super) fn read(&self, kernel: &Kernel, offset: u64, to: &mut [u8]) -> Vec<Range<usize>> {
+    /// Reads from the byte `offset` on out of `memory`, and gives what could not be read: it is left as it was.
+    pub(super) fn read(
+        &self,
+        kernel: &Kernel,
+        memory: &GuestMemory,
+        offset: u64,
+        to: &mut [u8],
+    ) -> Vec<Range<usize>> {
         let mut missing = Vec::new();
         let mut done = 0;
         while done < to.len() {
@@ -207,7 +234,7 @@ impl Pixels {
             let part = to.get_mut(done..end).unwrap_or(&mut []);
             let read = self
                 .gpa(kernel, at)
-                .is_some_and(|gpa| kernel.memory().read(gpa, part).is_ok());
+                .is_some_and(|gpa| memory.read(gpa, part).is_ok());
             if !read {
                 missing.push(done..end);
             }

@@ -83,7 +83,7 @@ fn encode(
     let mut row = vec![0; (framebuffer.width * pixel) as usize];
     for nth in 0..framebuffer.height {
         let at = picture.offset + nth * framebuffer.stride;
-        let gaps = picture.pixels.read(kernel, at, &mut row);
+        let gaps = picture.pixels.read(kernel, &picture.memory, at, &mut row);
         let mut colours = picture.format.colours(&row);
         // A pixel may lie in two pages; the second gap begins where the first one ends, then.
         let mut next = 0;
