@@ -77,15 +77,7 @@ pub(super) fn accepted(context: &Context, site: &Site, then: &[u8], now: &[u8]) 
             let (length, is_so) = static_call(context, &one(then.get(begin..)?, at)?, now.get(begin..)?, at)?;
             (begin + length, is_so && then.get(..begin) == now.get(..begin))
         }
-        SiteKind::Traced => {
-            let new = one(now, at)?;
-            let traced = new.flow_control() == FlowControl::Call
-                && code::branch(&new).is_some_and(|to| is_tracing(context, to));
-            (
-                BRANCH,
-                new.len() == BRANCH && (traced || new.mnemonic() == Mnemonic::Nop),
-            )
-        }
+        SiteKind::Traced => (BRANCH, may_be_traced(context, at, now)),
         SiteKind::Alternative { .. } => return None,
     };
     is_so.then_some(length)
@@ -267,6 +259,14 @@ fn static_call(context: &Context, old: &Instruction, now: &[u8], at: u64) -> Opt
         },
     };
     Some((length, is_so && rest.iter().all(fills)))
+}
+
+/// Whether a place for function tracing has nothing, or a call of what traces.
+pub(super) fn may_be_traced(context: &Context, at: u64, now: &[u8]) -> bool {
+    let Some(new) = one(now, at) else { return false };
+    let traced = new.flow_control() == FlowControl::Call
+        && code::branch(&new).is_some_and(|to| is_tracing(context, to));
+    new.len() == BRANCH && (traced || new.mnemonic() == Mnemonic::Nop)
 }
 
 fn is_tracing(context: &Context, to: Gva) -> bool {

@@ -27,7 +27,7 @@ pub const GOLDEN: Check = Check {
     techniques: &[Technique::ROOTKIT, Technique::IMPAIR_DEFENSES],
     blind_spots: &[
         "What the copy already held: make it when the guest is known to be good.",
-        "Places that the kernel patches itself (static keys, static calls, function tracing): the check text looks at those.",
+        "Places that the kernel patches itself (static keys, static calls): the check text looks at those.",
         "On another model of processor the kernel patches its code otherwise at boot: a copy is for one.",
         "Modules of which there is no copy: they are named in a note.",
         "With the kernel's file: places that the kernel patches at boot (alternatives, mitigations).",
@@ -122,8 +122,15 @@ fn against_baseline(
     }
     let mut patched = sites::static_calls(context, findings).sites;
     patched.extend(sites::static_keys(context, findings)?);
-    patched.extend(sites::traced(context, findings)?.into_keys());
     patched.extend(probed);
+    let kernel = text::kernel(context)?;
+    // The guest says where it traces; that is no leave to have anything else there.
+    let traced = sites::traced(context, findings)?.into_keys();
+    let regions_of_all = || regions.iter().map(|(_, region)| region).chain([&kernel]);
+    patched.extend(traced.filter(|at| {
+        let region = regions_of_all().find(|region| (region.start..region.end()).contains(at));
+        region.is_some_and(|region| judge::may_be_traced(context, *at, region.slice(*at, region.end())))
+    }));
     // What stands in for a call until it is known where it leads, jumps or returns.
     let symbols = &context.kernel().profile().symbols;
     let trampolines = symbols
@@ -135,7 +142,6 @@ fn against_baseline(
         .filter_map(|name| context.kernel().find_symbol(&[name]));
     patched.extend(places.map(|at| at.0));
 
-    let kernel = text::kernel(context)?;
     let mut now = vec![("", id, &kernel)];
     for (module, region) in regions {
         let id = module.build_id.clone().unwrap_or_default();
