@@ -167,7 +167,8 @@ impl Fetched {
         Ok(folder)
     }
 
-    fn modules_folder(&self) -> PathBuf {
+    /// The folder that would be `/lib/modules/RELEASE`.
+    pub fn modules_folder(&self) -> PathBuf {
         self.folder.join("modules/lib/modules").join(&self.release)
     }
 

@@ -5,9 +5,12 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
-use vmsight_analysis::{Context, Finding, checks, run};
+use std::sync::Arc;
+
+use vmsight_analysis::baseline::{Source, Trusted};
+use vmsight_analysis::{Check, Context, Finding, checks, run};
 use vmsight_lab::orders::Ended;
-use vmsight_lab::{Format, Guest, Kernel, Memory, Spec, Work};
+use vmsight_lab::{Format, Guest, Kernel, Memory, Spec, Work, modules};
 use vmsight_target::{Target, TargetSpec};
 
 const TRACE: &str = "/sys/kernel/tracing";
@@ -23,11 +26,24 @@ const MODULES: &[&str] = &[
     "nf_tables",
 ];
 
-fn findings(target: &Target) -> Vec<Finding> {
+/// Of all checks, and of code held against what the distribution ships and against the files of our own modules.
+fn findings(target: &Target, version: Kernel) -> Vec<Finding> {
     let kernel = vmsight_linux::Kernel::attach(target.memory.clone(), Default::default()).unwrap();
     let registers = target.registers(None).map_err(|e| e.to_string());
     let context = Context::new(kernel).with_registers(registers);
-    let outcomes = run(&context, checks::ALL, &|_| {});
+    let fetched = version.fetch().unwrap();
+    let mut given = vec![fetched.vmlinuz(), fetched.modules_folder()];
+    let own = modules::build(&fetched).unwrap();
+    given.extend(
+        own.into_iter()
+            .filter(|path| path.ends_with("vmsight_livepatch.ko")),
+    );
+    let sources = given.iter().map(|path| Source::open(path).unwrap()).collect();
+    let trusted = Trusted::read(&context, sources).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(trusted.module_files(), context.modules().len());
+    let context = context.with_trusted(Arc::new(trusted));
+    let all: Vec<&Check> = checks::ALL.iter().copied().chain([&checks::GOLDEN]).collect();
+    let outcomes = run(&context, &all, &|_| {});
     for outcome in &outcomes {
         assert!(!outcome.failed, "{}: {:?}", outcome.check, outcome.notes);
     }
@@ -36,6 +52,7 @@ fn findings(target: &Target) -> Vec<Finding> {
 
 struct Lab {
     guest: Guest,
+    version: Kernel,
 }
 
 impl Lab {
@@ -45,7 +62,7 @@ impl Lab {
             ..Spec::new(version).orders().modules()
         };
         let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
-        Lab { guest }
+        Lab { guest, version }
     }
 
     fn run(&self, argv: &[&str]) {
@@ -106,7 +123,7 @@ impl Lab {
         };
         for spec in [live, dump] {
             let target = vmsight_target::attach(&spec, &Default::default()).unwrap_or_else(|e| panic!("{e}"));
-            let found = findings(&target);
+            let found = findings(&target, self.version);
             let found: Vec<&Finding> = found.iter().filter(|f| f.is_suspicious()).collect();
             let fits = |f: &&&Finding| {
                 suspicious
@@ -149,12 +166,24 @@ fn entry() -> u64 {
 
 fn check(version: Kernel) {
     let lab = Lab::boot(version);
-    // Function tracing of everything, probes on the kernel and on a program.
+    // Function tracing of everything, probes on the kernel, a module and a program. One is on what stands behind a function's place for
+    // tracing.
     lab.run(&["mount", "-t", "tracefs", "none", TRACE]);
-    lab.write("kprobe_events", "p:vm do_sys_openat2\nr:vmr do_sys_openat2\n");
+    let behind = if version == Kernel::V6_1 { 5 } else { 9 };
+    let probes = format!(
+        "p:vm do_sys_openat2\nr:vmr do_sys_openat2\np:vmm ext4:ext4_readdir\np:vmb ext4:ext4_sync_file+{behind}\n"
+    );
+    lab.write("kprobe_events", &probes);
     lab.write("uprobe_events", &format!("p:vmu /bin/busybox:{:#x}\n", entry()));
     lab.write("current_tracer", "function");
-    for event in ["kprobes/vm", "kprobes/vmr", "uprobes/vmu", "sched/sched_switch"] {
+    for event in [
+        "kprobes/vm",
+        "kprobes/vmr",
+        "kprobes/vmm",
+        "kprobes/vmb",
+        "uprobes/vmu",
+        "sched/sched_switch",
+    ] {
         lab.write(&format!("events/{event}/enable"), "1");
     }
     // KVM, nftables, a live patch.

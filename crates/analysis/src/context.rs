@@ -8,6 +8,7 @@ use vmsight_linux::module::{Module, ModuleSymbol};
 use vmsight_linux::{Kernel, LinuxError, Listing};
 use vmsight_memory::AddressSpace;
 
+use crate::baseline::Trusted;
 use crate::code;
 use crate::owner::Owners;
 use crate::{Baseline, Evidence, Known, Object, Owner};
@@ -18,7 +19,7 @@ pub struct Context {
     kernel: Kernel,
     still: bool,
     registers: Result<Vec<Registers>, String>,
-    baseline: Option<Arc<Baseline>>,
+    trusted: Option<Arc<Trusted>>,
     known: Option<Known>,
     owners: OnceLock<Owners>,
     symbols: OnceLock<Vec<ModuleSymbol>>,
@@ -32,7 +33,7 @@ impl Context {
             still: !kernel.memory().is_live(),
             kernel,
             registers: Err("nobody asked for the vCPUs' registers".to_owned()),
-            baseline: None,
+            trusted: None,
             known: None,
             owners: OnceLock::new(),
             symbols: OnceLock::new(),
@@ -49,8 +50,14 @@ impl Context {
 
     /// With a trusted copy of the kernel's code, for the check `golden`.
     #[must_use]
-    pub fn with_baseline(mut self, baseline: Baseline) -> Self {
-        self.baseline = Some(Arc::new(baseline));
+    pub fn with_baseline(self, baseline: Baseline) -> Self {
+        self.with_trusted(Arc::new(baseline.into()))
+    }
+
+    /// With what is trusted of the code of the kernel and of modules, for the check `golden`.
+    #[must_use]
+    pub fn with_trusted(mut self, trusted: Arc<Trusted>) -> Self {
+        self.trusted = Some(trusted);
         self
     }
 
@@ -65,9 +72,9 @@ impl Context {
         self.known.as_ref()
     }
 
-    /// The trusted copy of the kernel's code.
-    pub fn baseline(&self) -> Option<&Baseline> {
-        self.baseline.as_deref()
+    /// What is trusted of the code of the kernel and of modules.
+    pub fn trusted(&self) -> Option<&Trusted> {
+        self.trusted.as_deref()
     }
 
     /// Of a guest that is paused as long as checks run: nothing changes.
@@ -83,7 +90,7 @@ impl Context {
             kernel: self.kernel.clone(),
             still: self.still,
             registers: self.registers.clone(),
-            baseline: self.baseline.clone(),
+            trusted: self.trusted.clone(),
             known: None,
             owners: OnceLock::new(),
             symbols: OnceLock::new(),

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod called;
+mod golden;
 mod written;
 
 use std::time::{Duration, Instant};
@@ -272,6 +273,7 @@ fn findings(target: &Target) -> Vec<Finding> {
 fn check(version: Kernel) {
     let lab = Lab::boot(version);
     lab.is_clean("at first");
+    golden::check(&lab, version);
     written::check(&lab);
     first_round(&lab);
     second_round(&lab);

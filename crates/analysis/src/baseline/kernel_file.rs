@@ -304,7 +304,7 @@ impl Baseline {
 }
 
 /// The description of the note of type 3 of GNU (`NT_GNU_BUILD_ID`).
-fn build_id(mut notes: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn build_id(mut notes: &[u8]) -> Option<Vec<u8>> {
     const BUILD_ID: u32 = 3;
     loop {
         let (name, length) = (word(notes, 0)? as usize, word(notes, 4)? as usize);

@@ -3,6 +3,10 @@
 mod compare;
 mod file;
 mod kernel_file;
+mod module_file;
+mod package;
+mod packed;
+mod trusted;
 
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
@@ -14,6 +18,11 @@ use crate::text::{self, Region};
 pub(crate) use compare::{DATA, differences};
 pub use file::BaselineError;
 pub use kernel_file::KernelFileError;
+pub use module_file::{
+    AlternativeLayout, ModuleFile, ModuleFileError, Outside, Placed, Relocated, Site, SiteKind,
+};
+pub(crate) use trusted::{Difference, differs};
+pub use trusted::{Source, Trusted, TrustedError};
 
 /// The code of one kernel and its modules, as it was.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -96,6 +96,48 @@ fn a_clean_guest_a_planted_pointer_and_a_changed_byte() {
 }
 
 #[test]
+fn what_the_distribution_ships_is_a_trusted_copy() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let fetched = vmsight_lab::Kernel::V6_1.fetch().unwrap();
+    let (kernel, modules) = (fetched.vmlinuz(), fetched.modules_folder());
+    let (kernel, modules) = (utf8(&kernel), utf8(&modules));
+    let check = |more: &[&str]| vmsight(&[&["check", t, "golden"], more].concat());
+    let out = check(&["--golden", kernel, "--golden", modules]);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    assert!(
+        !text(&out.stderr).contains("not compared"),
+        "{}",
+        text(&out.stderr)
+    );
+    let out = check(&["--golden", modules]);
+    let said = text(&out.stderr);
+    assert!(said.contains("kernel's own code is not compared"), "{said}");
+    let out = check(&["--golden", kernel]);
+    let said = text(&out.stderr);
+    assert!(
+        said.contains("modules are not compared") && said.contains("ext4"),
+        "{said}"
+    );
+    // Nothing of the guest's, and twice the same.
+    let folder = tempfile::tempdir().unwrap();
+    let out = check(&["--golden", utf8(folder.path())]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(
+        text(&out.stderr).contains("holds neither"),
+        "{}",
+        text(&out.stderr)
+    );
+    let out = check(&["--golden", kernel, "--golden", kernel]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(
+        text(&out.stderr).contains("and so has another"),
+        "{}",
+        text(&out.stderr)
+    );
+}
+
+#[test]
 fn what_is_asked_wrongly_is_said() {
     assert!(ends_with(2, &["check", "nothing", "sycalls"]).contains("syscalls"));
     assert!(ends_with(2, &["check", "nothing", "golden"]).contains("--golden"));

@@ -1,11 +1,12 @@
 //! `vmsight baseline`: a trusted copy of a kernel's code, for `vmsight check --golden`.
 
-use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read as _};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
+use vmsight_analysis::baseline::{Source, Trusted};
 use vmsight_analysis::{Baseline, Context};
 
 use crate::{Outcome, args::Global, commands::beside::write_beside, session::Session};
@@ -51,50 +52,58 @@ impl Cmd {
     }
 }
 
-/// What a baseline's file begins with, whatever its version.
-const BASELINE: &[u8] = b"VMSBASE";
-/// No kernel's file is longer.
-const MAX_FILE: u64 = 1 << 30;
+/// What `--golden` gave, kept for the next look: a package takes seconds to read.
+#[derive(Debug, Default)]
+pub(super) struct Golden(Mutex<Option<Kept>>);
 
-/// A file to hold a kernel's code against.
-pub(super) enum Golden {
-    /// One that `vmsight baseline create` made.
-    Baseline(Baseline),
-    /// A kernel's own file.
-    Kernel(Vec<u8>),
+#[derive(Debug)]
+struct Kept {
+    trusted: Arc<Trusted>,
+    /// The modules that were looked for.
+    modules: BTreeSet<String>,
 }
 
 impl Golden {
-    /// Reads it.
-    pub(super) fn read(file: &Path) -> Result<Self> {
-        let open = File::open(file).with_context(|| format!("opening {}", file.display()))?;
-        let mut open = BufReader::new(open);
-        let begin = open
-            .fill_buf()
-            .with_context(|| format!("reading {}", file.display()))?;
-        if begin.starts_with(BASELINE) {
-            let read = Baseline::read(open);
-            return Ok(Self::Baseline(
-                read.with_context(|| format!("reading {}", file.display()))?,
-            ));
+    /// Opens what is given, if that has not been read yet: what is of no use is said before a target is opened.
+    pub(super) fn open(&self, paths: &[PathBuf]) -> Result<Option<Vec<Source>>> {
+        match *self.kept() {
+            Some(_) => Ok(None),
+            None => open(paths).map(Some),
         }
-        let mut bytes = Vec::new();
-        open.take(MAX_FILE)
-            .read_to_end(&mut bytes)
-            .with_context(|| format!("reading {}", file.display()))?;
-        if !Baseline::is_kernel_file(&bytes) {
-            bail!("{} is neither a baseline nor a kernel", file.display());
-        }
-        Ok(Self::Kernel(bytes))
     }
 
-    /// What the guest's code is to be.
-    pub(super) fn of(self, context: &Context) -> Result<Baseline> {
-        match self {
-            Self::Baseline(baseline) => Ok(baseline),
-            Self::Kernel(file) => {
-                Baseline::of_kernel_file(context, &file).context("holding the kernel against its file")
-            }
+    /// What the guest's code is to be; read anew where modules have been loaded since.
+    pub(super) fn of(
+        &self,
+        context: &Context,
+        paths: &[PathBuf],
+        sources: Option<Vec<Source>>,
+    ) -> Result<Arc<Trusted>> {
+        let mut kept = self.kept();
+        let modules = || context.modules().iter().map(|module| &module.name);
+        if let Some(kept) = &*kept
+            && modules().all(|name| kept.modules.contains(name))
+        {
+            return Ok(kept.trusted.clone());
         }
+        let sources = sources.map_or_else(|| open(paths), Ok)?;
+        let trusted = Arc::new(Trusted::read(context, sources)?);
+        tracing::info!("golden: {} modules have a file", trusted.module_files());
+        *kept = Some(Kept {
+            trusted: trusted.clone(),
+            modules: modules().cloned().collect(),
+        });
+        Ok(trusted)
     }
+
+    fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn open(paths: &[PathBuf]) -> Result<Vec<Source>> {
+    Ok(paths
+        .iter()
+        .map(|path| Source::open(path))
+        .collect::<Result<_, _>>()?)
 }

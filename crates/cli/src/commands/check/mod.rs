@@ -35,10 +35,11 @@ pub(crate) struct Cmd {
     /// The checks to make, by name [default: all]
     #[arg(value_name = "CHECK")]
     checks: Vec<String>,
-    /// Hold the kernel's code against a trusted copy: one that `vmsight baseline create` made, or its distribution's
-    /// own vmlinuz
-    #[arg(long, value_name = "FILE")]
-    golden: Option<PathBuf>,
+    /// Hold the code of the kernel and its modules against a trusted copy: one that `vmsight baseline create` made, or what its
+    /// distribution ships: the linux-image package (.deb), a folder of modules (/lib/modules/RELEASE), single modules (.ko, also
+    /// packed by xz, zstd or gzip), vmlinuz, vmlinux. May be given several times
+    #[arg(long, value_name = "PATH")]
+    golden: Vec<PathBuf>,
     /// List the checks with what they find and what they cannot see
     #[arg(long, conflicts_with_all = ["target", "explain"])]
     list: bool,
@@ -48,6 +49,9 @@ pub(crate) struct Cmd {
     /// What was found right by the looks before, with --watch
     #[arg(skip)]
     known: Known,
+    /// What --golden gave, with --watch
+    #[arg(skip)]
+    trusted: baseline::Golden,
 }
 
 const COLUMNS: &[&str] = &["severity", "check", "subject", "module", "explanation"];
@@ -81,13 +85,13 @@ impl Cmd {
             true => checks::ALL.to_vec(),
             false => self.checks.iter().map(|name| one(name)).collect::<Result<_>>()?,
         };
-        let golden = self.golden.as_deref().map(baseline::Golden::read).transpose()?;
         wanted.retain(|check| check.name != checks::GOLDEN.name);
-        match &golden {
-            Some(_) => wanted.push(&checks::GOLDEN),
-            None if wanted.is_empty() => bail!("the check golden needs a baseline: --golden FILE"),
-            None => {}
+        match self.golden.is_empty() {
+            false => wanted.push(&checks::GOLDEN),
+            true if wanted.is_empty() => bail!("the check golden needs a trusted copy: --golden PATH"),
+            true => {}
         }
+        let sources = self.trusted.open(&self.golden)?;
         let session = Session::open(global, target)?;
         let registers = session.registers(None).map_err(|e| e.to_string());
         let mut context = Context::new(session.kernel()?.clone()).with_registers(registers);
@@ -97,9 +101,9 @@ impl Cmd {
         if global.watch.is_some() {
             context = context.with_known(self.known.clone());
         }
-        if let Some(golden) = golden {
-            let baseline = golden.of(&context)?;
-            context = context.with_baseline(baseline);
+        if !self.golden.is_empty() {
+            let trusted = self.trusted.of(&context, &self.golden, sources)?;
+            context = context.with_trusted(trusted);
         }
         let progress = Progress::spinner(global.quiet, "checking");
         let outcomes = run(&context, &wanted, &|_| {});

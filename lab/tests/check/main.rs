@@ -2,11 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod golden;
+
 use std::cell::Cell;
 
-use vmsight_analysis::{
-    Baseline, Certainty, Context, Evidence, Finding, Known, Outcome, Severity, checks, run,
-};
+use vmsight_analysis::{Certainty, Context, Evidence, Finding, Known, Outcome, Severity, checks, run};
 use vmsight_arch::Gva;
 use vmsight_lab::{Format, Guest, Memory, Paging, Spec};
 use vmsight_linux::Kernel;
@@ -153,78 +153,6 @@ fn near(opcode: u8, at: Gva, to: Gva) -> Vec<u8> {
     let mut bytes = vec![opcode];
     bytes.extend_from_slice(&(to.0.wrapping_sub(at.0 + 5) as u32).to_le_bytes());
     bytes
-}
-
-/// What a trusted copy shows and no rule does: a function that returns early.
-fn golden(live: &Live) {
-    let (baseline, notes) = Baseline::of(&live.context).unwrap_or_else(|e| panic!("{e}"));
-    assert!(notes.is_empty(), "{notes:?}");
-    let held = || Context::new(live.context.kernel().clone()).with_baseline(baseline.clone());
-    let clean = run(&held(), &[&checks::GOLDEN], &|_| {}).remove(0);
-    assert!(
-        clean.findings.is_empty() && !clean.failed && clean.looked_at > 0,
-        "{clean:#?}"
-    );
-    let place = live.symbol("kernel_halt").wrapping_add(32);
-    live.guest
-        .paused(|_| {
-            let mut old = [0];
-            live.context.space().read(place, &mut old).unwrap();
-            live.context.space().write(place, &[0xc3]).unwrap();
-            let found = run(&held().paused(), &[&checks::GOLDEN], &|_| {}).remove(0).findings;
-            live.context.space().write(place, &old).unwrap();
-            let finding = expect(&found, "golden", "kernel_halt+0x20", place);
-            let is = |e: &Evidence| matches!(e, Evidence::Bytes { what, bytes, .. } if what == "bytes now" && *bytes == [0xc3]);
-            assert!(finding.evidence.iter().any(is), "{finding:#?}");
-            assert_eq!(found.len(), 1, "{found:#?}");
-            Ok(())
-        })
-        .unwrap();
-}
-
-/// The same with the kernel's own file in the place of the copy: it knows all that the kernel patches at boot.
-fn golden_file(live: &Live, kernel: vmsight_lab::Kernel) {
-    let file = std::fs::read(kernel.fetch().unwrap().vmlinuz()).unwrap();
-    let held = |paused: bool| {
-        let context = Context::new(live.context.kernel().clone());
-        let context = if paused { context.paused() } else { context };
-        let baseline = Baseline::of_kernel_file(&context, &file).unwrap_or_else(|e| panic!("{e}"));
-        run(&context.with_baseline(baseline), &[&checks::GOLDEN], &|_| {}).remove(0)
-    };
-    let clean = held(false);
-    assert!(
-        clean.findings.is_empty() && !clean.failed && clean.looked_at > 0,
-        "{clean:#?}"
-    );
-    let place = live.symbol("kernel_halt").wrapping_add(32);
-    live.guest
-        .paused(|_| {
-            let mut old = [0];
-            live.context.space().read(place, &mut old).unwrap();
-            live.context.space().write(place, &[!old[0]]).unwrap();
-            let found = held(true).findings;
-            live.context.space().write(place, &old).unwrap();
-            expect(&found, "golden", "kernel_halt+0x20", place);
-            assert_eq!(found.len(), 1, "{found:#?}");
-            Ok(())
-        })
-        .unwrap();
-    let other = Baseline::of_kernel_file(&live.context, &[0x7f; 64]);
-    assert!(other.is_err());
-}
-
-#[test]
-fn a_baseline_is_for_the_next_boot_too() {
-    let boot = || Live::boot(&Spec::new(vmsight_lab::Kernel::V6_12).idle());
-    let (baseline, notes) = Baseline::of(&boot().context).unwrap_or_else(|e| panic!("{e}"));
-    assert!(notes.is_empty(), "{notes:?}");
-    let next = boot();
-    let context = Context::new(next.context.kernel().clone()).with_baseline(baseline);
-    let outcome = run(&context, &[&checks::GOLDEN], &|_| {}).remove(0);
-    assert!(
-        outcome.findings.is_empty() && outcome.looked_at > 0,
-        "{outcome:#?}"
-    );
 }
 
 /// What is looked at again and again in a guest that runs is known from the look before, until it is gone.
@@ -388,10 +316,10 @@ fn check(spec: &Spec, plant: bool) {
     clean("running", &live.context);
     if plant {
         planted(&live);
-        golden(&live);
+        golden::copy(&live);
         seen_again(&live);
     }
-    golden_file(&live, spec.kernel);
+    golden::files(&live, spec.kernel);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("memory");
     live.guest
