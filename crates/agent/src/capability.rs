@@ -78,6 +78,12 @@ impl Kernel {
                 &[Continue, SetRegisters, Inject, Pause, Step, Remove],
             );
             add(
+                Feature::StepUntil,
+                "KVM_GUESTDBG_SINGLESTEP, with the condition asked in the VMM",
+                "as single steps; each costs an exit, and none an event",
+                &[Continue, SetRegisters, Inject, Pause, Step, Remove],
+            );
+            add(
                 Feature::Interrupt,
                 "breakpoints on the handlers that the IDT names",
                 "in 64-bit mode; handlers are found when it is armed, at most 32 at a time; two vectors with one handler cannot be told apart",
@@ -138,7 +144,7 @@ impl Kernel {
                 Feature::VirtualExecute | Feature::PhysicalExecute => {
                     "KVM has no page that may be read and not executed; single instructions can be hooked"
                 }
-                Feature::Execute | Feature::Step | Feature::Interrupt => "this kernel's KVM has no guest debugging",
+                Feature::Execute | Feature::Step | Feature::StepUntil | Feature::Interrupt => "this kernel's KVM has no guest debugging",
                 Feature::PhysicalWrite | Feature::VirtualWrite => "this kernel's KVM has no read-only memory",
                 Feature::MsrRead | Feature::MsrWrite => "this kernel's KVM does not filter MSRs (Linux 5.10 does)",
                 _ => "there is no means",

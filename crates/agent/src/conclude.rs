@@ -65,7 +65,7 @@ pub(crate) fn conclude(
                 Verdict::Inject(exception) => {
                     raise(vcpu, exception);
                 }
-                Verdict::Step(left) => own.stepping = by.map(|armed| Stepping { armed, left }),
+                Verdict::Step(count) => own.stepping = by.map(|armed| Stepping::new(armed, count)),
                 Verdict::Continue | Verdict::Remove => {}
                 other => unfit(other.kind()),
             }
@@ -235,7 +235,7 @@ fn executed(
             }
             unfit(VerdictKind::Inject);
         }
-        Verdict::Step(left) => own.stepping = by.map(|armed| Stepping { armed, left: *left }),
+        Verdict::Step(count) => own.stepping = by.map(|armed| Stepping::new(armed, *count)),
         Verdict::Continue | Verdict::Remove | Verdict::Pause => {}
         other => unfit(other.kind()),
     }

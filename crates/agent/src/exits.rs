@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE};
 use vmsight_arch::Registers;
-use vmsight_hooks::{Access, Exception, HookKind};
+use vmsight_hooks::{Access, Exception, HookKind, StepEnd};
 
 use crate::agent::Agent;
 use crate::conclude::conclude;
@@ -223,20 +223,10 @@ fn debug(
         count_step(agent, vcpu, own);
         return Next::Again;
     }
-    if dr6 & DR6_STEP != 0
-        && let Some(stepping) = &mut own.stepping
-    {
-        return match stepping.left {
-            0 | 1 => {
-                let armed = Arc::clone(&stepping.armed);
-                own.stepping = None;
-                let told = vec![Told { armed, gva: None }];
-                begin(agent, vcpu, own, Subject::Step { rip }, registers, told)
-            }
-            _ => {
-                stepping.left -= 1;
-                Next::Again
-            }
+    if dr6 & DR6_STEP != 0 && own.stepping.is_some() {
+        return match stepped(agent, vcpu, own, registers) {
+            true => proceed(agent, vcpu, own),
+            false => Next::Again,
         };
     }
     // A step over an INT3 that a signal ended late.
@@ -294,20 +284,58 @@ fn execution(agent: &Agent, registers: &Registers, patch: Option<u64>, told: &[T
 
 /// An instruction was executed here, not by KVM: it counts as a step where steps are counted.
 pub(crate) fn count_step(agent: &Agent, vcpu: &Vcpu, own: &mut Own) {
-    let Some(stepping) = &mut own.stepping else { return };
-    if stepping.left > 1 {
-        stepping.left -= 1;
+    if own.stepping.is_none() {
         return;
     }
-    let armed = Arc::clone(&stepping.armed);
-    own.stepping = None;
     let (Ok(regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
         return;
     };
-    let registers = from_kvm(vcpu.index, &regs, &sregs);
-    let subject = Subject::Step { rip: regs.rip };
-    let told = sift(agent, vcpu, &subject, &registers, vec![Told { armed, gva: None }]);
-    own.pending = Some(Box::new(Pending::new(subject, registers, told)));
+    stepped(agent, vcpu, own, from_kvm(vcpu.index, &regs, &sregs));
+}
+
+/// A step was made. Whether it was the last: then its event is pending.
+fn stepped(agent: &Agent, vcpu: &Vcpu, own: &mut Own, registers: Registers) -> bool {
+    let Some(stepping) = &mut own.stepping else {
+        return false;
+    };
+    stepping.made = stepping.made.saturating_add(1);
+    stepping.left = stepping.left.saturating_sub(1);
+    let (made, left) = (stepping.made, stepping.left);
+    let told = || {
+        vec![Told {
+            armed: Arc::clone(&stepping.armed),
+            gva: None,
+        }]
+    };
+    let step = |end| Subject::Step {
+        rip: registers.rip,
+        made,
+        end,
+    };
+    let until = matches!(stepping.armed.hook.kind, HookKind::StepUntil { .. });
+    let in_scope = stepping.armed.hook.scope.covers(registers.cr3);
+    if until && !in_scope {
+        stepping.armed.occurred.fetch_add(1, Ordering::Relaxed);
+    }
+    let (end, told) = if until && in_scope {
+        // Each is an occurrence, and the filter says which is the last.
+        let met = sift(agent, vcpu, &step(StepEnd::Condition), &registers, told());
+        match (met.is_empty(), left) {
+            (false, _) => (StepEnd::Condition, met),
+            (true, 0) => (StepEnd::Count, told()),
+            _ => return false,
+        }
+    } else if left > 0 {
+        return false;
+    } else if until {
+        (StepEnd::Count, told())
+    } else {
+        let step = step(StepEnd::Count);
+        (StepEnd::Count, sift(agent, vcpu, &step, &registers, told()))
+    };
+    own.stepping = None;
+    own.pending = Some(Box::new(Pending::new(step(end), registers, told)));
+    true
 }
 
 /// Raises an exception before the next instruction.

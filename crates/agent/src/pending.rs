@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use vmsight_arch::{Gpa, Gva, Registers};
 use vmsight_channel::{Answer, Producer, Record};
-use vmsight_hooks::{Access, Decision, Delivery, Detail, Event, Expiry, Overflow, Verdict};
+use vmsight_hooks::{Access, Decision, Delivery, Detail, Event, Expiry, Overflow, StepEnd, Verdict};
 
 use crate::agent::Agent;
 use crate::session::Session;
@@ -71,6 +71,8 @@ pub(crate) enum Subject {
     },
     Step {
         rip: u64,
+        made: u64,
+        end: StepEnd,
     },
     WriteMsr {
         index: u32,
@@ -111,7 +113,11 @@ impl Subject {
                 Some(vector) => frame.unwrap_or_default().detail(vector),
                 None => Detail::Execute { rip: Gva(rip) },
             },
-            Self::Step { rip } => Detail::Step { rip: Gva(rip) },
+            Self::Step { rip, made, end } => Detail::Step {
+                rip: Gva(rip),
+                made,
+                end,
+            },
             Self::WriteMsr { index, data, old, .. } => Detail::Msr {
                 index,
                 access: Access::WRITE,
@@ -208,7 +214,18 @@ pub(crate) type Conclusion = Decision<Arc<Armed>>;
 #[derive(Clone, Debug)]
 pub(crate) struct Stepping {
     pub(crate) armed: Arc<Armed>,
+    pub(crate) made: u64,
     pub(crate) left: u64,
+}
+
+impl Stepping {
+    pub(crate) const fn new(armed: Arc<Armed>, count: u64) -> Self {
+        Self {
+            armed,
+            made: 0,
+            left: count,
+        }
+    }
 }
 
 /// How far it came.

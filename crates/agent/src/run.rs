@@ -93,10 +93,7 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
         match next {
             Some((_, count, armed)) => {
                 own.last_step = armed.id.0;
-                own.stepping = Some(Stepping {
-                    armed: armed.clone(),
-                    left: *count,
-                });
+                own.stepping = Some(Stepping::new(armed.clone(), *count));
             }
             None => own.last_step = table.last_step,
         }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use vmsight_hooks::{BackendKind, Capability, Counts, Feature, Hook, HookId, Lack, Tallied};
 
 /// The version of the whole: messages, records, the layout of the shared memory. Both sides must have the same one.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// What a monitor asks.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

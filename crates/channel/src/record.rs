@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmsight_arch::{Gpa, Gva, Registers, Segment, TableRegister};
-use vmsight_hooks::{Access, ControlRegister, Detail, Event, HookId};
+use vmsight_hooks::{Access, ControlRegister, Detail, Event, HookId, StepEnd};
 
 use crate::ChannelError;
 
@@ -161,7 +161,12 @@ impl Parts {
             .value(0, Some(rip.0))
             .value(1, error_code.map(u64::from))
             .value(2, cr2),
-            Detail::Step { rip } => kind(kind::STEP).value(0, Some(rip.0)),
+            Detail::Step { rip, made, end } => Self {
+                register: number_of_end(end),
+                ..kind(kind::STEP)
+            }
+            .value(0, Some(rip.0))
+            .value(1, Some(made)),
             Detail::Port {
                 port,
                 access,
@@ -219,7 +224,11 @@ impl Parts {
                 cr2: self.optional(2),
                 rip,
             },
-            kind::STEP => Detail::Step { rip },
+            kind::STEP => Detail::Step {
+                rip,
+                made: self.some(1),
+                end: end_of(self.register)?,
+            },
             kind::PORT => Detail::Port {
                 port: u16::try_from(self.some(0)).ok()?,
                 access,
@@ -266,6 +275,19 @@ fn register_of(number: u8) -> Option<ControlRegister> {
         23 => ControlRegister::Dr7,
         _ => return None,
     })
+}
+
+fn number_of_end(end: StepEnd) -> u8 {
+    match end {
+        StepEnd::Count => 0,
+        StepEnd::Condition => 1,
+        StepEnd::Sleep => 2,
+    }
+}
+
+fn end_of(number: u8) -> Option<StepEnd> {
+    let all = [StepEnd::Count, StepEnd::Condition, StepEnd::Sleep];
+    all.into_iter().find(|end| number_of_end(*end) == number)
 }
 
 impl Record {
@@ -494,7 +516,16 @@ mod tests {
                 cr2: Some(0xdead),
                 rip: Gva(5),
             },
-            Detail::Step { rip: Gva(7) },
+            Detail::Step {
+                rip: Gva(7),
+                made: 3,
+                end: StepEnd::Count,
+            },
+            Detail::Step {
+                rip: Gva(u64::MAX),
+                made: u64::MAX,
+                end: StepEnd::Condition,
+            },
             Detail::Port {
                 port: 0xffff,
                 access: write,

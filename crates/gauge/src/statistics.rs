@@ -1,6 +1,6 @@
 //! Samples in a few figures.
 
-/// The least, the median and the standard deviation of samples.
+/// The least, the median, the greatest and the standard deviation of samples.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
     /// How many samples there are.
@@ -9,6 +9,8 @@ pub struct Summary {
     pub min: f64,
     /// The one in the middle; the mean of two where their number is even.
     pub median: f64,
+    /// The greatest.
+    pub max: f64,
     /// Standard deviation, of the samples themselves (divided by their number).
     pub sd: f64,
 }
@@ -20,7 +22,8 @@ impl Summary {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
         let count = sorted.len();
-        let (min, high) = (*sorted.first()?, *sorted.get(count / 2)?);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let high = *sorted.get(count / 2)?;
         let low = *sorted.get((count - 1) / 2)?;
         let mean = sorted.iter().sum::<f64>() / count as f64;
         let squares: f64 = sorted.iter().map(|s| (s - mean).powi(2)).sum();
@@ -28,6 +31,7 @@ impl Summary {
             count,
             min,
             median: f64::midpoint(low, high),
+            max,
             sd: (squares / count as f64).sqrt(),
         })
     }
@@ -44,6 +48,7 @@ mod tests {
             count: 8,
             min: 2.0,
             median: 4.5,
+            max: 9.0,
             sd: 2.0,
         };
         assert_eq!(summary, expected);

@@ -120,6 +120,8 @@ features! {
     Interrupt = "interrupt, exception",
     /// Single steps.
     Step = "single step",
+    /// Single steps until a condition holds, with one event.
+    StepUntil = "steps until a condition",
     /// I/O ports.
     Port = "I/O port",
     /// CPUID.

@@ -70,10 +70,14 @@ pub enum Detail {
         /// Where the guest was.
         rip: Gva,
     },
-    /// The last of the steps asked for was made.
+    /// The steps asked for were made.
     Step {
         /// The next instruction.
         rip: Gva,
+        /// How many instructions were executed.
+        made: u64,
+        /// Why no more.
+        end: StepEnd,
     },
     /// An I/O port is accessed.
     Port {
@@ -103,6 +107,18 @@ pub enum Detail {
         /// Where the instruction is.
         rip: Gva,
     },
+}
+
+/// What ended a run of steps.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepEnd {
+    /// As many were made as were asked for, or allowed.
+    Count,
+    /// The condition holds, or is unknown.
+    Condition,
+    /// The vCPU sleeps in HLT, and cannot be woken while others stand: the gdb stub only.
+    Sleep,
 }
 
 /// One occurrence of what was hooked.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use vmsight_arch::{Dtb, Gpa, Gva};
 
 use crate::capability::Feature;
-use crate::filter::{Filter, FilterError};
+use crate::filter::{Condition, Filter, FilterError};
 
 /// Most bytes that one memory hook covers: 1 GiB.
 pub const MAX_RANGE: u64 = 1 << 30;
@@ -183,6 +183,15 @@ pub enum HookKind {
         /// How many instructions, at least 1.
         count: u64,
     },
+    /// A vCPU executes instructions until the condition of the hook's filter holds, or is unknown, at most `most`, with one
+    /// event when it is over. The condition is asked after each instruction, with the registers with which the next one
+    /// begins; each is an occurrence to the hook's counts.
+    StepUntil {
+        /// Which vCPU.
+        vcpu: u32,
+        /// How many instructions at most, at least 1.
+        most: u64,
+    },
     /// An I/O port is accessed by IN, OUT, INS or OUTS.
     Port {
         /// The first port.
@@ -262,6 +271,7 @@ impl HookKind {
             ),
             Self::Interrupt { .. } => vec![Feature::Interrupt],
             Self::Step { .. } => vec![Feature::Step],
+            Self::StepUntil { .. } => vec![Feature::StepUntil],
             Self::Port { .. } => vec![Feature::Port],
             Self::Cpuid => vec![Feature::Cpuid],
             Self::Hypercall => vec![Feature::Hypercall],
@@ -304,7 +314,7 @@ impl HookKind {
                 (*access, readable)
             }
             Self::Interrupt { vectors } if vectors.first > vectors.last => return Err(HookError::Order),
-            Self::Step { count: 0, .. } => return Err(HookError::NoSteps),
+            Self::Step { count: 0, .. } | Self::StepUntil { most: 0, .. } => return Err(HookError::NoSteps),
             _ => return Ok(()),
         };
         if access.is_empty() || !allowed.contains(access) {
@@ -329,6 +339,9 @@ impl fmt::Display for HookKind {
             }
             Self::Interrupt { vectors } => write!(f, "vectors {} to {}", vectors.first, vectors.last),
             Self::Step { vcpu, count } => write!(f, "{count} steps of vCPU {vcpu}"),
+            Self::StepUntil { vcpu, most } => {
+                write!(f, "steps of vCPU {vcpu} until a condition, {most} at most")
+            }
             Self::Port { first, last, access } => {
                 write!(f, "access ({access}) to ports {first:#x} to {last:#x}")
             }
@@ -448,6 +461,15 @@ impl Hook {
         Self::new(HookKind::Execute { at })
     }
 
+    /// At most so many steps of a vCPU, until a condition holds or is unknown.
+    ///
+    /// # Errors
+    /// As [`Condition::compile`].
+    pub fn step_until(vcpu: u32, condition: &Condition, most: u64) -> Result<Self, FilterError> {
+        let hook = Self::new(HookKind::StepUntil { vcpu, most });
+        Ok(hook.filtered(Filter::only(condition)?))
+    }
+
     /// A hook on writes to virtual memory.
     pub const fn write(start: Gva, len: u64) -> Self {
         Self::new(HookKind::Memory {
@@ -487,6 +509,10 @@ impl Hook {
         // An event above the rate happens. Who holds events wants to decide on each.
         if self.filter.rate().is_some() && !matches!(self.delivery, Delivery::Told { .. }) {
             return Err(HookError::RateOfNothingTold);
+        }
+        let until = matches!(self.kind, HookKind::StepUntil { .. });
+        if until && (!self.filter.has_condition() || self.filter.rate().is_some()) {
+            return Err(HookError::NoEnd);
         }
         Ok(())
     }
@@ -532,6 +558,9 @@ pub enum HookError {
     /// A step hook without steps.
     #[error("a step hook takes at least one step")]
     NoSteps,
+    /// Steps until nothing, or until something that may come too often to be told.
+    #[error("steps until a condition take a filter with a condition, and without a rate")]
+    NoEnd,
     /// No such register.
     #[error("there is no register {register}")]
     NoSuchRegister {
@@ -573,6 +602,21 @@ mod tests {
         let step = |count| HookKind::Step { vcpu: 0, count };
         assert_eq!(step(0).validate(), Err(HookError::NoSteps));
         assert_eq!(step(1).validate(), Ok(()));
+        let until = |most| Hook::new(HookKind::StepUntil { vcpu: 0, most });
+        assert_eq!(until(1).validate(), Err(HookError::NoEnd));
+        let outside = !Condition::rip_within(Gva(0x1000), 16);
+        let hook = Hook::step_until(0, &outside, 1).unwrap();
+        assert_eq!(hook.validate(), Ok(()));
+        let limited = hook.filter.clone().at_most(1, Duration::from_secs(1));
+        let told = Delivery::Told {
+            overflow: Overflow::Drop,
+        };
+        let hook = hook.filtered(limited).delivered(told);
+        assert_eq!(hook.validate(), Err(HookError::NoEnd));
+        assert_eq!(
+            Hook::step_until(0, &outside, 0).unwrap().validate(),
+            Err(HookError::NoSteps)
+        );
         let dr = |n| HookKind::ControlRegister {
             register: ControlRegister::Dr(n),
             access: Access::WRITE,

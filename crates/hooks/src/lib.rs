@@ -17,7 +17,7 @@ mod hook;
 mod verdict;
 
 pub use capability::{BackendKind, Capability, Feature, FilterPlace, Lack};
-pub use event::{Counts, Detail, Event, Sequence};
+pub use event::{Counts, Detail, Event, Sequence, StepEnd};
 pub use filter::{
     Arithmetic, Bucket, Buckets, Comparison, Condition, Field, Filter, FilterError, FilterMemory, Looks,
     MOST_BUCKETS, MOST_BYTES, MOST_INSTRUCTIONS, MOST_READS, MOST_VALUES, Moment, Passage, Program, Rate,

@@ -106,7 +106,8 @@ pub enum Verdict {
     ),
     /// The VM is paused before it happens, until it is resumed by its owner.
     Pause,
-    /// It happens, and an event follows after so many instructions of this vCPU.
+    /// It happens, and an event follows after so many instructions of this vCPU. On an event of
+    /// [`crate::HookKind::StepUntil`] it goes on so, until its condition holds or so many were executed.
     Step(
         /// At least 1.
         u64,

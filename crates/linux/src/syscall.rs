@@ -1,8 +1,12 @@
 //! The system calls of a kernel: numbers, names, parameters, handlers.
 //!
-//! Numbers and handlers are those of the kernel's own tables. What the parameters are is what the kernel keeps for its
-//! event tracing (`syscalls_metadata`, CONFIG_FTRACE_SYSCALLS): their types and names as in its source. So this needs no list
-//! of ours and is right for every build.
+//! Numbers and handlers are those of the kernel's own tables, and where it has none for an ABI, of the switch that it dispatches
+//! by. What the parameters are is what the kernel keeps for its event tracing (`syscalls_metadata`, CONFIG_FTRACE_SYSCALLS):
+//! their types and names as in its source. So this needs no list of ours and is right for every build.
+
+mod switch;
+
+pub use switch::Switch;
 
 use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
@@ -55,9 +59,12 @@ pub struct Syscall {
     pub name: String,
     /// Its parameters; `None` where the kernel does not say.
     pub parameters: Option<Vec<Parameter>>,
-    /// The function that the table names now.
+    /// The function that the table names, or the switch leads to, now.
     pub handler: Gva,
 }
+
+/// A handler and the name of its call, which is empty where that cannot be told.
+type Handler = (Gva, String);
 
 /// All of one ABI's.
 #[derive(Clone, Debug)]
@@ -89,13 +96,18 @@ impl Kernel {
     /// The kernel's system calls.
     ///
     /// # Errors
-    /// If the table cannot be found or read.
+    /// If neither a table nor a switch can be found and read.
     pub fn syscalls(&self, abi: Abi) -> Result<SyscallTable, LinuxError> {
-        let symbol = match abi {
-            Abi::X64 => "sys_call_table",
-            Abi::Ia32 => "ia32_sys_call_table",
+        // Since the mitigation of branch history injection (6.9, and stable releases of 2024) the kernel dispatches by the
+        // switches, and has left of the tables the one that its event tracing reads.
+        let (table, switch) = match abi {
+            Abi::X64 => ("sys_call_table", "x64_sys_call"),
+            Abi::Ia32 => ("ia32_sys_call_table", "ia32_sys_call"),
         };
-        let table = self.symbol(symbol)?;
+        let handlers: Vec<Handler> = match (self.find_symbol(&[table]), self.find_symbol(&[switch])) {
+            (None, Some(at)) => self.dispatched(&Switch::read(self, at)?),
+            _ => self.listed(table)?,
+        };
         let metadata = match abi {
             Abi::X64 => self
                 .symbol_pointer("syscalls_metadata")
@@ -105,16 +117,12 @@ impl Kernel {
             Abi::Ia32 => None,
         };
         let mut calls = Vec::new();
-        for number in 0..self.entries_of(table) {
-            let at = table.wrapping_add(number * 8);
-            let handler = self.pointer(at).map_err(LinuxError::read(symbol, at))?;
-            let Some(name) = self.handler_name(handler) else {
-                break; // past the end
-            };
-            let entry = metadata.and_then(|array| self.pointer(array.wrapping_add(number * 8)).ok());
+        for (number, (handler, name)) in (0u32..).zip(handlers) {
+            let entry =
+                metadata.and_then(|array| self.pointer(array.wrapping_add(u64::from(number) * 8)).ok());
             let entry = entry.filter(|at| !at.is_null());
             calls.push(Syscall {
-                number: number as u32,
+                number,
                 // A handler that somebody put there tells nothing; the kernel's other list still does.
                 name: match name.is_empty() {
                     true => entry.and_then(|at| self.declared_name(at)).unwrap_or(name),
@@ -126,6 +134,36 @@ impl Kernel {
         }
         let names = calls.iter().rev().map(|c| (c.name.clone(), c.number)).collect();
         Ok(SyscallTable { abi, calls, names })
+    }
+
+    /// What a table names, up to what is no handler any more.
+    fn listed(&self, symbol: &str) -> Result<Vec<Handler>, LinuxError> {
+        let table = self.symbol(symbol)?;
+        let mut handlers = Vec::new();
+        for number in 0..self.entries_of(table) {
+            let at = table.wrapping_add(number * 8);
+            let handler = self.pointer(at).map_err(LinuxError::read(symbol, at))?;
+            let Some(name) = self.handler_name(handler) else {
+                break;
+            };
+            handlers.push((handler, name));
+        }
+        Ok(handlers)
+    }
+
+    /// Where a switch sends each number, up to the last for which it has a case.
+    fn dispatched(&self, switch: &Switch) -> Vec<Handler> {
+        let handler = |number| switch.target(number).ok().map(|(handler, _)| handler);
+        let other = handler(u32::MAX);
+        let mut all: Vec<_> = (0..MAX_SYSCALLS as u32).map(handler).collect();
+        while all.last().is_some_and(|last| *last == other) {
+            all.pop();
+        }
+        // One that cannot be followed keeps its place, without a name.
+        all.into_iter()
+            .map(|at| at.unwrap_or(Gva(0)))
+            .map(|at| (at, self.handler_name(at).unwrap_or_default()))
+            .collect()
     }
 
     /// How many entries fit between a table and the next symbol.

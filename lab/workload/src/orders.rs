@@ -77,6 +77,17 @@ pub enum Work {
         /// How often.
         count: u64,
     },
+    /// Makes a system call of 32-bit programs `count` times, by INT 0x80: one that takes no address, and at most two arguments.
+    Int80 {
+        /// Its number (arch/x86/entry/syscalls/syscall_32.tbl).
+        number: u32,
+        /// What it is given.
+        #[serde(default)]
+        arguments: [u32; 2],
+        /// How often.
+        #[serde(default = "one")]
+        count: u64,
+    },
     /// Opens a file `count` times, and closes it each time it was opened.
     Open {
         /// The path.

@@ -114,7 +114,7 @@ impl State {
                     None => Err("KVM's filter has no room for so many MSRs so far apart".to_owned()),
                 }
             }
-            HookKind::Step { vcpu, .. } => {
+            HookKind::Step { vcpu, .. } | HookKind::StepUntil { vcpu, .. } => {
                 let known = agent.vcpus().iter().any(|v| v.index == vcpu);
                 known
                     .then_some(Means::Plain)

@@ -64,7 +64,11 @@ impl State {
     /// Whether guest debugging is in use by hooks.
     pub(crate) fn debugs(&self) -> bool {
         self.hooks.values().any(|(armed, means)| {
-            !means.breakpoints().is_empty() || matches!(armed.hook.kind, HookKind::Step { .. })
+            !means.breakpoints().is_empty()
+                || matches!(
+                    armed.hook.kind,
+                    HookKind::Step { .. } | HookKind::StepUntil { .. }
+                )
         })
     }
 
@@ -90,7 +94,10 @@ impl State {
         }
         let debugs = matches!(
             hook.kind,
-            HookKind::Execute { .. } | HookKind::Step { .. } | HookKind::Interrupt { .. }
+            HookKind::Execute { .. }
+                | HookKind::Step { .. }
+                | HookKind::StepUntil { .. }
+                | HookKind::Interrupt { .. }
         );
         if debugs && agent.is_vmm_debugging() {
             return Err(Refusal::Busy {
@@ -241,7 +248,7 @@ impl State {
                 }
                 (HookKind::Msr { index, .. }, _) => table.msrs.entry(index).or_default().push(own()),
                 (HookKind::Port { first, last, access }, _) => table.ports.push((first, last, access, own())),
-                (HookKind::Step { vcpu, count }, _) => {
+                (HookKind::Step { vcpu, count } | HookKind::StepUntil { vcpu, most: count }, _) => {
                     table.last_step = armed.id.0;
                     table.steps.push((vcpu, count, own()));
                 }

@@ -97,6 +97,8 @@ pub(super) fn list(registers: bool, gates: bool, pauses: bool) -> Vec<Capability
         }
         let step = "interrupts are stepped through too; all vCPUs are slow meanwhile";
         add(Feature::Step, TRANSLATED, step);
+        let until = "as single steps; the condition is asked at each instruction of the vCPU";
+        add(Feature::StepUntil, TRANSLATED, until);
         let port = "also where the access faults; of strings without the value";
         add(Feature::Port, DECODED, port);
         add(Feature::Cpuid, DECODED, "");
@@ -170,6 +172,7 @@ mod tests {
             Feature::Cpuid,
             Feature::Hypercall,
             Feature::Step,
+            Feature::StepUntil,
         ] {
             assert!(has(true, feature) && !has(false, feature), "{feature}");
         }

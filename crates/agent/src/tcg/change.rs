@@ -113,7 +113,7 @@ impl Front {
                 self.version
             ));
         }
-        if let HookKind::Step { vcpu, .. } = hook.kind
+        if let HookKind::Step { vcpu, .. } | HookKind::StepUntil { vcpu, .. } = hook.kind
             && vcpu >= self.vcpus()
         {
             return limit(format!("there are {} vCPUs", self.vcpus()));
@@ -127,7 +127,9 @@ impl Front {
             let id = HookId(state.last);
             let armed = Arc::new(Armed::new(id, Arc::clone(session), hook.clone()));
             let left = match hook.kind {
-                HookKind::Step { count, .. } => count.saturating_add(1),
+                HookKind::Step { count, .. } | HookKind::StepUntil { most: count, .. } => {
+                    count.saturating_add(1)
+                }
                 _ => 0,
             };
             state.known.insert(id, Arc::clone(&armed));

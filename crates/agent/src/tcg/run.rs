@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::sync::atomic::Ordering;
 
 use vmsight_arch::{Gpa, Gva};
-use vmsight_hooks::{Access, Detail};
+use vmsight_hooks::{Access, Detail, HookKind, StepEnd};
 
 use super::api::{Block, Instruction, NO_REGISTERS, READS, READS_REGISTERS, WRITES};
 use super::front::{self, Front};
@@ -161,14 +161,39 @@ extern "C" fn on_step(vcpu: c_uint, translated: *mut c_void) {
         for (_, hooked) in table.steps.iter().filter(|(index, _)| *index == vcpu) {
             // Only this vCPU's thread counts here.
             let left = hooked.left.load(Ordering::Relaxed);
-            hooked.left.store(left.saturating_sub(1), Ordering::Relaxed);
-            if left != 1 {
+            if left == 0 {
+                continue;
+            }
+            hooked.left.store(left - 1, Ordering::Relaxed);
+            let armed = &hooked.armed;
+            let (until, count) = match armed.hook.kind {
+                HookKind::Step { count, .. } => (false, count),
+                HookKind::StepUntil { most, .. } => (true, most),
+                _ => continue,
+            };
+            // This instruction is still to be executed: at the first call none is.
+            let made = count.saturating_sub(left - 1);
+            let last = left == 1;
+            if !last && (!until || made == 0) {
                 continue;
             }
             let translated = translated as u64;
             let moment = Moment::new(front, vcpu, translated);
-            let rip = moment.registers().map_or(translated, |r| r.rip);
-            moment.occur(&hooked.armed, Detail::Step { rip: Gva(rip) });
+            let step = |end| Detail::Step {
+                rip: Gva(rip(front, translated)),
+                made,
+                end,
+            };
+            if !until {
+                moment.occur(armed, step(StepEnd::Count));
+            } else if moment.is_in_scope(armed) && moment.is_wanted(armed, &step(StepEnd::Condition)) {
+                hooked.left.store(0, Ordering::Relaxed);
+                moment.tell(armed, step(StepEnd::Condition));
+            } else if last {
+                moment.tell(armed, step(StepEnd::Count));
+            } else {
+                continue;
+            }
             front.change();
         }
     });

@@ -108,10 +108,11 @@ impl Table {
                         table.memory.push(watch(data));
                     }
                 }
-                HookKind::Step { vcpu, .. } if hooked.left.load(Ordering::Relaxed) > 0 => {
-                    table.steps.push((vcpu, hooked.clone()));
+                HookKind::Step { vcpu, .. } | HookKind::StepUntil { vcpu, .. } => {
+                    if hooked.left.load(Ordering::Relaxed) > 0 {
+                        table.steps.push((vcpu, hooked.clone()));
+                    }
                 }
-                HookKind::Step { .. } => {}
                 HookKind::Interrupt { vectors } => {
                     table.has_interrupts = true;
                     for (handler, vector) in handlers.of(vectors).unwrap_or_default() {

@@ -82,13 +82,22 @@ impl<'a> Moment<'a> {
 
     /// What a hook in whose scope the vCPU is was on has happened.
     pub(super) fn occur(&self, armed: &Arc<Armed>, detail: Detail) {
+        if self.is_wanted(armed, &detail) {
+            self.tell(armed, detail);
+        }
+    }
+
+    /// The same, without a word of it: whether it is one to be told of.
+    pub(super) fn is_wanted(&self, armed: &Armed, detail: &Detail) -> bool {
         if armed.is_removed() {
-            return;
+            return false;
         }
         armed.occurred.fetch_add(1, Ordering::Relaxed);
-        if !self.wants(armed, &detail) {
-            return;
-        }
+        self.wants(armed, detail)
+    }
+
+    /// Tells of it, and waits for the verdict where it is to be waited for.
+    pub(super) fn tell(&self, armed: &Arc<Armed>, detail: Detail) {
         let (held, patience) = match armed.hook.delivery {
             Delivery::Counted => return,
             Delivery::Told { .. } => (false, ROOM),

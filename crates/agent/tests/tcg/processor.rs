@@ -3,7 +3,8 @@
 use vmsight_events::EventError;
 use vmsight_events::linux::{SyscallRecord, SyscallTrace};
 use vmsight_hooks::{
-    Access, ControlRegister, Delivery, Detail, Filter, Hook, HookKind, Register, Scope, Value, Vectors,
+    Access, ControlRegister, Delivery, Detail, Field, Filter, Hook, HookKind, Register, Scope, StepEnd,
+    Value, Vectors,
 };
 use vmsight_lab::Work;
 use vmsight_lab::orders::Exception;
@@ -308,7 +309,7 @@ pub(crate) fn steps_are_counted(watched: &Watched) {
         &monitor,
         |occurrence| {
             let registers = occurrence.registers().unwrap();
-            assert!(matches!(occurrence.event().detail, Detail::Step { rip } if rip.0 == registers.rip));
+            assert!(matches!(occurrence.event().detail, Detail::Step { rip, made: 1000, .. } if rip.0 == registers.rip));
             assert_eq!(occurrence.event().vcpu, 1);
             seen += 1;
         },
@@ -316,6 +317,31 @@ pub(crate) fn steps_are_counted(watched: &Watched) {
     );
     assert_eq!(seen, 1);
     drop(guard);
+    // Until a program runs, which is told once; and where that never is, as many as are allowed.
+    let user = Value::from(Field::Cpl).is(3);
+    for (condition, most, end) in [
+        (user, 1 << 40, StepEnd::Condition),
+        (Value::from(Field::Cpl).is(1), 5000, StepEnd::Count),
+    ] {
+        let hook = Hook::step_until(1, &condition, most).unwrap().delivered(HELD);
+        let guard = monitor.hook(&hook).unwrap();
+        let mut seen = Vec::new();
+        watched.during(
+            &monitor,
+            |occurrence| seen.push((occurrence.event().detail, occurrence.registers().unwrap())),
+            |guest| guest.order(Work::Compute { rounds: 100_000 }.on(1)).unwrap(),
+        );
+        let [(Detail::Step { rip, made, end: why }, registers)] = seen[..] else {
+            panic!("{seen:?}");
+        };
+        assert_eq!((why, rip.0), (end, registers.rip));
+        match end {
+            StepEnd::Condition => assert_eq!(registers.cpl(), 3),
+            _ => assert_eq!(made, most),
+        }
+        let counts = guard.counts().unwrap();
+        assert_eq!((counts.occurred, counts.told), (made, 1));
+    }
 }
 
 /// RSI, as hooks count registers.

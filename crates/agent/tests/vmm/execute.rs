@@ -168,13 +168,84 @@ fn steps_are_counted() {
     assert_eq!(
         step.event().detail,
         Detail::Step {
-            rip: Gva(scene.at("inc"))
+            rip: Gva(scene.at("inc")),
+            made: 3,
+            end: StepEnd::Count,
         }
     );
     drop(step);
     drop(function);
     scene.wait_until_done();
     assert_eq!(scene.results(), [1000, 1000, 0]);
+    scene.finish();
+}
+
+#[test]
+fn steps_end_where_a_condition_holds_or_the_count_is_reached() {
+    let Some(mut scene) = Scene::start(GuestKind::Calls, 1) else {
+        return;
+    };
+    let function = scene.arm("function");
+    let until = |condition: &Condition, most| scene.hook(&Hook::step_until(0, condition, most).unwrap());
+    let step = |rip, made, end| Detail::Step {
+        rip: Gva(rip),
+        made,
+        end,
+    };
+    scene.go();
+    let first = scene.next();
+    // A call has eleven instructions, and three more are between two calls. The last six are in 17 bytes.
+    let begin = scene.at("function");
+    let inside = Condition::rip_within(Gva(begin), scene.at("inc_again") + 17 - begin);
+    let left = until(&!inside, 1000);
+    first.answer(Verdict::Remove).unwrap();
+    let occurrence = scene.next();
+    assert_eq!(occurrence.event().hook, left.id());
+    let returned = match occurrence.event().detail {
+        Detail::Step {
+            rip,
+            made: 11,
+            end: StepEnd::Condition,
+        } => rip.0,
+        other => panic!("{other:?}"),
+    };
+    // Behind the CALL are a DEC and a JNZ to it.
+    let counts = left.counts().unwrap();
+    assert_eq!((counts.occurred, counts.filtered), (11, 10));
+    // RSI is where the fourth instruction of a call counts.
+    let calls = Value::register(Register::RSI).load(8);
+    let many = until(&calls.is(500), 1 << 40);
+    occurrence.answer(Verdict::Continue).unwrap();
+    let occurrence = scene.next();
+    assert_eq!(occurrence.event().hook, many.id());
+    assert_eq!(
+        occurrence.event().detail,
+        step(scene.at("pushf"), 3 + 498 * 14 + 4, StepEnd::Condition)
+    );
+    assert_eq!(many.counts().unwrap().occurred, 3 + 498 * 14 + 4);
+    // Never, and as many as one whole round has; then two rounds more for the same hook.
+    let never = until(&Value::register(Register::RSP).is(1), 14);
+    occurrence.answer(Verdict::Continue).unwrap();
+    let occurrence = scene.next();
+    assert_eq!(
+        occurrence.event().detail,
+        step(scene.at("pushf"), 14, StepEnd::Count)
+    );
+    occurrence.answer(Verdict::Step(28)).unwrap();
+    let occurrence = scene.next();
+    assert_eq!(
+        occurrence.event().detail,
+        step(scene.at("pushf"), 28, StepEnd::Count)
+    );
+    assert_eq!(never.counts().unwrap().occurred, 42);
+    drop(occurrence);
+    scene.wait_until_done();
+    let told = [&left, &many, &never].map(|guard| guard.counts().unwrap().told);
+    assert_eq!(told, [1, 1, 2]);
+    drop((function, left, many, never));
+    // No flags that it pushed had TF.
+    assert_eq!(scene.results(), [1000, 1000, 0]);
+    assert!(returned < begin);
     scene.finish();
 }
 

@@ -22,7 +22,8 @@ use support::{Bare, GuestKind, Machine, SLOT, Scene};
 use vmsight_arch::{Gpa, Gva};
 use vmsight_events::{EventError, Monitor};
 use vmsight_hooks::{
-    Access, Delivery, Detail, Exception, Expiry, Hook, HookKind, Overflow, Range, Register, Verdict,
+    Access, Condition, Delivery, Detail, Exception, Expiry, Hook, HookKind, Overflow, Range, Register,
+    StepEnd, Value, Verdict,
 };
 
 /// The VMM, when this binary is started as one. First by its name: the harness runs tests in that order, and this

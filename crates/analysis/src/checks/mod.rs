@@ -15,7 +15,6 @@ mod pointers;
 mod probes;
 mod seccomp;
 mod sites;
-mod switch;
 mod syscalls;
 mod tables;
 mod text;

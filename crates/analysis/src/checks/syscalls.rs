@@ -2,9 +2,8 @@
 
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
+use vmsight_linux::syscall::Switch;
 
-use super::switch::Switch;
-use crate::code;
 use crate::{Check, Context, Finding, Findings, Owner, Severity, Technique};
 
 /// More than any table has.
@@ -47,10 +46,9 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
 
 /// Where each number goes by the switch: to a handler, and to the one that the table names too.
 fn dispatch(context: &Context, findings: &mut Findings, name: &str, at: Gva, table: Option<(&str, Gva)>) {
-    let Some(bytes) = findings.or_note(name, code::function(context, at)) else {
+    let Some(switch) = findings.or_note(name, Switch::read(context.kernel(), at)) else {
         return;
     };
-    let switch = Switch::new(&bytes, at);
     let known = table.map_or(0, |(_, at)| context.entries(at, MAX_CALLS));
     for number in 0..MAX_CALLS {
         let subject = format!("{name}({number})");

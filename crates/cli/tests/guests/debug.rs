@@ -1,4 +1,4 @@
-//! gdb itself on guests, by `vmsight debug`.
+//! gdb and lldb themselves on guests, by `vmsight debug`.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -40,6 +40,7 @@ fn ended(child: &mut Child, what: &str) -> Option<i32> {
 struct Server {
     child: Child,
     listen: String,
+    url: String,
     _stdout: BufReader<ChildStdout>,
 }
 
@@ -57,6 +58,7 @@ impl Server {
         Server {
             child,
             listen: said["listen"].as_str().unwrap().to_owned(),
+            url: said["url"].as_str().unwrap().to_owned(),
             _stdout: stdout,
         }
     }
@@ -73,8 +75,9 @@ impl Drop for Server {
     }
 }
 
-/// A gdb that executes commands one after the other, and what it says. Killed when dropped.
+/// A debugger that executes commands one after the other, and what it says. Killed when dropped.
 struct Gdb {
+    name: &'static str,
     child: Child,
     lines: Receiver<String>,
     said: String,
@@ -90,12 +93,28 @@ impl Gdb {
         for one in [connect.as_str(), "echo \\nconnected\\n"].iter().chain(commands) {
             gdb.args(["-ex", one]);
         }
-        let mut child = gdb
+        Gdb::run("gdb", gdb)
+    }
+
+    /// An lldb in its place.
+    fn lldb(server: &Server, symbols: &Path, commands: &[&str]) -> Gdb {
+        let mut lldb = Command::new("lldb-16");
+        lldb.args(["--no-lldbinit", "--batch"]);
+        let symbols = format!("target create --no-dependents {}", utf8(symbols));
+        let connect = format!("process connect --plugin gdb-remote {}", server.url);
+        for one in [symbols.as_str(), connect.as_str()].iter().chain(commands) {
+            lldb.args(["-o", one]);
+        }
+        Gdb::run("lldb", lldb)
+    }
+
+    fn run(name: &'static str, mut debugger: Command) -> Gdb {
+        let mut child = debugger
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .expect("gdb can be started (see script/packages.txt)");
+            .unwrap_or_else(|e| panic!("{name} cannot be started (see script/packages.txt): {e}"));
         let (sender, lines) = channel();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         std::thread::spawn(move || {
@@ -110,6 +129,7 @@ impl Gdb {
             text
         });
         Gdb {
+            name,
             child,
             lines,
             said: String::new(),
@@ -121,7 +141,7 @@ impl Gdb {
     fn until(&mut self, what: &str) {
         loop {
             let Ok(line) = self.lines.recv_timeout(PATIENCE) else {
-                panic!("gdb does not say {what:?}: {}", self.said);
+                panic!("{} does not say {what:?}: {}", self.name, self.said);
             };
             self.said.push_str(&line);
             self.said.push('\n');
@@ -137,7 +157,7 @@ impl Gdb {
             self.said.push_str(&line);
             self.said.push('\n');
         }
-        ended(&mut self.child, "gdb");
+        ended(&mut self.child, self.name);
         let errors = self.errors.take().unwrap().join().unwrap();
         format!("{}{errors}", self.said)
     }
@@ -183,6 +203,7 @@ fn gdb_debugs_a_guest() {
     let folder = tempfile::tempdir().unwrap();
     let symbols = folder.path().join("kernel.elf");
     let behind_syscall = kernel(&guest, &symbols);
+    of_lldb(&guest, &symbols);
     process(&guest);
     step_into_a_system_call(&guest, behind_syscall);
     interrupt_and_port(&guest);
@@ -272,6 +293,48 @@ fn kernel(guest: &Guest, symbols: &Path) -> u64 {
     server.ends();
     lives(guest);
     number(&said, "user=")
+}
+
+/// What lldb asks in other words than gdb: registers and threads, a breakpoint by name, who called, a step, detach.
+fn of_lldb(guest: &Guest, symbols: &Path) {
+    let server = Server::start(guest, &[]);
+    let mut lldb = Gdb::lldb(
+        &server,
+        symbols,
+        &[
+            "thread list",
+            "breakpoint set --name __x64_sys_getpid",
+            "process continue",
+            "register read rip cr3",
+            "bt 2",
+            "thread step-inst",
+            "breakpoint delete --force",
+            "process detach",
+        ],
+    );
+    lldb.until("Process 1 stopped");
+    let orders = guest.orders().unwrap();
+    let sent = orders.send(Work::GetPid { count: 3 }.into()).unwrap();
+    let said = lldb.finish();
+    for wanted in [
+        "thread #2",
+        "stop reason = breakpoint 1.1",
+        "cr3 = 0x",
+        "do_syscall_64 + ",
+        "stop reason = instruction step into",
+        "Process 1 detached",
+    ] {
+        assert!(said.contains(wanted), "no {wanted:?} in: {said}");
+    }
+    let at = format!("->  {:#x} <+0>:", number(&said, "rip = "));
+    assert!(
+        said.contains(&at),
+        "the function's first instruction was read at {at}: {said}"
+    );
+    let account = sent.wait(PATIENCE).unwrap();
+    assert_eq!((account.made, account.failed), (3, 0));
+    server.ends();
+    lives(guest);
 }
 
 /// Two processes with the same code at the same address: only one of them is debugged.

@@ -205,7 +205,7 @@ fn refused(socket: &Path, backend: BackendKind, refusal: Refusal) -> EventError 
 /// Backends that can hook what an agent cannot.
 fn others(backend: BackendKind, feature: Feature) -> &'static [BackendKind] {
     match (backend, feature) {
-        (BackendKind::AgentTcg, Feature::Step) => &[BackendKind::GdbStub],
+        (BackendKind::AgentTcg, Feature::Step | Feature::StepUntil) => &[BackendKind::GdbStub],
         (
             BackendKind::AgentTcg,
             Feature::MsrRead | Feature::MsrWrite | Feature::Port | Feature::Interrupt,
@@ -225,9 +225,14 @@ fn others(backend: BackendKind, feature: Feature) -> &'static [BackendKind] {
             | Feature::Interrupt
             | Feature::VirtualExecute,
         ) => &[BackendKind::AgentTcg],
-        (_, Feature::Execute | Feature::VirtualWrite | Feature::VirtualRead | Feature::Step) => {
-            &[BackendKind::GdbStub]
-        }
+        (
+            _,
+            Feature::Execute
+            | Feature::VirtualWrite
+            | Feature::VirtualRead
+            | Feature::Step
+            | Feature::StepUntil,
+        ) => &[BackendKind::GdbStub],
         _ => &[],
     }
 }

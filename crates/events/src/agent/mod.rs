@@ -144,6 +144,7 @@ fn feature(detail: &Detail) -> Option<Feature> {
                 last: vector,
             },
         },
+        // Of both kinds of steps the same can be done about the end.
         Detail::Step { .. } => HookKind::Step { vcpu: 0, count: 1 },
         Detail::Port { port, access, .. } => HookKind::Port {
             first: port,

@@ -8,8 +8,8 @@ use gdbstub::common::Tid;
 use vmsight_arch::paging::PagingMode;
 use vmsight_arch::{Dtb, Gpa, Gva, Registers};
 use vmsight_hooks::{
-    Access, BackendKind, Capability, Counts, Detail, Event, Hook, HookId, HookKind, Range, Register, Tallied,
-    Verdict,
+    Access, BackendKind, Capability, Counts, Detail, Event, Hook, HookId, HookKind, Range, Register, StepEnd,
+    Tallied, Verdict,
 };
 use vmsight_memory::{AddressSpace, GuestMemory};
 
@@ -89,7 +89,12 @@ impl Backend for Fake {
             if let HookKind::Step { vcpu, .. } = hook.kind
                 && vcpu != SLEEPER
             {
-                state.tell(id, vcpu, Detail::Step { rip: Gva(PLACE + 1) });
+                let detail = Detail::Step {
+                    rip: Gva(PLACE + 1),
+                    made: 1,
+                    end: StepEnd::Count,
+                };
+                state.tell(id, vcpu, detail);
             }
             id
         }))
@@ -113,7 +118,7 @@ impl Backend for Fake {
         Ok(Registers {
             vcpu: event.vcpu,
             rip: match event.detail {
-                Detail::Step { rip } | Detail::Execute { rip } => rip.0,
+                Detail::Step { rip, .. } | Detail::Execute { rip } => rip.0,
                 _ => PLACE,
             },
             ..Registers::default()

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use vmsight_arch::Gva;
 use vmsight_arch::paging::PagingMode;
-use vmsight_hooks::{BackendKind, Delivery, Detail, Hook, HookId, HookKind, Scope};
+use vmsight_hooks::{BackendKind, Delivery, Detail, Hook, HookId, HookKind, Scope, StepEnd};
 use vmsight_memory::AddressSpace;
 use vmsight_target::gdb::{GdbError, Point};
 
-use super::occasion::{Occasion, Tell};
+use super::occasion::{Occasion, Run, Tell};
 use super::of_stub;
 use super::table::{Armed, Kept, Place, Shared, places};
 use super::worker::{State, Worker, is_fatal_target};
@@ -21,14 +21,19 @@ impl Worker {
             what: hook.kind.to_string(),
             why,
         };
-        if let HookKind::Step { vcpu, .. } = hook.kind
+        let step = match hook.kind {
+            HookKind::Step { vcpu, count } => Some((vcpu, count)),
+            HookKind::StepUntil { vcpu, most } => Some((vcpu, most)),
+            _ => None,
+        };
+        if let Some((vcpu, _)) = step
             && vcpu >= self.debug.vcpus()
         {
             return Err(limit(format!("there are {} vCPUs", self.debug.vcpus())));
         }
         let places = places(&hook, self.debug.accelerator()).map_err(limit)?;
         self.stand()?;
-        if let HookKind::Step { vcpu, .. } = hook.kind
+        if let Some((vcpu, _)) = step
             && self.debug.is_halted(vcpu).map_err(of_stub)?
         {
             return Err(limit(format!(
@@ -64,20 +69,17 @@ impl Worker {
                 armed.before = self.bytes_elsewhere(armed.hook.scope, start, len)?;
             }
         }
-        let step = match armed.hook.kind {
-            HookKind::Step { vcpu, count } => Some((vcpu, count)),
-            _ => None,
-        };
         self.queue.know(id, Arc::clone(&armed.sieve));
         self.table.hooks.insert(id, armed);
         if let Some((vcpu, count)) = step {
             let mut occasion = Occasion::new(self.debug.registers(vcpu).map_err(of_stub)?);
-            occasion.steps.push((id, count));
+            let run = Run::new(id, count);
+            occasion.steps.push(run);
             // What stands in front of a breakpoint would step over it unseen; one that is told of already is in the
             // list.
             let listed = self.occasions.iter_mut().find(|o| o.registers.vcpu == vcpu);
             match listed {
-                Some(listed) => listed.steps.push((id, count)),
+                Some(listed) => listed.steps.push(run),
                 None => {
                     self.meet(&mut occasion);
                     self.occasions.push_back(occasion);
@@ -118,6 +120,8 @@ impl Worker {
             hook: id,
             detail: Detail::Step {
                 rip: Gva(occasion.registers.rip),
+                made: 0,
+                end: StepEnd::Count,
             },
             undo: None,
             passed: false,
@@ -207,7 +211,7 @@ impl Worker {
         }
         for occasion in &mut self.occasions {
             occasion.tell.retain(|tell| tell.hook != id);
-            occasion.steps.retain(|(hook, _)| *hook != id);
+            occasion.steps.retain(|run| run.hook != id);
             occasion.waiting.take_if(|waiting| waiting.event.hook == id);
         }
         self.queue.forget(id);

@@ -46,6 +46,12 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
         "the other vCPUs stand still, and interrupts and the guest's timers wait; a run of steps ends at HLT",
         DONE,
     );
+    let until = capability(
+        Feature::StepUntil,
+        "single step of one vCPU, with the condition asked here",
+        "as single steps; each costs a stop of the whole VM",
+        DONE,
+    );
     match accelerator {
         Accelerator::Tcg => vec![
             capability(
@@ -71,6 +77,7 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
                 WRITE,
             ),
             step,
+            until,
         ],
         Accelerator::Kvm => vec![
             capability(
@@ -97,6 +104,7 @@ pub(super) fn table(accelerator: Accelerator) -> Vec<Capability> {
                 WRITE,
             ),
             step,
+            until,
         ],
     }
 }

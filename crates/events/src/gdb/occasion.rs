@@ -5,7 +5,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmsight_arch::{Gva, Registers};
-use vmsight_hooks::{Delivery, Detail, Event, Expiry, HookId, Moment, Overflow, Passage, Sequence, Verdict};
+use vmsight_hooks::{
+    Delivery, Detail, Event, Expiry, HookId, HookKind, Moment, Overflow, Passage, Sequence, StepEnd, Verdict,
+};
 use vmsight_target::gdb::{Accelerator, Cause, Stop, Waited};
 
 use super::filter::Standing;
@@ -27,8 +29,37 @@ pub(super) struct Occasion {
     pub(super) tell: VecDeque<Tell>,
     /// The event whose verdict is waited for.
     pub(super) waiting: Option<Waiting>,
-    /// Steps to be made, and for which hooks.
-    pub(super) steps: Vec<(HookId, u64)>,
+    /// Runs of steps that are being made.
+    pub(super) steps: Vec<Run>,
+}
+
+/// Steps for a hook.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    pub(super) hook: HookId,
+    made: u64,
+    left: u64,
+}
+
+impl Run {
+    pub(super) const fn new(hook: HookId, count: u64) -> Self {
+        Self {
+            hook,
+            made: 0,
+            left: count,
+        }
+    }
+
+    /// One more was made. What ends it, if nothing else does.
+    fn advance(&mut self, asleep: bool) -> Option<StepEnd> {
+        self.made = self.made.saturating_add(1);
+        self.left = self.left.saturating_sub(1);
+        match (asleep, self.left) {
+            (true, 1..) => Some(StepEnd::Sleep),
+            (_, 0) => Some(StepEnd::Count),
+            _ => None,
+        }
+    }
 }
 
 /// Something to be told.
@@ -167,23 +198,14 @@ impl Worker {
         };
         let (delivery, scope) = (armed.hook.delivery, armed.hook.scope);
         let registers = &occasion.registers;
-        if !scope.covers(registers.cr3) {
+        // Of steps until a condition each was one, and where they have led to does not matter.
+        let occurred = u64::from(!matches!(armed.hook.kind, HookKind::StepUntil { .. }));
+        if !tell.passed && !scope.covers(registers.cr3) {
             return Ok(None);
         }
-        if !tell.passed && !armed.sieve.is_open() {
-            let moment = Moment {
-                registers,
-                detail: &tell.detail,
-            };
-            let memory = Standing {
-                memory: &self.memory,
-                stub: RefCell::new(&mut self.debug),
-            };
-            let passage = armed.sieve.pass(moment, &memory, Instant::now);
-            if passage != Passage::Wanted {
-                self.queue.count(id, |c| c.occurred += 1);
-                return Ok(None);
-            }
+        if !tell.passed && !self.wants(id, registers, &tell.detail) {
+            self.queue.count(id, |c| c.occurred += occurred);
+            return Ok(None);
         }
         let mut event = Event {
             sequence: 0,
@@ -195,22 +217,22 @@ impl Worker {
             held: false,
         };
         match delivery {
-            Delivery::Counted => self.queue.count(id, |c| c.occurred += 1),
+            Delivery::Counted => self.queue.count(id, |c| c.occurred += occurred),
             Delivery::Told { overflow } => {
                 if self.queue.has_room() {
-                    self.queue.count(id, |c| c.occurred += 1);
+                    self.queue.count(id, |c| c.occurred += occurred);
                     self.queue.push(event);
                 } else if overflow == Overflow::Block {
                     return Ok(Some(Tell { passed: true, ..tell }));
                 } else {
                     self.queue.count(id, |c| {
-                        c.occurred += 1;
+                        c.occurred += occurred;
                         c.dropped += 1;
                     });
                 }
             }
             Delivery::Held { deadline, expiry } => {
-                self.queue.count(id, |c| c.occurred += 1);
+                self.queue.count(id, |c| c.occurred += occurred);
                 event.held = true;
                 event.sequence = self.queue.push(event.clone());
                 let now = Instant::now();
@@ -223,6 +245,56 @@ impl Worker {
             }
         }
         Ok(None)
+    }
+
+    /// Whether a hook's filter wants this.
+    fn wants(&mut self, id: HookId, registers: &Registers, detail: &Detail) -> bool {
+        let Some(armed) = self.table.hooks.get(&id) else {
+            return false;
+        };
+        if armed.sieve.is_open() {
+            return true;
+        }
+        let memory = Standing {
+            memory: &self.memory,
+            stub: RefCell::new(&mut self.debug),
+        };
+        let moment = Moment { registers, detail };
+        armed.sieve.pass(moment, &memory, Instant::now) == Passage::Wanted
+    }
+
+    /// A step was made: the runs of steps that end with it.
+    fn count_step(&mut self, occasion: &mut Occasion, asleep: bool) {
+        let registers = occasion.registers;
+        let mut tell = Vec::new();
+        occasion.steps.retain_mut(|run| {
+            let mut end = run.advance(asleep);
+            let step = |made, end| Detail::Step {
+                rip: Gva(registers.rip),
+                made,
+                end,
+            };
+            let hook = self.table.hooks.get(&run.hook).map(|armed| &armed.hook);
+            let until = hook.filter(|hook| matches!(hook.kind, HookKind::StepUntil { .. }));
+            let until = until.map(|hook| hook.scope);
+            if let Some(scope) = until {
+                self.queue.count(run.hook, |c| c.occurred += 1);
+                let so_far = step(run.made, StepEnd::Condition);
+                if scope.covers(registers.cr3) && self.wants(run.hook, &registers, &so_far) {
+                    end = Some(StepEnd::Condition);
+                }
+            }
+            if let Some(end) = end {
+                tell.push(Tell {
+                    hook: run.hook,
+                    detail: step(run.made, end),
+                    undo: None,
+                    passed: until.is_some(),
+                });
+            }
+            end.is_none()
+        });
+        occasion.tell.extend(tell);
     }
 
     /// All is told: the vCPU does what is left for it to do. True where that is nothing.
@@ -253,22 +325,7 @@ impl Worker {
                 occasion.tell.extend(other.tell);
             }
         }
-        let mut ended = Vec::new();
-        occasion.steps.retain_mut(|(hook, left)| {
-            // Where it sleeps the run is over.
-            *left = if step.asleep { 0 } else { left.saturating_sub(1) };
-            if *left == 0 {
-                ended.push(*hook);
-            }
-            *left > 0
-        });
-        let rip = Gva(occasion.registers.rip);
-        occasion.tell.extend(ended.into_iter().map(|hook| Tell {
-            hook,
-            detail: Detail::Step { rip },
-            undo: None,
-            passed: false,
-        }));
+        self.count_step(occasion, step.asleep);
         // A step does not look at breakpoints.
         if !occasion.steps.is_empty() {
             self.meet(occasion);

@@ -4,7 +4,7 @@ use vmsight_hooks::{Access, Detail, Register, Verdict};
 use vmsight_target::gdb::GdbError;
 
 use super::instruction;
-use super::occasion::{Occasion, Undo, Waiting};
+use super::occasion::{Occasion, Run, Undo, Waiting};
 use super::of_stub;
 use super::worker::Worker;
 use crate::EventError;
@@ -33,7 +33,7 @@ impl Worker {
             }
             (Verdict::Step(0), _) => refuse("at least one step is needed"),
             (Verdict::Step(count), _) => {
-                occasion.steps.push((hook, *count));
+                occasion.steps.push(Run::new(hook, *count));
                 Ok(())
             }
             (Verdict::SetRegisters(changes), _) => self.set(occasion, changes),

@@ -11,13 +11,18 @@ use super::TraceError;
 const ENTRY_CODE: usize = 1024;
 
 /// Entry points and what they call with the saved registers on the stack (arch/x86/entry/entry_64.S, entry_64_compat.S).
-/// INT 0x80 has been an interrupt gate in C since 6.7, and in stable kernels since 6.1.68 and 6.6.7 (`int80_emulation`): it is not among these.
-const ENTRIES: [(&str, &str, Abi); 4] = [
+const ENTRIES: [(&str, &str, Abi); 5] = [
     ("entry_SYSCALL_64", "do_syscall_64", Abi::X64),
     ("entry_SYSCALL_compat", "do_fast_syscall_32", Abi::Ia32),
     ("entry_SYSENTER_compat", "do_SYSENTER_32", Abi::Ia32),
     ("entry_INT80_compat", "do_int80_syscall_32", Abi::Ia32),
+    (INT80_GATE, "int80_emulation", Abi::Ia32),
 ];
+
+/// INT 0x80 is entered like an exception, and the work is done in C, since 6.7 and in stable kernels since 6.1.68 and 6.6.7
+/// (`DEFINE_IDTENTRY_RAW(int80_emulation)`, later `do_int80_emulation`, to which the function of the old name jumps). What enters
+/// exceptions puts -1 into `orig_ax`: the number is where the program had it until the C code moves it.
+const INT80_GATE: &str = "asm_int80_emulation";
 
 /// One way into the kernel's system calls. At `entry` the call is about to be made, at `exit` it has returned; at both,
 /// RSP is the address of the caller's `struct pt_regs`.
@@ -32,6 +37,8 @@ pub struct SyscallSite {
     /// Which register holds the number: RSI since 5.14, RDI before (`do_syscall_64`); `None` where it is passed in
     /// `pt_regs.orig_ax` alone.
     pub number: Option<vmsight_hooks::Register>,
+    /// Whether the number is still in `pt_regs.ax` at `entry`, and not in `pt_regs.orig_ax` yet.
+    pub is_in_ax: bool,
 }
 
 /// Every way into system calls that this kernel has; the one of 64-bit code first. Never empty.
@@ -71,6 +78,7 @@ fn find(kernel: &Kernel, entry: &str, callee: &str, abi: Abi) -> Result<SyscallS
                     entry: Gva(instruction.ip()),
                     exit: Gva(instruction.next_ip()),
                     number: number.filter(|_| abi == Abi::X64),
+                    is_in_ax: entry == INT80_GATE,
                 });
             }
             // movslq %eax, %rsi since 5.14; movq %rax, %rdi before.

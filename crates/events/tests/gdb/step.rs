@@ -2,7 +2,7 @@
 
 use vmsight_arch::Gva;
 use vmsight_events::EventError;
-use vmsight_hooks::{Delivery, Detail, Hook, HookKind, Verdict};
+use vmsight_hooks::{Condition, Delivery, Detail, Hook, HookKind, Register, StepEnd, Value, Verdict};
 
 use crate::execute::{next, patient};
 use crate::guest::{CALLS, IDLE, SLEEP, STORED, upper};
@@ -43,7 +43,9 @@ fn steps_from_a_hook_pass_through_others() {
     assert_eq!(
         occurrence.event().detail,
         Detail::Step {
-            rip: Gva(vm.guest.returns)
+            rip: Gva(vm.guest.returns),
+            made: 3,
+            end: StepEnd::Count,
         }
     );
     assert_eq!(second.counts().unwrap().occurred, 1);
@@ -53,6 +55,66 @@ fn steps_from_a_hook_pass_through_others() {
     next(&monitor).answer(Verdict::Continue).unwrap();
     vm.wait_for(|m| m.is_done(0, 1));
     assert_eq!((second.counts().unwrap().occurred, vm.word(0, CALLS)), (2, 2));
+}
+
+#[test]
+fn steps_end_where_a_condition_holds_or_the_count_is_reached() {
+    let vm = Machine::start(1);
+    let monitor = vm.monitor();
+    let first = Hook::execute(Gva(vm.guest.function)).delivered(patient());
+    let first = monitor.hook(&first).unwrap();
+    vm.work(0, 9);
+    let occurrence = next(&monitor);
+    let until = |condition: &Condition, most| {
+        let hook = Hook::step_until(0, condition, most).unwrap().delivered(patient());
+        monitor.hook(&hook).unwrap()
+    };
+    // The function has three instructions, the last two of four bytes.
+    let inside = Condition::rip_within(Gva(vm.guest.function), vm.guest.second + 4 - vm.guest.function);
+    let left = until(&!inside, 1000);
+    occurrence.answer(Verdict::Remove).unwrap();
+    let step = |rip, made, end| Detail::Step {
+        rip: Gva(rip),
+        made,
+        end,
+    };
+    let occurrence = next(&monitor);
+    assert_eq!(occurrence.event().hook, left.id());
+    assert_eq!(
+        occurrence.event().detail,
+        step(vm.guest.returns, 3, StepEnd::Condition)
+    );
+    let counts = left.counts().unwrap();
+    assert_eq!((counts.occurred, counts.filtered, counts.told), (3, 2, 1));
+    // R13 is the vCPU's page. A round has 13 instructions, and eleven of them are between here and the next count.
+    let calls = Value::register(Register::Gpr(13)).plus(CALLS).load(8);
+    let third = until(&calls.is(3), 1000);
+    occurrence.answer(Verdict::Remove).unwrap();
+    let occurrence = next(&monitor);
+    assert_eq!(occurrence.event().hook, third.id());
+    assert_eq!(
+        occurrence.event().detail,
+        step(vm.guest.second, 24, StepEnd::Condition)
+    );
+    assert_eq!(vm.word(0, CALLS), 3);
+    let never = until(&Value::register(Register::RSP).is(1), 13);
+    occurrence.answer(Verdict::Remove).unwrap();
+    let occurrence = next(&monitor);
+    assert_eq!(occurrence.event().hook, never.id());
+    assert_eq!(
+        occurrence.event().detail,
+        step(vm.guest.second, 13, StepEnd::Count)
+    );
+    occurrence.answer(Verdict::Step(26)).unwrap();
+    let occurrence = next(&monitor);
+    assert_eq!(
+        occurrence.event().detail,
+        step(vm.guest.second, 26, StepEnd::Count)
+    );
+    assert_eq!(never.counts().unwrap().occurred, 39);
+    drop((first, left, third, never, occurrence));
+    vm.wait_for(|m| m.is_done(0, 1));
+    assert_eq!(vm.word(0, CALLS), 9);
 }
 
 #[test]
@@ -66,6 +128,18 @@ fn a_vcpu_that_sleeps_makes_no_steps() {
     occurrence.answer(Verdict::Step(1_000_000)).unwrap();
     // It falls asleep on the way.
     let occurrence = next(&monitor);
+    assert!(
+        matches!(
+            occurrence.event().detail,
+            Detail::Step {
+                made: ..100,
+                end: StepEnd::Sleep,
+                ..
+            }
+        ),
+        "{:?}",
+        occurrence.event()
+    );
     assert_eq!(occurrence.event().vcpu, 1);
     occurrence.answer(Verdict::Continue).unwrap();
     drop(hook);

@@ -8,6 +8,7 @@ use vmsight_events::linux::{
 use vmsight_hooks::{ControlRegister, Verdict};
 use vmsight_lab::orders::{WITNESS, checksum};
 use vmsight_lab::{Kernel, Work};
+use vmsight_linux::syscall::Abi;
 
 use crate::support::{HELD, Watched};
 
@@ -15,6 +16,7 @@ fn check(version: Kernel, calls: u64) {
     let watched = Watched::boot(version, false);
     let text = watched.text();
     counts(&watched, calls);
+    of_32_bits(&watched, 20);
     arguments(&watched);
     lives(&watched);
     children(&watched);
@@ -59,6 +61,71 @@ fn counts(watched: &Watched, calls: u64) {
     };
     assert_eq!(vcpus(accounts[0].pid), [0].into());
     assert_eq!(vcpus(accounts[1].pid), [1].into());
+}
+
+/// Calls by INT 0x80: each once, by its own number and name, and none taken for one of 64-bit code. Those that are not asked for are
+/// put away by a filter that finds their number where it is then.
+fn of_32_bits(watched: &Watched, calls: u64) {
+    /// arch/x86/entry/syscalls/syscall_32.tbl.
+    const GETPID: u32 = 20;
+    const DUP2: u32 = 63;
+    const GETPPID: u32 = 64;
+    const NOBODYS: [u32; 2] = [0x1234, 0xffff_fff0];
+    let int80 = |number, arguments, count| Work::Int80 {
+        number,
+        arguments,
+        count,
+    };
+    let monitor = watched.monitor();
+    let names = ["getpid".to_owned(), "dup2".to_owned()];
+    let mut trace = SyscallTrace::new(&watched.kernel, &names).unwrap();
+    trace.arm(&monitor, HELD).unwrap();
+    let counter = trace.count(&monitor).unwrap();
+    let mut records: Vec<SyscallRecord> = Vec::new();
+    let [getpid, dup2, getppid] = watched.during(
+        &monitor,
+        |occurrence| {
+            records.extend(trace.take(occurrence).unwrap());
+            Verdict::Continue
+        },
+        |guest| {
+            [(GETPID, [0; 2]), (DUP2, NOBODYS), (GETPPID, [0; 2])]
+                .map(|(number, arguments)| guest.order(int80(number, arguments, calls).on(1)).unwrap())
+        },
+    );
+    assert_eq!(
+        (getpid.failed, getpid.returned, dup2.failed, getppid.failed),
+        (0, Some(getpid.pid.into()), calls, 0)
+    );
+    let of = |pid: u32| {
+        let own = records
+            .iter()
+            .filter(|r| r.current.pid == pid as i32 && r.abi == Abi::Ia32);
+        own.collect::<Vec<_>>()
+    };
+    let [got, doubled, others] = [&getpid, &dup2, &getppid].map(|account| of(account.pid));
+    assert_eq!(
+        (got.len() as u64, doubled.len() as u64, others.len()),
+        (calls, calls, 0)
+    );
+    let returned = Some(getpid.pid.into());
+    assert!(got.iter().all(|r| r.name == "getpid" && r.result == returned));
+    for record in doubled {
+        let line = record.to_string();
+        assert!(
+            line.starts_with("dup2(0x1234, 0xfffffff0, ") && line.ends_with(") = -1 EBADF"),
+            "{line}"
+        );
+    }
+    let counted = counter.counted().unwrap().calls;
+    let counted = |name| {
+        let mut own = counted.iter().filter(|c| c.abi == Abi::Ia32 && c.name == name);
+        own.next().map(|c| c.calls)
+    };
+    assert_eq!(
+        [counted("getpid"), counted("dup2"), counted("getppid")],
+        [Some(calls), Some(calls), None]
+    );
 }
 
 /// What calls were given and what they gave.

@@ -1,6 +1,6 @@
 //! What a filter says, as its author writes it.
 
-use vmsight_arch::Dtb;
+use vmsight_arch::{Dtb, Gva};
 
 use crate::verdict::Register;
 
@@ -221,6 +221,13 @@ impl Condition {
     pub fn dtb(dtb: Dtb) -> Self {
         const ROOT: u64 = 0x000f_ffff_ffff_e000;
         Value::from(Field::Cr3).masked(ROOT).is(dtb.0 & ROOT)
+    }
+
+    /// Whether the next instruction is one of those in the `len` bytes from `start` on. Its contrary (`!`) is that they were left.
+    pub fn rip_within(start: Gva, len: u64) -> Self {
+        let rip = Value::from(Register::Rip);
+        // What lies below wraps to what is far above.
+        rip.with(Arithmetic::Subtract, start.0).is_below(len)
     }
 
     /// This and `other`.

@@ -69,6 +69,11 @@ impl Filter {
         self.condition.is_none() && self.rate.is_none() && self.tally.is_none()
     }
 
+    /// Whether it says more of an event than how many are wanted.
+    pub const fn has_condition(&self) -> bool {
+        self.condition.is_some()
+    }
+
     /// Only those for which a condition holds.
     ///
     /// # Errors

@@ -25,6 +25,31 @@ pub(super) unsafe fn syscall(number: i64, arguments: [u64; 4]) -> i64 {
     result
 }
 
+/// Makes a system call as 32-bit programs do, and gives what the kernel returns.
+///
+/// # Safety
+/// As the system call, whose addresses are those of 32 bits.
+#[cfg(target_arch = "x86_64")]
+pub(super) unsafe fn int80(number: u32, arguments: [u32; 2]) -> i64 {
+    let [first, second] = arguments;
+    let result: u64;
+    // SAFETY: the kernel's calling convention, which some kernels' clearing of R8 to R11 belongs to. What it does to memory
+    // the caller answers for. RBX, which the compiler keeps for itself, is what it was afterwards.
+    unsafe {
+        std::arch::asm!(
+            "xchg rbx, {first}",
+            "int 0x80",
+            "xchg rbx, {first}",
+            first = inout(reg) u64::from(first) => _,
+            inlateout("rax") u64::from(number) => result,
+            in("rcx") u64::from(second),
+            lateout("r8") _, lateout("r9") _, lateout("r10") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+    i64::from(result as i32)
+}
+
 /// Raises an exception; comes back only where somebody has seen to it.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn raise(exception: Exception) {
@@ -53,6 +78,12 @@ pub(super) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
 /// Guests are x86-64.
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) unsafe fn syscall(number: i64, arguments: [u64; 4]) -> i64 {
+    -i64::from(libc::ENOSYS)
+}
+
+/// Guests are x86-64.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) unsafe fn int80(number: u32, arguments: [u32; 2]) -> i64 {
     -i64::from(libc::ENOSYS)
 }
 

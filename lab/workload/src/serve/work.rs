@@ -73,6 +73,14 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
             })
         }),
         Work::GetPid { count } => Ready::new(move || Ok(getpid(count))),
+        Work::Int80 {
+            number,
+            arguments,
+            count,
+        } => Ready::new(move || {
+            // SAFETY: who orders gives no address.
+            Ok(repeat(count, |_| unsafe { raw::int80(number, arguments) }))
+        }),
         Work::Open { path, flags, count } => {
             let path = text(&path)?;
             Ready::new(move || Ok(open(&path, flags, count)))

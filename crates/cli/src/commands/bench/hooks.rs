@@ -14,7 +14,8 @@ use vmsight_gauge::{Operation, Summary};
 use vmsight_hooks::{Access, Delivery, Expiry, Hook, HookKind, Overflow, Range, Register, Verdict};
 use vmsight_hooks::{Filter, Value};
 
-use super::machine::{Host, Machine};
+use super::machine::{self, Host, Machine};
+use super::survival::killed;
 use super::switches::two_switches;
 use crate::output::{Progress, Sheet, Style};
 use crate::{Outcome, args::Global};
@@ -23,13 +24,16 @@ use crate::{Outcome, args::Global};
 const PATIENCE: Duration = Duration::from_secs(120);
 /// MSR LSTAR (SDM vol. 4).
 const LSTAR: u32 = 0xc000_0082;
+/// Within what a guest is to run whose monitor was killed.
+const SURVIVAL: (&str, f64, Option<f64>) = ("100 ms", 1e8, Some(1.0));
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
 A guest of our own, of some hundred bytes, times itself by its time-stamp counter: a round calls a function, writes a word of
 memory, an MSR or a port. The same round is done without a hook, with one whose handler does nothing, and by each backend. \"held\"
 means that the vCPU waits for the handler's verdict, \"told\" that it goes on at once, \"filtered\" that a filter in the VMM puts it
-away, \"counted\" that nobody is told.
+away, \"counted\" that nobody is told. \"killed\" is another thing: how long the guest stands still when a monitor that holds it
+is killed with -9, by the host's clock, twenty times; the longest is what counts.
 
 The guest runs in stock QEMU, and on /dev/kvm in a VMM that does nothing else. Floors: what the exit to that VMM costs (a port is
 written), and what it costs that two threads wake each other (two context switches). Where KVM itself runs in a VM, or on an
@@ -54,6 +58,7 @@ const KEYS: &[&str] = &[
     "samples",
     "min_ns",
     "median_ns",
+    "max_ns",
     "sd_ns",
     "ratio",
     "of",
@@ -68,6 +73,7 @@ const SHOWN: &[&str] = &[
     "delivery",
     "min_ns",
     "median_ns",
+    "max_ns",
     "sd_ns",
     "ratio",
     "of",
@@ -82,9 +88,13 @@ struct Row {
     hook: &'static str,
     delivery: &'static str,
     outcome: Result<Summary, String>,
-    /// What it is compared with: its name, its median, and the highest ratio that is wanted.
+    /// What its median is compared with, or the longest of those who were killed: its name, how long that is, and the highest
+    /// ratio that is wanted.
     against: Option<(&'static str, f64, Option<f64>)>,
 }
+
+/// The delivery of events that ended with their monitor.
+const KILLED: &str = "killed";
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
@@ -152,7 +162,7 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
     // The stub, where there is one: by execution and by a write.
     let mut stub = None;
     if let Host::Qemu { .. } = host {
-        let monitor = plain.by_stub()?;
+        let monitor = machine::by_stub(plain.pid())?;
         for (hook, operation) in [("execute", Operation::Call), ("virtual write", Operation::Write)] {
             let asked = asked(&plain, hook).delivered(HELD);
             let outcome = hooked(&plain, &monitor, &asked, operation, samples);
@@ -167,6 +177,9 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
                 stub = rows.last().and_then(median);
             }
         }
+        drop(monitor);
+        let outcome = killed(&plain, false, samples);
+        rows.push(row("gdb-stub", "execute", KILLED, outcome, Some(SURVIVAL)));
     }
     drop(plain);
     let machine = match Machine::start(host, true) {
@@ -176,7 +189,7 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
             return Ok(rows);
         }
     };
-    let monitor = match machine.by_agent() {
+    let monitor = match machine::by_agent(&machine.socket()) {
         Ok(monitor) => monitor,
         Err(error) => {
             rows.push(row("agent", "-", "-", Err(error), None));
@@ -227,6 +240,8 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
             held = rows.last().and_then(median);
         }
     }
+    let outcome = killed(&machine, true, samples);
+    rows.push(row(by, "execute", KILLED, outcome, Some(SURVIVAL)));
     Ok(rows)
 }
 
@@ -335,9 +350,14 @@ fn print(style: &Style, rows: &[Row], warnings: Vec<String>) -> Result<()> {
                 cells.insert("samples".into(), summary.count.into());
                 cells.insert("min_ns".into(), whole(summary.min));
                 cells.insert("median_ns".into(), whole(summary.median));
+                cells.insert("max_ns".into(), whole(summary.max));
                 cells.insert("sd_ns".into(), whole(summary.sd));
                 if let Some((of, other, goal)) = row.against.filter(|(_, other, _)| *other > 0.0) {
-                    let ratio = summary.median / other;
+                    let own = match row.delivery {
+                        KILLED => summary.max,
+                        _ => summary.median,
+                    };
+                    let ratio = own / other;
                     cells.insert("ratio".into(), ((ratio * 1000.0).round() / 1000.0).into());
                     cells.insert("of".into(), of.into());
                     if let Some(goal) = goal {

@@ -121,20 +121,28 @@ impl Machine {
         }
     }
 
-    /// A monitor by the agent in its VMM.
-    pub(super) fn by_agent(&self) -> Result<Monitor> {
-        let socket = socket(self.folder.path());
-        retry(|| AgentBackend::open(&socket).map(|backend| Monitor::new(Box::new(backend))))
-            .context("reaching the agent")
+    /// Where the agent listens, if there is one.
+    pub(super) fn socket(&self) -> PathBuf {
+        socket(self.folder.path())
     }
 
-    /// A monitor by QEMU's gdb stub.
-    pub(super) fn by_stub(&self) -> Result<Monitor> {
-        let spec = TargetSpec::Pid(self.child.id());
-        let options = AttachOptions::default();
-        let target = attach(&spec, &options).context("attaching to QEMU")?;
-        retry(|| gdb::open(&target, GdbOptions { timeout: PATIENCE })).context("opening the gdb stub")
+    /// The process.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
     }
+}
+
+/// A monitor by the agent in a VMM.
+pub(super) fn by_agent(socket: &Path) -> Result<Monitor> {
+    retry(|| AgentBackend::open(socket).map(|backend| Monitor::new(Box::new(backend))))
+        .context("reaching the agent")
+}
+
+/// A monitor by a QEMU's gdb stub.
+pub(super) fn by_stub(pid: u32) -> Result<Monitor> {
+    let options = AttachOptions::default();
+    let target = attach(&TargetSpec::Pid(pid), &options).context("attaching to QEMU")?;
+    retry(|| gdb::open(&target, GdbOptions { timeout: PATIENCE })).context("opening the gdb stub")
 }
 
 /// What listens comes to do so a moment after the guest runs.

@@ -2,6 +2,7 @@
 
 mod hooks;
 mod machine;
+mod survival;
 mod switches;
 
 use std::ffi::OsString;
@@ -33,6 +34,9 @@ enum What {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// A monitor that is going to be killed
+    #[command(hide = true)]
+    Hold(survival::Cmd),
     /// The least VMM, with its guest's memory in a file
     #[command(hide = true)]
     Vmm { memory: PathBuf },
@@ -48,6 +52,7 @@ impl Cmd {
                 let error = Command::new(program).args(arguments).exec();
                 Err(error).with_context(|| format!("starting {}", program.display()))
             }
+            What::Hold(cmd) => cmd.run().map(|()| Outcome::Fine),
             What::Vmm { memory } => {
                 let file = File::options()
                     .read(true)

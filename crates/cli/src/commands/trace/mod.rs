@@ -34,9 +34,9 @@ Examples:
 
 The guest stands still at each event until it has been read; `vmsight hooks TARGET` says by what means. What is traced ends
 with Ctrl-C, and the guest goes on without hooks, also if vmsight is killed. Times are the host's, and those of system
-calls include what the hooks cost. A system call that was under way when tracing began is not shown. 32-bit system calls by
-INT 0x80 are not seen on kernels since 6.7, nor on stable ones with its entry code (6.1.68, 6.6.7 and later). Where a backend cannot hook control registers themselves, --cr hooks the
-instructions of the kernel and its loaded modules that write them: code that is loaded later is not seen.")]
+calls include what the hooks cost. A system call that was under way when tracing began is not shown. Where a backend cannot hook
+control registers themselves, --cr hooks the instructions of the kernel and its loaded modules that write them: code that is
+loaded later is not seen.")]
 pub(crate) struct Cmd {
     /// What to look into: a running VM
     target: String,

@@ -54,7 +54,7 @@ impl SyscallTrace {
                 true => Filter::none(),
                 false => Filter::only(&Condition::All(conditions))?,
             };
-            let filter = filter.counting(&number_of(), Buckets::Each)?;
+            let filter = filter.counting(&number_of(*site), Buckets::Each)?;
             let hook = Hook::execute(site.entry)
                 .delivered(Delivery::Counted)
                 .filtered(filter);

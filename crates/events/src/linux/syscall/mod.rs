@@ -135,7 +135,7 @@ impl SyscallTrace {
         let wanted = self.wanted.as_ref().filter(|_| phase == Phase::Entry).zip(table);
         let numbers = wanted.map(|(names, table)| {
             let numbers = table.iter().filter(|call| names.contains(&call.name));
-            number_of().is_one_of(numbers.map(|call| u64::from(call.number)))
+            number_of(site).is_one_of(numbers.map(|call| u64::from(call.number)))
         });
         numbers.into_iter().chain(self.whose.condition(&self.current))
     }
@@ -172,7 +172,7 @@ impl SyscallTrace {
         task: Gva,
     ) -> Result<Option<SyscallRecord>, TraceError> {
         let saved = self.saved(registers)?;
-        let number = word(&saved, pt_regs::ORIG_AX) as u32;
+        let number = word(&saved, number_at(site)) as u32;
         let table = match site.abi {
             Abi::X64 => Some(&self.x64),
             Abi::Ia32 => self.ia32.as_ref(),
@@ -286,10 +286,18 @@ impl SyscallTrace {
     }
 }
 
-/// For a filter: the number of the call that is about to be made.
-fn number_of() -> vmsight_hooks::Value {
+/// Where among the saved registers the number is of the call that is about to be made.
+const fn number_at(site: SyscallSite) -> usize {
+    match site.is_in_ax {
+        true => pt_regs::AX,
+        false => pt_regs::ORIG_AX,
+    }
+}
+
+/// The same for a filter.
+fn number_of(site: SyscallSite) -> vmsight_hooks::Value {
     vmsight_hooks::Value::from(Register::RSP)
-        .plus(pt_regs::ORIG_AX as u64)
+        .plus(number_at(site) as u64)
         .load(4)
 }
 

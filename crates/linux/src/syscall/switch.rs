@@ -4,11 +4,13 @@
 //! The compiler makes a tree of comparisons of it, for jump tables are forbidden there. It is followed as the processor would,
 //! once for each number.
 
-use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
+};
 use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
 
-use crate::code;
+use crate::{Kernel, LinuxError};
 
 /// Steps that following one number may take: a tree over 500 leaves is some 20 deep.
 const MAX_STEPS: usize = 512;
@@ -16,25 +18,50 @@ const MAX_STEPS: usize = 512;
 /// How far from a function's begin its call of function tracing stands: behind an ENDBR64 at most.
 const HEAD: u64 = 5;
 
+/// The longest switch, in bytes: one of 500 calls has some 12 KiB.
+const MAX_CODE: u64 = 64 << 10;
+
 /// The instructions of a switch by their addresses.
-pub(super) struct Switch {
+#[derive(Debug)]
+pub struct Switch {
     start: u64,
     end: u64,
     instructions: FxHashMap<u64, Instruction>,
 }
 
 impl Switch {
+    /// That of the kernel's function that begins at `at`.
+    ///
+    /// # Errors
+    /// If it cannot be read, or no other function's symbol says where it ends.
+    pub fn read(kernel: &Kernel, at: Gva) -> Result<Self, LinuxError> {
+        let linked = kernel.image().link_time(at);
+        let next = kernel.profile().symbols.after(linked);
+        let len = next
+            .map(|s| s.address.wrapping_sub(linked))
+            .filter(|len| *len < MAX_CODE)
+            .ok_or_else(|| LinuxError::NotFound(format!("the function at {at} has no end")))?;
+        let mut bytes = vec![0; len as usize];
+        let read = kernel.space().read(at, &mut bytes);
+        read.map_err(LinuxError::read("a switch of system calls", at))?;
+        Ok(Self::new(&bytes, at))
+    }
+
     /// Of the function with these bytes at this address.
-    pub(super) fn new(bytes: &[u8], at: Gva) -> Self {
+    pub fn new(bytes: &[u8], at: Gva) -> Self {
+        let instructions = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).into_iter();
         Self {
             start: at.0,
             end: at.0.saturating_add(bytes.len() as u64),
-            instructions: code::instructions(bytes, at).map(|i| (i.ip(), i)).collect(),
+            instructions: instructions.map(|i| (i.ip(), i)).collect(),
         }
     }
 
     /// Where the call with this number is sent, and the address of the jump. `Err` says why that cannot be told.
-    pub(super) fn target(&self, number: u32) -> Result<(Gva, Gva), &'static str> {
+    ///
+    /// # Errors
+    /// What stands in the way, in words: a switch that somebody has changed, or that another compiler made.
+    pub fn target(&self, number: u32) -> Result<(Gva, Gva), &'static str> {
         let mut at = self.start;
         // What the last comparison compared.
         let mut compared: Option<(u32, u32)> = None;
@@ -49,7 +76,7 @@ impl Switch {
                 (_, FlowControl::Call) if instruction.ip() - self.start < HEAD => {}
                 // A handler that never returns is called.
                 (_, FlowControl::UnconditionalBranch | FlowControl::Call) => {
-                    let to = code::branch(instruction).ok_or("a jump is indirect")?;
+                    let to = branch(instruction).ok_or("a jump is indirect")?;
                     if !(self.start..self.end).contains(&to.0) {
                         return Ok((to, Gva(instruction.ip())));
                     }
@@ -60,7 +87,7 @@ impl Switch {
                     let taken =
                         holds(instruction.condition_code(), left, right).ok_or("a condition is unknown")?;
                     if taken {
-                        let to = code::branch(instruction).ok_or("a jump is indirect")?;
+                        let to = branch(instruction).ok_or("a jump is indirect")?;
                         if !(self.start..self.end).contains(&to.0) {
                             return Ok((to, Gva(instruction.ip())));
                         }
@@ -90,6 +117,11 @@ impl Switch {
         }
         Err("it does not end")
     }
+}
+
+/// Where a direct call or jump leads.
+fn branch(instruction: &Instruction) -> Option<Gva> {
+    (instruction.op0_kind() == OpKind::NearBranch64).then(|| Gva(instruction.near_branch_target()))
 }
 
 fn holds(condition: ConditionCode, left: u32, right: u32) -> Option<bool> {
