@@ -55,6 +55,7 @@ pub const ALL: &[&Check] = &[
     &hidden::PROCESSES,
     &hidden::THREADS,
     &hidden::SOCKETS,
+    &hidden::FILES,
     &credentials::CREDENTIALS,
     &seccomp::SECCOMP,
     &memory::KERNEL_PAGES,
