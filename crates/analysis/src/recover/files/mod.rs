@@ -8,6 +8,7 @@ mod inode;
 pub(crate) mod mounts;
 mod overlay;
 pub(crate) mod page_cache;
+pub(crate) mod pieces;
 pub(crate) mod superblock;
 
 use std::sync::Arc;
