@@ -6,6 +6,7 @@
  * that of `Message` in workload/src/serve/tamper.rs. What the kernel does not export is looked up as rootkits look it up.
  */
 #include <linux/cred.h>
+#include <linux/dcache.h>
 #include <linux/errno.h>
 #include <linux/fdtable.h>
 #include <linux/fs.h>
@@ -22,9 +23,11 @@
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/namei.h>
 #include <linux/net.h>
 #include <linux/netfilter.h>
 #include <linux/netfilter_ipv4.h>
+#include <linux/path.h>
 #include <linux/perf_event.h>
 #include <linux/pid.h>
 #include <linux/pid_namespace.h>
@@ -74,6 +77,8 @@ enum what {
 	UPROBE,			/* the first instruction of the program `symbol` */
 	BREAKPOINT,		/* the function `symbol`, by a breakpoint of the processor */
 	SECCOMP,		/* process `pid` without its seccomp filters */
+	FILE_LIST,		/* file `symbol` out of what its directory has */
+	FILE_NAME,		/* file `symbol` out of the table of names */
 	WHATS,
 };
 
@@ -103,6 +108,7 @@ static struct {
 	struct page *page;
 	struct sock *sock;
 	struct file *file;
+	struct path path;
 } saved[WHATS];
 
 static int find_look_up(void)
@@ -761,6 +767,54 @@ static int seccomp_off(struct tamper *t)
 	return 0;
 }
 
+static int hide_from_directory(struct tamper *t)
+{
+	struct path *path = &saved[FILE_LIST].path;
+	struct dentry *dentry, *directory;
+	int error = t->undo ? 0 : kern_path(t->symbol, 0, path);
+
+	if (error)
+		return error;
+	dentry = path->dentry;
+	directory = dentry->d_parent;
+	t->object = (u64)dentry;
+	spin_lock(&directory->d_lock);
+	spin_lock_nested(&dentry->d_lock, DENTRY_D_LOCK_NESTED);
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 8, 0)
+	if (t->undo)
+		hlist_add_head(&dentry->d_sib, &directory->d_children);
+	else
+		hlist_del_init(&dentry->d_sib);
+#else
+	if (t->undo)
+		list_add(&dentry->d_child, &directory->d_subdirs);
+	else
+		list_del_init(&dentry->d_child);
+#endif
+	spin_unlock(&dentry->d_lock);
+	spin_unlock(&directory->d_lock);
+	if (t->undo)
+		path_put(path);
+	return 0;
+}
+
+static int hide_name(struct tamper *t)
+{
+	struct path *path = &saved[FILE_NAME].path;
+	int error = t->undo ? 0 : kern_path(t->symbol, 0, path);
+
+	if (error)
+		return error;
+	t->object = (u64)path->dentry;
+	if (t->undo) {
+		d_rehash(path->dentry);
+		path_put(path);
+	} else {
+		d_drop(path->dentry);
+	}
+	return 0;
+}
+
 static int (*const means[WHATS])(struct tamper *) = {
 	[MODULE_LIST] = module_list,
 	[MODULE_SYSFS] = module_sysfs,
@@ -788,6 +842,8 @@ static int (*const means[WHATS])(struct tamper *) = {
 	[UPROBE] = uprobe,
 	[BREAKPOINT] = breakpoint,
 	[SECCOMP] = seccomp_off,
+	[FILE_LIST] = hide_from_directory,
+	[FILE_NAME] = hide_name,
 };
 
 /* Those that replace bytes are undone by putting the old ones back. */

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use vmsight_analysis::baseline::{Source, Trusted};
 use vmsight_analysis::{Check, Context, Finding, checks, run};
-use vmsight_lab::orders::Ended;
+use vmsight_lab::orders::{Ended, Prepared};
 use vmsight_lab::{Format, Guest, Kernel, Memory, Spec, Work, modules};
 use vmsight_target::{Target, TargetSpec};
 
@@ -205,11 +205,38 @@ fn check(version: Kernel) {
     let ring = lab.guest.prepare(Work::Ring).unwrap();
     assert_eq!(lab.read("/proc/cmdline"), "patched\n");
     lab.run(&["true"]);
+    let held = files(&lab);
     lab.tells(&[]);
     // The same with what no honest program needs.
     let writing = lab.guest.prepare(Work::Observe { event, writes: true }).unwrap();
     lab.tells(&[("bpf", "(vmsight)")]);
-    drop((watching, ring, writing));
+    drop((watching, ring, writing, held));
+}
+
+/// Files of which a name is gone and that somebody has open: removed, removed by one of two names, and replaced by another. A directory
+/// on which another filesystem is mounted.
+fn files(lab: &Lab) -> Vec<Prepared<'_>> {
+    lab.run(&["mkdir", "-p", "/tmp/honest/under"]);
+    let path = |name: &str| format!("/tmp/honest/{name}");
+    let mut held = Vec::new();
+    for name in ["removed", "linked", "replaced", "new", "under/covered"] {
+        lab.run(&[
+            "dd",
+            "if=/dev/zero",
+            &format!("of={}", path(name)),
+            "bs=4096",
+            "count=2",
+        ]);
+        let work = Work::Hold {
+            path: path(name).as_str().into(),
+        };
+        held.push(lab.guest.prepare(work).unwrap());
+    }
+    lab.run(&["ln", &path("linked"), &path("other")]);
+    lab.run(&["rm", &path("removed"), &path("linked")]);
+    lab.run(&["mv", &path("new"), &path("replaced")]);
+    lab.run(&["mount", "-t", "tmpfs", "none", &path("under")]);
+    held
 }
 
 #[test]

@@ -171,6 +171,7 @@ const LIES: &[Lie] = &[
         let mut known = t.net[0].neighbours.iter_mut();
         known.find(|n| n.state == 0x80).unwrap().mac.push('0');
     }),
+    ("resources", "range", 1, |t| t.system.iomem[3].end += 1),
     ("routes", "no such route", 2, |t| t.net[0].routes[0].metric += 1),
     ("processes", "start_ticks", 1, |t| {
         named(t, "mapper").start_ticks += 1

@@ -164,6 +164,8 @@ pub(crate) enum Command {
     Cgroups(listing::Cgroups),
     /// Network interfaces and their addresses
     Ifaces(listing::Ifaces),
+    /// What lies at which physical address and I/O port
+    Iomem(listing::Iomem),
     /// Registers of the vCPUs
     Regs(regs::Cmd),
     /// Read memory: bytes, numbers, strings or typed objects

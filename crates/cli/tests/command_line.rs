@@ -41,6 +41,7 @@ const COMMANDS: &[&str] = &[
     "env",
     "cgroups",
     "ifaces",
+    "iomem",
     "regs",
     "read",
     "write",

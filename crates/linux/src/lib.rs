@@ -20,6 +20,7 @@ pub mod mount;
 pub mod neighbour;
 pub mod path;
 mod percpu;
+mod resource;
 pub mod route;
 pub mod socket;
 pub mod structures;
@@ -35,6 +36,7 @@ pub use kernel::Kernel;
 pub use listing::{Listing, Problem};
 pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
+pub use resource::Resource;
 pub use task::{
     Cgroup, Current, CurrentReader, PidChain, Process, ProcessFields, Thread, TreeNode, process_tree,
 };

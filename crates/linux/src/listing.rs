@@ -132,6 +132,11 @@ pub mod address {
         }
     }
 
+    /// A number of 64 bits as a `"0x…"` string.
+    pub fn hex<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{value:#x}"))
+    }
+
     /// A 64-bit set of flags as a `"0x…"` string.
     pub fn hex_opt<S: Serializer>(value: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
         match value {

@@ -14,6 +14,7 @@ pub mod modules;
 pub mod mounts;
 pub mod neighbours;
 pub mod processes;
+pub mod resources;
 pub mod routes;
 pub mod sockets;
 pub mod symbols;
@@ -95,6 +96,7 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("page tables", 300, frames::frames),
     ("control groups", 40, cgroups::cgroups),
     ("info", 18, info::info),
+    ("resources", 20, resources::resources),
 ];
 
 /// Makes all comparisons and gives the differences, each with what it is about; none for a vmsight that sees all as it is.

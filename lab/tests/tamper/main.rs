@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod called;
+mod files;
 mod golden;
 mod written;
 
@@ -225,11 +226,12 @@ impl Lab {
 }
 
 /// The checks that are to find nothing else.
-const OWN: [&str; 21] = [
+const OWN: [&str; 22] = [
     "hidden-modules",
     "hidden-processes",
     "hidden-threads",
     "hidden-sockets",
+    "hidden-files",
     "credentials",
     "kernel-pages",
     "process-memory",

@@ -5,6 +5,7 @@
 //! each field's doc); nothing here is derived from what vmsight sees.
 
 pub mod frame;
+pub mod logins;
 pub mod net;
 pub mod orders;
 pub mod poke;

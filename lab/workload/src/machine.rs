@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
+use vmsight_workload::logins;
 
 use crate::play::busybox;
 
@@ -187,6 +188,7 @@ pub(crate) fn files() -> Result<()> {
         "/srv/jail/etc",
         "/srv/jail/dev",
         "/home/alice",
+        "/run/systemd/sessions",
     ] {
         fs::create_dir_all(folder)?;
     }
@@ -200,5 +202,9 @@ pub(crate) fn files() -> Result<()> {
     fs::write("/srv/data/plain.txt", "0123456789abcdef\n")?;
     fs::write("/srv/data/mapped.bin", vec![0x5a; 128 << 10])?;
     fs::write("/var/log/app.log", "started\n")?;
+    fs::write("/run/utmp", logins::utmp())?;
+    fs::write("/var/log/wtmp", logins::wtmp())?;
+    fs::write("/var/log/btmp", logins::btmp())?;
+    fs::write("/run/systemd/sessions/3", logins::SESSION)?;
     Ok(())
 }

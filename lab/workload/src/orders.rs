@@ -114,6 +114,11 @@ pub enum Work {
         /// What to write.
         bytes: Text,
     },
+    /// Opens a file, to be read, and stands with it where it is prepared.
+    Hold {
+        /// The path.
+        path: Text,
+    },
     /// Connects a TCP socket.
     Connect {
         /// An address and a port, such as `127.0.0.1:80` or `[::1]:80`.

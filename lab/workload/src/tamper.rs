@@ -105,6 +105,17 @@ pub enum Tamper {
         /// Who.
         pid: u32,
     },
+    /// Takes a file out of what its directory has in memory: on tmpfs no listing shows it, and by its name it can be opened. `object`
+    /// is its `dentry`, as with the next.
+    FileList {
+        /// Its path.
+        path: String,
+    },
+    /// Takes a file's name out of the table of names: who has it open has it, and nobody else finds it.
+    FileName {
+        /// Its path.
+        path: String,
+    },
 }
 
 /// What the module says of what it has done.

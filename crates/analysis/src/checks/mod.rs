@@ -54,6 +54,7 @@ pub const ALL: &[&Check] = &[
     &hidden::PROCESSES,
     &hidden::THREADS,
     &hidden::SOCKETS,
+    &hidden::FILES,
     &credentials::CREDENTIALS,
     &seccomp::SECCOMP,
     &memory::KERNEL_PAGES,

@@ -12,7 +12,7 @@ mod frames;
 mod heap;
 pub mod history;
 pub mod input;
-mod member;
+pub(crate) mod member;
 mod output;
 pub mod packets;
 pub mod processes;

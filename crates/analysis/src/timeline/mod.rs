@@ -3,6 +3,7 @@
 //! The times are of several clocks, and each event says of which, and how far it can be trusted ([`Clock`]). None of them is proof:
 //! root can set the guest's clock, and any process the modification times of its files.
 
+mod logins;
 mod moment;
 
 use serde::Serialize;
@@ -30,6 +31,8 @@ pub enum Kind {
     Ended,
     /// A line of the kernel's log.
     Log,
+    /// A login, or another thing that is written down with them.
+    Login,
     /// A file, directory or link that something of is in memory.
     File,
     /// What was typed into a shell.
@@ -38,11 +41,12 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 6] = [
+    pub const ALL: [Kind; 7] = [
         Kind::System,
         Kind::Process,
         Kind::Ended,
         Kind::Log,
+        Kind::Login,
         Kind::File,
         Kind::History,
     ];
@@ -54,6 +58,7 @@ impl Kind {
             Kind::Process => "process",
             Kind::Ended => "ended",
             Kind::Log => "log",
+            Kind::Login => "login",
             Kind::File => "file",
             Kind::History => "history",
         }
@@ -114,7 +119,9 @@ pub fn timeline(kernel: &Kernel, kinds: &[Kind]) -> Listing<Event> {
     if let Err(error) = &boot {
         out.0.warn(format!("boot: {error}"));
     }
-    for kind in Kind::ALL.into_iter().filter(|kind| kinds.contains(kind)) {
+    // Logins are in files, all of which are gone through once.
+    let wanted = |kind: &Kind| kinds.contains(kind) || *kind == Kind::File && kinds.contains(&Kind::Login);
+    for kind in Kind::ALL.into_iter().filter(wanted) {
         let done = match (kind, &boot) {
             (Kind::System, Ok(boot)) => {
                 system(kernel, *boot, &mut out);
@@ -124,7 +131,8 @@ pub fn timeline(kernel: &Kernel, kinds: &[Kind]) -> Listing<Event> {
             (Kind::System | Kind::Log, Err(_)) => Ok(()),
             (Kind::Process, _) => processes(kernel, &mut out),
             (Kind::Ended, _) => ended(kernel, &mut out),
-            (Kind::File, _) => cached_files(kernel, &mut out),
+            (Kind::Login, _) => Ok(()),
+            (Kind::File, _) => cached_files(kernel, kinds, &mut out),
             (Kind::History, _) => typed(kernel, &mut out),
         };
         if let Err(error) = done {
@@ -260,10 +268,16 @@ fn ended(kernel: &Kernel, out: &mut Gathered) -> Result<(), LinuxError> {
     Ok(())
 }
 
-fn cached_files(kernel: &Kernel, out: &mut Gathered) -> Result<(), LinuxError> {
+fn cached_files(kernel: &Kernel, kinds: &[Kind], out: &mut Gathered) -> Result<(), LinuxError> {
     let listing = files::list(kernel)?;
     out.warnings(Kind::File, listing.warnings);
     for file in listing.rows {
+        if kinds.contains(&Kind::Login) {
+            logins::add(kernel, &file, out);
+        }
+        if !kinds.contains(&Kind::File) {
+            continue;
+        }
         let subject = subject_of(&file);
         let times = [
             (file.modified, "modified", "inode mtime"),

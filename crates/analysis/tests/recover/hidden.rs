@@ -1,5 +1,6 @@
 //! What is hidden in a dump whose lists were written to.
 
+use vmsight_analysis::recover::files;
 use vmsight_analysis::{Context, Evidence, Finding, Outcome, checks, run};
 use vmsight_linux::Kernel;
 use vmsight_linux::socket::{Socket, SocketFilter};
@@ -90,4 +91,48 @@ fn a_port_that_nobody_is_seen_to_use_is_found() {
     says(&finding, "held by: nobody");
     let port = format!(":{}", socket.local_port.unwrap());
     assert!(finding.subject.contains(&port), "{finding:?}");
+}
+
+/// A file that its filesystem's list does not have, and one that does not know its name any more.
+#[test]
+fn files_that_are_not_where_they_must_be_are_found() {
+    const UNLISTED: &str = "/srv/data/plain.txt";
+    const NAMELESS: &str = "/srv/data/mapped.bin";
+    let subject = subject();
+    let forged = Forgery::of(&subject);
+    let clean = look("hidden-files", subject.dumped());
+    assert!(clean.findings.is_empty() && clean.looked_at > 100, "{clean:?}");
+    assert_eq!(clean.notes, [""; 0]);
+    let rows = files::list(&forged.kernel).unwrap().rows;
+    let inode = |path: &str| rows.iter().find(|f| f.path.as_deref() == Some(path)).unwrap();
+
+    let unlisted = inode(UNLISTED);
+    let node = forged.member("inode", "i_sb_list", unlisted.address);
+    let (next, before) = (forged.pointer(node), forged.pointer(node.wrapping_add(8)));
+    forged.put(before, &next.0.to_le_bytes());
+    forged.put(next.wrapping_add(8), &before.0.to_le_bytes());
+    let finding = only("hidden-files", forged.forged());
+    assert_eq!(finding.subject, format!("file {UNLISTED}"));
+    says(&finding, "its file in the filesystem's list: no");
+    says(&finding, "in the table of names: yes");
+    says(&finding, "open or mapped: yes");
+    says(
+        &finding,
+        &format!("inode {} of {} ", unlisted.inode, unlisted.fs_type),
+    );
+
+    let nameless = inode(NAMELESS);
+    let forged = Forgery::of(&subject);
+    forged.put(
+        forged.member("inode", "i_dentry.first", nameless.address),
+        &[0; 8],
+    );
+    let found = look("hidden-files", forged.forged()).findings;
+    let [name, file] = found.as_slice() else {
+        panic!("{found:#?}")
+    };
+    assert_eq!(name.subject, format!("file {NAMELESS}"));
+    says(name, "a name that its file has: no");
+    assert_eq!(file.address, Some(nameless.address));
+    says(file, &format!("pages in the page cache: {}", (128 << 10) / 4096));
 }

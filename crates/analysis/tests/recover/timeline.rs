@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use vmsight_analysis::timeline::{Event, Kind, parse_moment, timeline};
+use vmsight_lab::truth::logins::FIRST;
 
 use crate::support::subject;
 
@@ -66,6 +67,42 @@ fn everything_with_a_time_is_there_in_order_and_at_its_time() {
             let changed = changed.unwrap_or_else(|| panic!("{how}: no {path}"));
             assert!((boot..=now).contains(&millis(changed)), "{how}: {changed:?}");
         }
+
+        let logins: Vec<&Event> = of(Kind::Login).collect();
+        let login = |action: &str, name: Option<&str>, subject: &str, pid: i32| {
+            let is_it = |event: &&&Event| {
+                event.action == action
+                    && event.name.as_deref() == name
+                    && event.subject.as_deref() == Some(subject)
+            };
+            let found: Vec<i64> = logins.iter().filter(is_it).map(|event| millis(event)).collect();
+            assert!(logins.iter().filter(is_it).all(|event| event.pid == Some(pid)));
+            found
+        };
+        let at = |minute: i64| (i64::from(FIRST) + 60 * minute) * 1000 + 125;
+        // In utmp and in wtmp.
+        let alice = login("logged in", Some("alice"), "pts/0 from 192.0.2.7", 4321);
+        assert_eq!(alice, [at(1), at(1)], "{how}");
+        assert_eq!(
+            login("booted", Some("reboot"), "~ from 6.0.0", 4321),
+            [at(0)],
+            "{how}"
+        );
+        for number in 0..20 {
+            let bob = login("logged in", Some("bob"), &format!("tty{number}"), 4321);
+            assert_eq!(bob, [at(2)], "{how}");
+        }
+        assert_eq!(login("logged out", None, "pts/0", 4321), [at(3)], "{how}");
+        let failed = login(
+            "failed to log in",
+            Some("mallory"),
+            "ssh:notty from 203.0.113.5",
+            4321,
+        );
+        assert_eq!(failed, [at(4)], "{how}");
+        let session = login("logged in", Some("alice"), "sshd from 192.0.2.9", 4711);
+        assert_eq!(session, [at(6) + 375], "{how}");
+        assert_eq!(logins.len(), 26, "{how}");
 
         let typed: Vec<&str> = of(Kind::History)
             .filter_map(|event| event.subject.as_deref())

@@ -6,7 +6,7 @@ use vmsight_linux::kmsg::KernelMessage;
 use vmsight_linux::module::Module;
 use vmsight_linux::mount::Mount;
 use vmsight_linux::socket::{Socket, UnixSocket};
-use vmsight_linux::{Cgroup, Info, Mapping, Process, Thread};
+use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, Thread};
 use vmsight_symbols::layout::Summary;
 
 use crate::output::Row;
@@ -89,6 +89,9 @@ columns! {
         release, banner, build_id, machine, hostname, domainname, text, text_physical, kaslr_offset, paging,
         dtb, boot_time, time, uptime_s, clocksource, cpus_online, cpus_present, cpus_possible,
         memory_total_kb, memory_physical_kb, cmdline, taint, taint_mask, lsm, evidence, problems,
+    }
+    Resource {
+        space, start, end, size, depth, name, address, problems,
     }
     KernelMessage {
         seq, time_us, facility, level, caller, comm, continued, text, subsystem, device, problems,

@@ -16,12 +16,13 @@ use crate::{
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Boot and now; starts of processes, those that have ended too, as far as their remains were not used again; lines of the
-kernel's log; modification, change and access of files that something of is in memory; what was typed into shells. Times are
-in UTC. `source` says where in the guest a time is kept, `uncertainty` how far it can be trusted: root can set the guest's
-clock, and every user his files' times.
+kernel's log; logins, as utmp, wtmp, btmp, lastlog and systemd's logind have written them to files that are in memory;
+modification, change and access of files that something of is in memory; what was typed into shells. Times are in UTC.
+`source` says where in the guest a time is kept, `uncertainty` how far it can be trusted: root can set the guest's clock, and
+every user his files' times.
 
 What cannot be seen: when a process ended, a module was loaded (but for what the log says of it) or a connection was made: the
-kernel keeps no time of these. Logins are in the log, in history, and in files that `vmsight recover files` writes out.")]
+kernel keeps no time of these. Of a module in sysfs there is only when somebody first looked at it there.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,
@@ -47,6 +48,8 @@ enum Which {
     Ended,
     /// The kernel's log
     Log,
+    /// Logins and logouts, failed ones too
+    Login,
     /// Files of which something is in memory
     File,
     /// What was typed into shells
@@ -60,6 +63,7 @@ impl From<Which> for Kind {
             Which::Process => Kind::Process,
             Which::Ended => Kind::Ended,
             Which::Log => Kind::Log,
+            Which::Login => Kind::Login,
             Which::File => Kind::File,
             Which::History => Kind::History,
         }

@@ -21,6 +21,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("unix", &[]),
     ("mounts", &[]),
     ("ifaces", &[]),
+    ("iomem", &[]),
     ("kmsg", &[]),
     ("read", &["init_task", "64", "--as", "u64"]),
     (

@@ -73,7 +73,7 @@ impl Device {
 }
 
 fn message(tamper: &Tamper, undo: bool) -> Result<Message> {
-    // `enum what` of the module, a process, a number, a symbol.
+    // `enum what` of the module, a process, a number, a symbol or a path.
     let (what, pid, number, name) = match tamper {
         Tamper::ModuleList => (0, 0, 0, ""),
         Tamper::ModuleSysfs => (1, 0, 0, ""),
@@ -101,9 +101,11 @@ fn message(tamper: &Tamper, undo: bool) -> Result<Message> {
         Tamper::Uprobe { program } => (23, 0, 0, program.as_str()),
         Tamper::Breakpoint { symbol } => (24, 0, 0, symbol.as_str()),
         Tamper::Seccomp { pid } => (25, *pid, 0, ""),
+        Tamper::FileList { path } => (26, 0, 0, path.as_str()),
+        Tamper::FileName { path } => (27, 0, 0, path.as_str()),
     };
     if name.len() >= SYMBOL {
-        bail!("'{name}' is too long for a symbol");
+        bail!("'{name}' is too long for a symbol or a path");
     }
     let mut symbol = [0; SYMBOL];
     symbol[..name.len()].copy_from_slice(name.as_bytes());

@@ -93,6 +93,14 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
             let path = text(&path)?;
             Ready::new(move || Ok(write_file(&path, &bytes)))
         }
+        Work::Hold { path } => {
+            let path = path.lossy();
+            let held = File::open(&path).with_context(|| path.clone())?;
+            Ready::new(move || {
+                drop(held);
+                Ok(Account::default())
+            })
+        }
         Work::Connect { address, listen } => connect(&address, listen)?,
         Work::Exec { path, argv, envp } => {
             let path = text(&path)?;

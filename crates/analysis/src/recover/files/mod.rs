@@ -5,17 +5,17 @@
 
 mod extract;
 mod inode;
-mod mounts;
+pub(crate) mod mounts;
 mod overlay;
 pub(crate) mod page_cache;
-mod superblock;
+pub(crate) mod pieces;
+pub(crate) mod superblock;
 
 use std::sync::Arc;
 
 use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_linux::listing::address;
-use vmsight_linux::structures::list;
 use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
 
 pub use super::output::ExtractError;
@@ -30,8 +30,6 @@ const MAX_ROWS: usize = 1 << 20;
 const MAX_NAMES: usize = 256 << 20;
 /// Inodes that are looked at.
 const MAX_INODES: usize = 8 << 20;
-/// How often a list that changed under the walk is gone through anew.
-const TRIES: usize = 4;
 
 /// A file, directory or symbolic link whose inode is in memory.
 #[derive(Clone, Debug, Serialize)]
@@ -130,7 +128,8 @@ impl CachedFile {
 /// If the list of filesystems cannot be found or the kernel's types lack a member.
 pub fn list(kernel: &Kernel) -> Result<Listing<CachedFile>, LinuxError> {
     let mut listing = Listing::default();
-    let blocks = superblock::all(kernel, &mut listing)?;
+    let mut blocks = superblock::all(kernel, &mut listing)?;
+    superblock::find_mounts(kernel, &mut blocks, &mut listing);
     let mut reader = InodeReader::new(kernel)?;
     let (mut names, mut inodes) = (MAX_NAMES, MAX_INODES);
     for block in &blocks {
@@ -156,19 +155,13 @@ fn walk(
     names: &mut usize,
     inodes: &mut usize,
 ) -> bool {
-    let mut found = list::walk(kernel.space(), block.inodes, *inodes);
-    for _ in 1..TRIES {
-        if !kernel.memory().is_live() || (found.walk.end.is_complete() && found.uneven == 0) {
-            break;
-        }
-        found = list::walk(kernel.space(), block.inodes, *inodes);
-    }
+    let found = block.inodes(kernel, *inodes);
     let what = format!("inodes of {} {}", block.fs_type, block.device);
-    if let Some(warning) = found.walk.end.warning(&what) {
+    if let Some(warning) = found.end.warning(&what) {
         listing.warn(warning);
     }
-    *inodes = inodes.saturating_sub(found.walk.items.len());
-    for node in found.walk.items {
+    *inodes = inodes.saturating_sub(found.items.len());
+    for node in found.items {
         let Some(row) = reader.row(block, node) else {
             continue;
         };

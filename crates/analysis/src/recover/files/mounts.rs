@@ -10,7 +10,7 @@ const MAX_MOUNTS: usize = 64;
 
 /// One mount of a filesystem.
 #[derive(Debug)]
-pub(super) struct Mounted {
+pub(crate) struct Mounted {
     /// The directory of the filesystem that is mounted: not `/` for a bind mount.
     root: String,
     /// Where.
@@ -47,7 +47,7 @@ pub(super) fn mounted<T>(kernel: &Kernel, listing: &mut Listing<T>) -> FxHashMap
 }
 
 /// The path of what lies at `within` in a filesystem, and the mount that gives it that: by a mount of all of it, if there is one.
-pub(super) fn path<'m>(mounts: &'m [Mounted], within: &str) -> Option<(String, &'m Mounted)> {
+pub(crate) fn path<'m>(mounts: &'m [Mounted], within: &str) -> Option<(String, &'m Mounted)> {
     let whole = mounts.iter().find(|m| m.root == "/");
     let mount = whole.or_else(|| mounts.iter().find(|m| below(within, &m.root).is_some()))?;
     let rest = below(within, &mount.root)?;

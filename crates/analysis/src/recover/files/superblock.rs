@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vmsight_arch::Gva;
-use vmsight_linux::structures::list;
+use vmsight_linux::structures::{Walk, list};
 use vmsight_linux::text::guest_text;
 use vmsight_linux::{Kernel, LinuxError, Listing};
 
@@ -12,6 +12,8 @@ use crate::recover::member::Structure;
 
 /// More filesystems than any system has.
 const MAX_BLOCKS: usize = 1 << 16;
+/// How often a list that changed under the walk is gone through anew.
+const TRIES: usize = 4;
 
 /// Filesystems whose files have no contents in the page cache: they are made when they are read.
 const WITHOUT_PAGES: &[&str] = &[
@@ -46,21 +48,46 @@ const MEMORY_ONLY: &[&str] = &["devtmpfs", "ramfs", "rootfs", "tmpfs"];
 
 /// One filesystem.
 #[derive(Debug)]
-pub(super) struct SuperBlock {
+pub(crate) struct SuperBlock {
+    /// The `struct super_block`.
+    pub(crate) address: Gva,
     /// The head of the list of its inodes.
-    pub(super) inodes: Gva,
-    pub(super) fs_type: Arc<str>,
+    inodes: Gva,
+    pub(crate) fs_type: Arc<str>,
     /// `MAJOR:MINOR`.
-    pub(super) device: Arc<str>,
+    pub(crate) device: Arc<str>,
     /// What is not in memory was never written.
-    pub(super) memory_only: bool,
+    pub(crate) memory_only: bool,
     /// Its files have their contents in other filesystems' files.
     pub(super) overlay: bool,
-    pub(super) mounts: Vec<Mounted>,
+    /// Where it is mounted, once [`find_mounts`] was asked.
+    pub(crate) mounts: Vec<Mounted>,
 }
 
-/// The filesystems whose files have pages.
-pub(super) fn all<T>(kernel: &Kernel, listing: &mut Listing<T>) -> Result<Vec<SuperBlock>, LinuxError> {
+impl SuperBlock {
+    /// The links of its inodes in its list of them, at most `limit`.
+    pub(crate) fn inodes(&self, kernel: &Kernel, limit: usize) -> Walk {
+        let mut found = list::walk(kernel.space(), self.inodes, limit);
+        for _ in 1..TRIES {
+            if !kernel.memory().is_live() || (found.walk.end.is_complete() && found.uneven == 0) {
+                break;
+            }
+            found = list::walk(kernel.space(), self.inodes, limit);
+        }
+        found.walk
+    }
+}
+
+/// Finds out where each of them is mounted. Where that cannot be listed, a warning says so.
+pub(crate) fn find_mounts<T>(kernel: &Kernel, blocks: &mut [SuperBlock], listing: &mut Listing<T>) {
+    let mut mounted = mounted(kernel, listing);
+    for block in blocks {
+        block.mounts = mounted.remove(&*block.device).unwrap_or_default();
+    }
+}
+
+/// The filesystems whose files have pages. Where they are mounted is not known yet.
+pub(crate) fn all<T>(kernel: &Kernel, listing: &mut Listing<T>) -> Result<Vec<SuperBlock>, LinuxError> {
     let block = Structure::of(kernel, "super_block")?;
     let (link, inodes) = (block.member("s_list")?, block.member("s_inodes")?);
     let (dev, fs_type) = (block.member("s_dev")?, block.member("s_type")?);
@@ -71,7 +98,6 @@ pub(super) fn all<T>(kernel: &Kernel, listing: &mut Listing<T>) -> Result<Vec<Su
     if let Some(warning) = found.end.warning("filesystems") {
         listing.warn(warning);
     }
-    let mut mounted = mounted(kernel, listing);
     let mut out = Vec::new();
     for node in found.items {
         let at = link.container(node);
@@ -94,10 +120,11 @@ pub(super) fn all<T>(kernel: &Kernel, listing: &mut Listing<T>) -> Result<Vec<Su
         // The kernel's own encoding of a device number (include/linux/kdev_t.h).
         let device: Arc<str> = format!("{}:{}", device >> 20 & 0xfff, device & 0xf_ffff).into();
         out.push(SuperBlock {
+            address: at,
             inodes: inodes.at(at),
             memory_only: MEMORY_ONLY.contains(&name.as_str()),
             overlay: name == "overlay",
-            mounts: mounted.remove(&*device).unwrap_or_default(),
+            mounts: Vec::new(),
             fs_type: name.into(),
             device,
         });
