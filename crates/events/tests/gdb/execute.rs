@@ -280,7 +280,8 @@ fn what_a_stub_cannot_do_names_who_can() {
             Feature::Execute,
             Feature::VirtualRead,
             Feature::VirtualWrite,
-            Feature::Step
+            Feature::Step,
+            Feature::StepUntil
         ]
     );
     for kind in [
