@@ -31,6 +31,7 @@ pub(crate) const FILES: Check = Check {
     blind_spots: &[
         "A file on a disk that what lists its directory leaves out, or whose entry in the directory's blocks was changed: see the checks of \
          function pointers, of system calls and of kernel text. Blocks of directories are not read.",
+        "A file that is left out of the order only in which tmpfs lists a directory (fs/libfs.c, simple_offset, since 6.6): that is not read.",
         "A file of which neither a name nor an inode is in memory.",
         "What lies under a directory on which something else is mounted: mounting does that, and `vmsight mounts` shows it.",
         "That a file on a disk is not in the table of names: names of such files leave it when memory is short.",
