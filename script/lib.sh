@@ -14,11 +14,14 @@ export CARGO_TERM_COLOR="${CARGO_TERM_COLOR:-never}"
 
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
+# log_of NAME: where the output of a step goes.
+log_of() { printf '%s/log/%s.log' "$VMSIGHT_CACHE" "${1//[^a-zA-Z0-9.-]/-}"; }
+
 # step NAME COMMAND…: runs it quietly; on failure shows what it printed and stops.
 step() {
     local name=$1 log start
     shift
-    log="$VMSIGHT_CACHE/log/${name//[^a-zA-Z0-9.-]/-}.log"
+    log=$(log_of "$name")
     start=$SECONDS
     if "$@" >"$log" 2>&1 </dev/null; then
         printf 'ok    %-34s %4d s\n' "$name" $((SECONDS - start))

@@ -13,7 +13,7 @@ use vmsight_arch::Gva;
 use super::{Baseline, Part};
 
 /// What a file begins with; the last byte is the form's version.
-const MAGIC: &[u8; 8] = b"VMSBASE\x01";
+pub(super) const MAGIC: &[u8; 8] = b"VMSBASE\x01";
 /// The longest text in it.
 const MAX_TEXT: u64 = 4096;
 /// The most code in it, kernel and modules together.
@@ -51,6 +51,13 @@ impl From<io::Error> for BaselineError {
     fn from(error: io::Error) -> Self {
         BaselineError::Io(error)
     }
+}
+
+/// Whether what begins so is a baseline's file, of whatever version.
+pub(super) fn is_baseline(begin: &[u8]) -> bool {
+    MAGIC
+        .split_last()
+        .is_some_and(|(_, name)| begin.starts_with(name))
 }
 
 impl Baseline {

@@ -246,11 +246,7 @@ impl Baseline {
         let id = file.build_id().ok().flatten().map(|id| id.to_vec());
         // A stripped kernel has its notes in a section that is called otherwise.
         let id = id.or_else(|| build_id(file.section_by_name(".notes")?.data().ok()?));
-        let id: String = id
-            .unwrap_or_default()
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect();
+        let id = super::hex(&id.unwrap_or_default());
         let own = super::kernel_id(context);
         if id != own || id.is_empty() {
             return Err(KernelFileError::Other(format!(

@@ -95,5 +95,10 @@ fn part(module: String, build_id: String, areas: Vec<(String, Gva)>, region: Reg
 /// The kernel's build-id in hexadecimal.
 pub(crate) fn kernel_id(context: &Context) -> String {
     let id = context.kernel().profile().build_id.as_deref().unwrap_or_default();
+    hex(id)
+}
+
+/// A build-id as people write it.
+fn hex(id: &[u8]) -> String {
     id.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rustc_hash::FxHashMap;
 use vmsight_linux::module::Module;
 
+use super::file::{MAGIC, is_baseline};
 use super::{Baseline, BaselineError, KernelFileError, ModuleFile, ModuleFileError, package, packed};
 use crate::Context;
 
@@ -14,8 +15,6 @@ use crate::Context;
 const MAX_FILE: u64 = 1 << 30;
 /// What all modules' files may hold together.
 const MAX_MODULES: u64 = 1 << 30;
-/// What a baseline's file begins with, whatever its version.
-const BASELINE: &[u8] = b"VMSBASE";
 /// Where an ELF file says what it is, and what a module says there (`ET_REL`).
 const RELOCATABLE: (usize, u8) = (16, 1);
 
@@ -116,11 +115,11 @@ impl Source {
         let mut file = File::open(path).map_err(failed)?;
         let mut begin = Vec::new();
         file.by_ref()
-            .take(BASELINE.len().max(package::ARCHIVE.len()) as u64)
+            .take(MAGIC.len().max(package::ARCHIVE.len()) as u64)
             .read_to_end(&mut begin)
             .map_err(failed)?;
         file.seek(SeekFrom::Start(0)).map_err(failed)?;
-        if begin.starts_with(BASELINE) {
+        if is_baseline(&begin) {
             let read = Baseline::read(BufReader::new(file));
             let read = read.map_err(|source| TrustedError::Baseline {
                 path: path.to_owned(),

@@ -6,17 +6,13 @@ use vmsight_linux::structures::{hlist, list, rbtree};
 use vmsight_memory::AddressSpace;
 
 use super::pointers::Pointers;
+use crate::recover::files::inode::{S_IFDIR, S_IFLNK, S_IFMT};
 use crate::{Check, Context, Finding, Findings, Object, Owner, Severity, Technique};
 
 /// Entries below /proc that are looked at.
 const MAX_ENTRIES: usize = 1 << 16;
 /// Filesystems, drivers, terminals, namespaces that are looked at.
 const MAX_OBJECTS: usize = 1 << 14;
-
-/// Bits of a file's kind, and those of a folder and a link (include/uapi/linux/stat.h).
-const S_IFMT: u64 = 0o170_000;
-const S_IFDIR: u64 = 0o040_000;
-const S_IFLNK: u64 = 0o120_000;
 
 pub(super) const RODATA: Check = Check {
     name: "rodata",

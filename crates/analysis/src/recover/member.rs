@@ -2,8 +2,30 @@
 
 use vmsight_arch::Gva;
 use vmsight_linux::{Kernel, LinuxError};
-use vmsight_memory::{AddressSpace, ReadError};
+use vmsight_memory::{AddressSpace, GvaReadOp, ReadError};
 use vmsight_symbols::{Field, TypeId, Types};
+
+/// Structures that are read at once.
+const BATCH: usize = 1 << 9;
+
+/// Reads structures of `size` bytes side by side, and tells of each: its bytes, or nothing where it cannot be read.
+pub(crate) fn read_many(
+    space: &AddressSpace,
+    size: usize,
+    all: &[Gva],
+    mut tell: impl FnMut(Gva, Option<&[u8]>),
+) {
+    let size = size.max(1);
+    let mut bytes = vec![0; BATCH * size];
+    for some in all.chunks(BATCH) {
+        let pieces = bytes.chunks_exact_mut(size).zip(some);
+        let mut reads: Vec<GvaReadOp<'_>> = pieces.map(|(piece, at)| GvaReadOp::new(*at, piece)).collect();
+        space.read_batch(&mut reads);
+        for (at, read) in some.iter().zip(&reads) {
+            tell(*at, read.result.is_ok().then_some(&*read.buf));
+        }
+    }
+}
 
 /// A structure whose members are looked up.
 pub(crate) struct Structure<'t> {

@@ -156,7 +156,7 @@ impl ModuleFile {
         let build_id = data(".note.gnu.build-id").and_then(kernel_file::build_id);
         let mut module = Self {
             name: name.ok_or(ModuleFileError::Foreign("it does not say its name"))?,
-            build_id: build_id.map(|id| id.iter().map(|byte| format!("{byte:02x}")).collect()),
+            build_id: build_id.map(|id| super::hex(&id)),
             srcversion: fact("srcversion"),
             vermagic: fact("vermagic"),
             sections: Vec::new(),

@@ -25,12 +25,13 @@ const MAX_TARGET: usize = 4096;
 /// The longest name of one file.
 const MAX_NAME: usize = 255;
 /// What `within_filesystem` appends to the path of what has no name any more.
-const REMOVED: &str = "//deleted";
+pub(crate) const REMOVED: &str = "//deleted";
 
-const S_IFMT: u64 = 0o170_000;
-const S_IFREG: u64 = 0o100_000;
-const S_IFDIR: u64 = 0o040_000;
-const S_IFLNK: u64 = 0o120_000;
+// Of a file's mode, what kind it is (include/uapi/linux/stat.h).
+pub(crate) const S_IFMT: u64 = 0o170_000;
+pub(crate) const S_IFREG: u64 = 0o100_000;
+pub(crate) const S_IFDIR: u64 = 0o040_000;
+pub(crate) const S_IFLNK: u64 = 0o120_000;
 
 /// A moment in an inode: seconds and nanoseconds.
 struct Moment {

@@ -4,7 +4,7 @@
 //! removed while somebody has it open, are inodes like any other.
 
 mod extract;
-mod inode;
+pub(crate) mod inode;
 pub(crate) mod mounts;
 mod overlay;
 pub(crate) mod page_cache;

@@ -3,21 +3,14 @@
 use rustc_hash::FxHashSet;
 use vmsight_arch::Gva;
 use vmsight_linux::{Kernel, LinuxError};
-use vmsight_memory::GvaReadOp;
 
 use crate::Findings;
+use crate::recover::files::inode::{S_IFDIR, S_IFLNK, S_IFMT, S_IFREG};
 use crate::recover::files::superblock::SuperBlock;
-use crate::recover::member::{Member, Structure};
+use crate::recover::member::{Member, Structure, read_many};
 
 /// Inodes that are looked at.
 const MAX_INODES: usize = 8 << 20;
-/// Inodes that are read at once.
-const BATCH: usize = 1 << 9;
-
-const S_IFMT: u64 = 0o170_000;
-const S_IFREG: u64 = 0o100_000;
-const S_IFDIR: u64 = 0o040_000;
-const S_IFLNK: u64 = 0o120_000;
 
 /// What one inode says.
 #[derive(Clone, Copy, Debug)]
@@ -104,20 +97,11 @@ impl<'k> Files<'k> {
 
     /// Reads inodes side by side, and tells of each that can be read.
     pub(super) fn read_many(&self, all: &[Gva], mut tell: impl FnMut(Gva, File)) {
-        let mut bytes = vec![0; BATCH * self.size.max(1)];
-        for some in all.chunks(BATCH) {
-            let pieces = bytes.chunks_exact_mut(self.size.max(1)).zip(some);
-            let mut reads: Vec<GvaReadOp<'_>> =
-                pieces.map(|(piece, at)| GvaReadOp::new(*at, piece)).collect();
-            self.kernel.space().read_batch(&mut reads);
-            for (at, read) in some.iter().zip(&reads) {
-                if read.result.is_ok()
-                    && let Some(file) = self.of(read.buf)
-                {
-                    tell(*at, file);
-                }
+        read_many(self.kernel.space(), self.size, all, |at, bytes| {
+            if let Some(file) = bytes.and_then(|bytes| self.of(bytes)) {
+                tell(at, file);
             }
-        }
+        });
     }
 
     /// What the inode at `at` says now.

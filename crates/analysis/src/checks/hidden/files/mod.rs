@@ -10,6 +10,7 @@ use vmsight_linux::path::PathResolver;
 use vmsight_linux::{LinuxError, Listing};
 
 use super::cross_view::CrossView;
+use crate::recover::files::inode::REMOVED;
 use crate::recover::files::mounts;
 use crate::recover::files::superblock::{self, SuperBlock};
 use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
@@ -41,8 +42,6 @@ pub(crate) const FILES: Check = Check {
 
 /// Files that are told of.
 const MAX_TOLD: usize = 1 << 10;
-/// What is appended to the path of a name that is not in the table.
-const REMOVED: &str = "//deleted";
 const DIRECTORY: &str = "in its directory";
 const TABLE: &str = "in the table of names";
 const INODE: &str = "a name that its file has";

@@ -7,10 +7,10 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use vmsight_arch::Gva;
 use vmsight_linux::structures::{End, Walk, hlist, list};
 use vmsight_linux::{Kernel, LinuxError};
-use vmsight_memory::GvaReadOp;
+use vmsight_memory::ReadError;
 
 use crate::Findings;
-use crate::recover::member::{Member, Structure};
+use crate::recover::member::{Member, Structure, read_many};
 
 /// Names that are looked at: some 700 MiB of dentries.
 const MAX_NAMES: usize = 4 << 20;
@@ -18,7 +18,7 @@ const MAX_NAMES: usize = 4 << 20;
 const MAX_STEPS: usize = 16 << 20;
 /// Chains of the largest table that is believed in: the kernel has one for each 8 KiB of memory.
 const MAX_CHAINS: u64 = 1 << 28;
-/// Chains whose heads are read at once, and dentries.
+/// Chains whose heads are read at once.
 const BATCH: usize = 1 << 10;
 /// The bit by which a chain is locked (include/linux/list_bl.h).
 const LOCKED: u64 = 1;
@@ -241,20 +241,11 @@ impl<'k> Names<'k> {
 
     /// Reads dentries side by side, and tells of each.
     fn read_many(&mut self, all: &[Gva], mut tell: impl FnMut(&mut FxHashMap<Gva, Name>, Gva, Option<Name>)) {
-        let mut bytes = vec![0; BATCH * self.size.max(1)];
-        for some in all.chunks(BATCH) {
-            let pieces = bytes.chunks_exact_mut(self.size.max(1)).zip(some);
-            let mut reads: Vec<GvaReadOp<'_>> =
-                pieces.map(|(piece, at)| GvaReadOp::new(*at, piece)).collect();
-            self.kernel.space().read_batch(&mut reads);
-            let names: Vec<Option<Name>> = reads
-                .iter()
-                .map(|read| read.result.is_ok().then(|| self.of(read.buf)).flatten())
-                .collect();
-            for (at, name) in some.iter().zip(names) {
-                tell(&mut self.known, *at, name);
-            }
-        }
+        let mut known = std::mem::take(&mut self.known);
+        read_many(self.kernel.space(), self.size, all, |at, bytes| {
+            tell(&mut known, at, bytes.and_then(|bytes| self.of(bytes)));
+        });
+        self.known = known;
     }
 
     /// What the bytes of a dentry say.
@@ -315,13 +306,7 @@ impl<'k> Names<'k> {
             Children::List { head, node } => (list::walk(space, head.at(directory), limit).walk, node),
             Children::Chain { first, node } => match first.pointer(space, directory) {
                 Ok(first) => (hlist::walk_next(space, first, 0, limit), node),
-                Err(error) => {
-                    let end = End::Unreadable { at: directory, error };
-                    return Walk {
-                        items: Vec::new(),
-                        end,
-                    };
-                }
+                Err(error) => return unreadable(directory, error),
             },
         };
         self.took(walk.items.len());
@@ -334,17 +319,10 @@ impl<'k> Names<'k> {
     /// The dentries that a file says are its names.
     pub(super) fn of_inode(&self, inode: Gva) -> Walk {
         let space = self.kernel.space();
-        let first = match self.aliases.pointer(space, inode) {
-            Ok(first) => first,
-            Err(error) => {
-                let end = End::Unreadable { at: inode, error };
-                return Walk {
-                    items: Vec::new(),
-                    end,
-                };
-            }
-        };
-        self.aliases_from(first)
+        match self.aliases.pointer(space, inode) {
+            Ok(first) => self.aliases_from(first),
+            Err(error) => unreadable(inode, error),
+        }
     }
 
     /// The same, where the first link was read.
@@ -387,5 +365,13 @@ impl<'k> Names<'k> {
     fn answer(&self, walk: Walk, what: Gva) -> Option<bool> {
         let found = walk.items.contains(&what);
         (found || walk.end.is_complete()).then_some(found)
+    }
+}
+
+/// A list of which not even the head can be read.
+fn unreadable(at: Gva, error: ReadError) -> Walk {
+    Walk {
+        items: Vec::new(),
+        end: End::Unreadable { at, error },
     }
 }
