@@ -172,6 +172,13 @@ const LIES: &[Lie] = &[
         known.find(|n| n.state == 0x80).unwrap().mac.push('0');
     }),
     ("resources", "range", 1, |t| t.system.iomem[3].end += 1),
+    ("slabs", "cache", 1, |t| t.system.slabs[3].size += 8),
+    ("slabs", "no such cache", 1, |t| {
+        t.system.slabs[4].name = "other".into()
+    }),
+    ("slabs", "counts", 1, |t| {
+        t.system.slabs.iter_mut().step_by(2).for_each(|s| s.active += 1);
+    }),
     ("routes", "no such route", 2, |t| t.net[0].routes[0].metric += 1),
     ("processes", "start_ticks", 1, |t| {
         named(t, "mapper").start_ticks += 1

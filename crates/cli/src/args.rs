@@ -166,6 +166,8 @@ pub(crate) enum Command {
     Ifaces(listing::Ifaces),
     /// What lies at which physical address and I/O port
     Iomem(listing::Iomem),
+    /// The caches of the kernel's allocator, and what they hold
+    Slabs(listing::Slabs),
     /// Registers of the vCPUs
     Regs(regs::Cmd),
     /// Read memory: bytes, numbers, strings or typed objects

@@ -42,6 +42,7 @@ const COMMANDS: &[&str] = &[
     "cgroups",
     "ifaces",
     "iomem",
+    "slabs",
     "regs",
     "read",
     "write",

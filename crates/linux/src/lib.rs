@@ -22,6 +22,7 @@ pub mod path;
 mod percpu;
 mod resource;
 pub mod route;
+mod slab;
 pub mod socket;
 pub mod structures;
 pub mod syscall;
@@ -37,6 +38,7 @@ pub use listing::{Listing, Problem};
 pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
 pub use resource::Resource;
+pub use slab::SlabCache;
 pub use task::{
     Cgroup, Current, CurrentReader, PidChain, Process, ProcessFields, Thread, TreeNode, process_tree,
 };

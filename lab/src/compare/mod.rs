@@ -16,6 +16,7 @@ pub mod neighbours;
 pub mod processes;
 pub mod resources;
 pub mod routes;
+pub mod slabs;
 pub mod sockets;
 pub mod symbols;
 pub mod threads;
@@ -97,6 +98,7 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("control groups", 40, cgroups::cgroups),
     ("info", 18, info::info),
     ("resources", 20, resources::resources),
+    ("slabs", 200, slabs::slabs),
 ];
 
 /// Makes all comparisons and gives the differences, each with what it is about; none for a vmsight that sees all as it is.

@@ -121,7 +121,7 @@ fn move_off_rootfs() -> Result<()> {
     Err(error).context("start anew from the new root")
 }
 
-/// Moves a file or a folder to another file system. Devices are left behind: devtmpfs makes them anew.
+/// Moves a file or a folder to another file system, and copies a link. Devices are left behind: devtmpfs makes them anew.
 fn take_along(from: &Path, to: &Path) -> Result<()> {
     let kind = fs::symlink_metadata(from)?.file_type();
     if kind.is_dir() {
@@ -133,6 +133,9 @@ fn take_along(from: &Path, to: &Path) -> Result<()> {
     } else if kind.is_file() {
         fs::copy(from, to).with_context(|| format!("copy {}", from.display()))?;
         fs::remove_file(from)?;
+    } else if kind.is_symlink() {
+        std::os::unix::fs::symlink(fs::read_link(from)?, to)
+            .with_context(|| format!("link {}", to.display()))?;
     }
     Ok(())
 }

@@ -23,7 +23,7 @@ pub use net::{
 pub use process::{Credentials, Fd, Frame, Map, Process, Thread, VmSizes};
 pub use system::{
     Cgroup, Container, Kallsyms, KmsgRecord, MemoryRange, Module, ModuleSymbols, Mount, MountNamespace,
-    Symbol, System,
+    Slabs, Symbol, System,
 };
 pub use text::Text;
 

@@ -6,7 +6,7 @@ use vmsight_linux::kmsg::KernelMessage;
 use vmsight_linux::module::Module;
 use vmsight_linux::mount::Mount;
 use vmsight_linux::socket::{Socket, UnixSocket};
-use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, Thread};
+use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, SlabCache, Thread};
 use vmsight_symbols::layout::Summary;
 
 use crate::output::Row;
@@ -92,6 +92,10 @@ columns! {
     }
     Resource {
         space, start, end, size, depth, name, address, problems,
+    }
+    SlabCache {
+        name, object_size, size, align, objects_per_slab, pages_per_slab, slabs, objects, active, bytes, flags, constructor,
+        address, problems,
     }
     KernelMessage {
         seq, time_us, facility, level, caller, comm, continued, text, subsystem, device, problems,

@@ -22,6 +22,7 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("mounts", &[]),
     ("ifaces", &[]),
     ("iomem", &[]),
+    ("slabs", &[]),
     ("kmsg", &[]),
     ("read", &["init_task", "64", "--as", "u64"]),
     (

@@ -56,6 +56,17 @@ fn what_was_typed_and_who_has_ended() {
     assert!(token["time"].is_string() && token["address"].is_string());
     let init = vmsight(&["recover", "history", t, "--pid", "1"]);
     assert_eq!(init.status.code(), Some(1));
+    let executed = rows(&["recover", "commands", t]);
+    assert_eq!(executed.len(), 1, "{executed:?}");
+    assert_eq!(
+        (
+            &executed[0]["command"],
+            &executed[0]["path"],
+            &executed[0]["uses"]
+        ),
+        (&"ls".into(), &"/bin/ls".into(), &1.into())
+    );
+    assert_eq!(executed[0]["pid"], token["pid"]);
     // Others may have got the places of those that ended: then there is nothing, and the exit code is 1.
     let ended = vmsight(&["recover", "processes", t, "--no-threads", "-o", "json"]);
     let ended = objects(&ended.stdout).unwrap();

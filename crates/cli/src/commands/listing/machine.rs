@@ -26,3 +26,27 @@ impl Iomem {
         Ok(Outcome::Fine)
     }
 }
+
+/// The caches of the kernel's allocator, and what they hold.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+What /proc/slabinfo shows to root, and who lays out each cache's objects (`constructor`): a cache of a module that hides outlives it.
+Objects that a CPU keeps for their next user count as in use, as they do there. `recover processes` looks for what is left in free ones.")]
+pub(crate) struct Slabs {
+    /// What to look into
+    target: String,
+}
+
+pub(super) const SLABS: &[&str] = &["name", "object_size", "active", "objects", "slabs", "bytes"];
+
+impl Slabs {
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        let session = Session::open(global, &self.target)?;
+        let listing = session
+            .kernel()?
+            .slab_caches()
+            .context("listing the allocator's caches")?;
+        print(&session, SLABS, listing)?;
+        Ok(Outcome::Fine)
+    }
+}

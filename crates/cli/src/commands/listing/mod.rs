@@ -6,7 +6,7 @@ mod network;
 mod processes;
 
 pub(crate) use files::{Lsmod, Lsof, Mounts};
-pub(crate) use machine::Iomem;
+pub(crate) use machine::{Iomem, Slabs};
 pub(crate) use network::{Ifaces, Net, Unix};
 pub(crate) use processes::{Cgroups, Env, Maps, Ps, Pstree, Threads};
 
@@ -69,7 +69,7 @@ mod tests {
         use vmsight_linux::{
             Cgroup, Mapping, file::OpenFile, iface::Interface, module::Module, mount::Mount,
         };
-        use vmsight_linux::{Process, Resource, Thread, socket::Socket, socket::UnixSocket};
+        use vmsight_linux::{Process, Resource, SlabCache, Thread, socket::Socket, socket::UnixSocket};
         fn check<T: Row>(columns: &[&str]) {
             for column in columns {
                 let known = T::COLUMNS.contains(column) || *column == processes::KIND;
@@ -87,5 +87,6 @@ mod tests {
         check::<UnixSocket>(network::UNIX);
         check::<Interface>(network::IFACES);
         check::<Resource>(machine::IOMEM);
+        check::<SlabCache>(machine::SLABS);
     }
 }

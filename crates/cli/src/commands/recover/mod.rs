@@ -1,6 +1,7 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
 mod arp;
+mod commands;
 mod conntrack;
 mod elf;
 mod files;
@@ -40,6 +41,8 @@ enum What {
     Files(files::Cmd),
     /// What was typed into shells, with times
     History(history::Cmd),
+    /// Commands that bash executed by name, and the files that it found for them
+    Commands(commands::Cmd),
     /// Who is on the links: hardware addresses by IP address, of every network namespace
     Arp(arp::Cmd),
     /// Routes of every network namespace, IPv4 and IPv6, from all tables
@@ -66,6 +69,7 @@ impl Cmd {
             What::Elf(c) => c.run(global),
             What::Files(c) => c.run(global),
             What::History(c) => c.run(global),
+            What::Commands(c) => c.run(global),
             What::Arp(c) => c.run(global),
             What::Routes(c) => c.run(global),
             What::Conntrack(c) => c.run(global),
@@ -86,7 +90,7 @@ impl Cmd {
             What::Arp(_) | What::Routes(_) | What::Conntrack(_) | What::History(_) | What::Processes(_) => {
                 true
             }
-            What::Tty(_) | What::Input(_) => true,
+            What::Commands(_) | What::Tty(_) | What::Input(_) => true,
             What::Screen(c) => !c.writes(),
             What::Packets(c) => !c.writes(),
             What::Keys(c) => !c.writes(),
