@@ -166,6 +166,10 @@ pub(crate) enum Command {
     Ifaces(listing::Ifaces),
     /// What lies at which physical address and I/O port
     Iomem(listing::Iomem),
+    /// BPF programs, maps and links
+    Bpf(listing::Bpf),
+    /// Perf events: what is counted, and what is called for it
+    Perf(listing::Perf),
     /// Registers of the vCPUs
     Regs(regs::Cmd),
     /// Read memory: bytes, numbers, strings or typed objects

@@ -42,6 +42,8 @@ const COMMANDS: &[&str] = &[
     "cgroups",
     "ifaces",
     "iomem",
+    "bpf",
+    "perf",
     "regs",
     "read",
     "write",

@@ -22,6 +22,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("mounts", &[]),
     ("ifaces", &[]),
     ("iomem", &[]),
+    ("bpf", &[]),
+    ("perf", &[]),
     ("kmsg", &[]),
     ("read", &["init_task", "64", "--as", "u64"]),
     (
