@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use vmsight_lab::truth::bpf::BpfProgram;
 use vmsight_lab::truth::{Fd, InetSocket, Module, Process, Thread, Truth, UnixSocket};
 use vmsight_lab::{Format, Guest, Kernel, Spec, compare, matrix_of};
 use vmsight_linux::AttachOptions;
@@ -179,6 +180,39 @@ const LIES: &[Lie] = &[
     ("slabs", "counts", 1, |t| {
         t.system.slabs.iter_mut().step_by(2).for_each(|s| s.active += 1);
     }),
+    ("BPF", "programs", 1, |t| {
+        t.bpf.programs.pop_last();
+    }),
+    ("BPF", "tag", 1, |t| program(t).tag[0] ^= 1),
+    ("BPF", "uid", 1, |t| program(t).uid += 1),
+    ("BPF", "time of loading", 1, |t| program(t).load_time += 1),
+    ("BPF", "machine code", 1, |t| program(t).jited_size += 1),
+    ("BPF", "address", 1, |t| program(t).functions[0] += 16),
+    ("BPF", "maps", 1, |t| program(t).maps.push(7)),
+    ("BPF", "entries", 1, |t| {
+        t.bpf.maps.values_mut().next().unwrap().max_entries += 1;
+    }),
+    ("BPF", "target", 1, |t| {
+        let mut links = t.bpf.links.values_mut();
+        *links.find_map(|link| link.target.as_mut()).unwrap() ^= 1 << 40;
+    }),
+    ("BPF", "owners", 1, |t| {
+        let fds = &mut named(t, "watcher").fds;
+        fds.iter_mut()
+            .find(|fd| fd.link == "anon_inode:bpf-map")
+            .unwrap()
+            .fd += 100;
+    }),
+    ("perf events", "missing", 1, |t| t.perf[0].id = 1 << 60),
+    ("perf events", "events of processes", 1, |t| {
+        t.perf.pop();
+    }),
+    ("perf events", "frequency", 1, |t| {
+        let mut sampled = t.perf.iter_mut();
+        sampled.find(|event| event.is_frequency).unwrap().period += 1;
+    }),
+    ("perf events", "name", 1, |t| t.perf[0].event.push('x')),
+    ("perf events", "owners", 1, |t| t.perf[0].owner.1 += 100),
     ("routes", "no such route", 2, |t| t.net[0].routes[0].metric += 1),
     ("processes", "start_ticks", 1, |t| {
         named(t, "mapper").start_ticks += 1
@@ -268,6 +302,12 @@ const LIES: &[Lie] = &[
 
 fn named<'a>(truth: &'a mut Truth, comm: &str) -> &'a mut Process {
     truth.processes.iter_mut().find(|p| p.comm == comm).unwrap()
+}
+
+/// The program that uses maps.
+fn program(truth: &mut Truth) -> &mut BpfProgram {
+    let mut programs = truth.bpf.programs.values_mut();
+    programs.find(|program| !program.maps.is_empty()).unwrap()
 }
 
 fn own_files(truth: &mut Truth) -> &mut Thread {

@@ -168,6 +168,10 @@ pub(crate) enum Command {
     Iomem(listing::Iomem),
     /// The caches of the kernel's allocator, and what they hold
     Slabs(listing::Slabs),
+    /// BPF programs, maps and links
+    Bpf(listing::Bpf),
+    /// Perf events: what is counted, and what is called for it
+    Perf(listing::Perf),
     /// Registers of the vCPUs
     Regs(regs::Cmd),
     /// Read memory: bytes, numbers, strings or typed objects

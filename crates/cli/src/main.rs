@@ -103,6 +103,8 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Ifaces(c) => c.run(global),
         Command::Iomem(c) => c.run(global),
         Command::Slabs(c) => c.run(global),
+        Command::Bpf(c) => c.run(global),
+        Command::Perf(c) => c.run(global),
         Command::Regs(c) => c.run(global),
         Command::Read(c) => c.run(global),
         Command::Write(c) => c.run(global),

@@ -43,6 +43,8 @@ const COMMANDS: &[&str] = &[
     "ifaces",
     "iomem",
     "slabs",
+    "bpf",
+    "perf",
     "regs",
     "read",
     "write",

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+pub mod bpf;
 pub(crate) mod budget;
 pub mod clock;
 mod error;
@@ -20,6 +21,7 @@ pub mod mount;
 pub mod neighbour;
 pub mod path;
 mod percpu;
+pub mod perf;
 mod resource;
 pub mod route;
 mod slab;

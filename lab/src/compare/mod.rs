@@ -1,6 +1,7 @@
 //! What vmsight sees held against what the guest says of itself, field by field. The same comparison serves a guest that runs and a
 //! dump of it.
 
+pub mod bpf;
 pub mod cgroups;
 mod endpoints;
 pub mod files;
@@ -13,6 +14,7 @@ pub mod maps;
 pub mod modules;
 pub mod mounts;
 pub mod neighbours;
+pub mod perf;
 pub mod processes;
 pub mod resources;
 pub mod routes;
@@ -99,6 +101,8 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("info", 18, info::info),
     ("resources", 20, resources::resources),
     ("slabs", 200, slabs::slabs),
+    ("BPF", 100, bpf::bpf),
+    ("perf events", 40, perf::perf),
 ];
 
 /// Makes all comparisons and gives the differences, each with what it is about; none for a vmsight that sees all as it is.

@@ -7,6 +7,7 @@
 mod called;
 mod files;
 mod golden;
+mod posed;
 mod written;
 
 use std::time::{Duration, Instant};
@@ -226,7 +227,7 @@ impl Lab {
 }
 
 /// The checks that are to find nothing else.
-const OWN: [&str; 22] = [
+const OWN: [&str; 23] = [
     "hidden-modules",
     "hidden-processes",
     "hidden-threads",
@@ -249,6 +250,7 @@ const OWN: [&str; 22] = [
     "perf",
     "seccomp",
     "process-code",
+    "process-names",
 ];
 
 fn findings(target: &Target) -> Vec<Finding> {
@@ -281,6 +283,7 @@ fn check(version: Kernel) {
     second_round(&lab);
     third_round(&lab);
     called::check(&lab);
+    posed::check(&lab);
     let log = Work::Exec {
         path: "/bin/busybox".into(),
         argv: vec!["dmesg".into()],

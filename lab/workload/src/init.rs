@@ -1,7 +1,7 @@
 //! Process 1 of a lab guest.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -191,12 +191,14 @@ fn say_odd_things() -> Result<()> {
     Ok(())
 }
 
-/// Leaves a connection of each family in TIME_WAIT.
+/// Leaves a connection of each family in TIME_WAIT, over which some bytes went.
 fn leave_time_wait() -> Result<()> {
     for address in ["127.0.0.1:7999", "[::1]:7999"] {
         let listener = TcpListener::bind(address)?;
-        let near = TcpStream::connect(address)?;
-        let (far, _) = listener.accept()?;
+        let mut near = TcpStream::connect(address)?;
+        let (mut far, _) = listener.accept()?;
+        near.write_all(&[b'w'; 300])?;
+        far.read_exact(&mut [0; 300])?;
         near.shutdown(std::net::Shutdown::Write)?;
         drop(near);
         drop(far);

@@ -13,6 +13,7 @@ mod kernel_threads;
 mod memory;
 mod pointers;
 mod probes;
+mod process_names;
 mod seccomp;
 mod sites;
 mod syscalls;
@@ -60,6 +61,7 @@ pub const ALL: &[&Check] = &[
     &memory::KERNEL_PAGES,
     &memory::PROCESS_MEMORY,
     &memory::PROCESS_CODE,
+    &process_names::PROCESS_NAMES,
     &kernel_state::HELPERS,
     &kernel_state::SECURITY_MODULES,
     &kernel_state::SETTINGS,

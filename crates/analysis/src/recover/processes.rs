@@ -16,6 +16,7 @@ use vmsight_linux::text::guest_array_text;
 use vmsight_linux::{Kernel, LinuxError, Listing};
 use vmsight_memory::{Chunk, ReadOp};
 
+pub use super::certainty::Certainty;
 use super::frames::Frames;
 use super::member::{Member, Structure};
 use super::slab::Slabs;
@@ -41,18 +42,6 @@ const PF_EXITING: u64 = 4;
 const LIST_POISON2: u64 = 0xdead_0000_0000_0122;
 /// The last policy is `SCHED_EXT`.
 const MAX_POLICY: u64 = 7;
-
-/// How sure it is that a row was a task.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Certainty {
-    /// In a slab of tasks, and all of it agrees.
-    Certain,
-    /// In a slab of tasks, and part of it was overwritten; or elsewhere, and all of it agrees.
-    Likely,
-    /// In a slab of tasks, and little of it agrees.
-    Doubtful,
-}
 
 /// A task that is in no list.
 #[derive(Clone, Debug, Serialize)]

@@ -1,10 +1,12 @@
 //! The columns of each listing: the keys of its rows in JSON, whatever the guest at hand has.
 
+use vmsight_linux::bpf::BpfObject;
 use vmsight_linux::file::OpenFile;
 use vmsight_linux::iface::Interface;
 use vmsight_linux::kmsg::KernelMessage;
 use vmsight_linux::module::Module;
 use vmsight_linux::mount::Mount;
+use vmsight_linux::perf::PerfEvent;
 use vmsight_linux::socket::{Socket, UnixSocket};
 use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, SlabCache, Thread};
 use vmsight_symbols::layout::Summary;
@@ -96,6 +98,15 @@ columns! {
     SlabCache {
         name, object_size, size, align, objects_per_slab, pages_per_slab, slabs, objects, active, bytes, flags, constructor,
         address, problems,
+    }
+    BpfObject {
+        kind, id, type_name as "type", name, tag, load_time, loaded_ns, uid, attach_type, target, program, maps, instructions,
+        verified_instructions, jited_address, jited_size, key_size, value_size, max_entries, flags, references,
+        owners, address, problems,
+    }
+    PerfEvent {
+        id, type_name as "type", event, config, source, state, pid, tid, name, cpu, sample_period, sample_frequency,
+        handler, handler_address, opened_by, owners, address, problems,
     }
     KernelMessage {
         seq, time_us, facility, level, caller, comm, continued, text, subsystem, device, problems,

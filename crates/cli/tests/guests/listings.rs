@@ -23,6 +23,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("ifaces", &[]),
     ("iomem", &[]),
     ("slabs", &[]),
+    ("bpf", &[]),
+    ("perf", &[]),
     ("kmsg", &[]),
     ("read", &["init_task", "64", "--as", "u64"]),
     (

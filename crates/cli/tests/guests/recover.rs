@@ -81,6 +81,32 @@ fn what_was_typed_and_who_has_ended() {
 }
 
 #[test]
+fn sockets_that_were_closed_and_with_all_those_that_are_open() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let all = rows(&["recover", "sockets", t, "--all"]);
+    let open = |row: &&serde_json::Map<String, serde_json::Value>| row["status"] == "open";
+    let listens = all
+        .iter()
+        .filter(open)
+        .find(|row| row["local_port"] == 8080)
+        .unwrap();
+    assert_eq!(
+        (&listens["protocol"], &listens["state"], &listens["uid"]),
+        (&"tcp".into(), &"LISTEN".into(), &0.into())
+    );
+    assert!(listens["address"].is_string() && listens["sent_bytes"].is_null());
+    // Others may have got the places of those that were closed: then there is nothing, and the exit code is 1.
+    let closed = vmsight(&["recover", "sockets", t, "-o", "json"]);
+    for row in objects(&closed.stdout).unwrap() {
+        assert_eq!(
+            (&row["status"], &row["state"]),
+            (&"closed".into(), &serde_json::Value::Null)
+        );
+    }
+}
+
+#[test]
 fn terminals_and_consoles() {
     let vm = prepared();
     let t = vm.target.as_str();

@@ -1,7 +1,7 @@
 //! Processes and threads.
 
 pub(crate) mod ahead;
-mod cgroup;
+pub(crate) mod cgroup;
 mod container;
 mod cred;
 mod current;

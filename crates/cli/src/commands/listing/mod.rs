@@ -6,7 +6,7 @@ mod network;
 mod processes;
 
 pub(crate) use files::{Lsmod, Lsof, Mounts};
-pub(crate) use machine::{Iomem, Slabs};
+pub(crate) use machine::{Bpf, Iomem, Perf, Slabs};
 pub(crate) use network::{Ifaces, Net, Unix};
 pub(crate) use processes::{Cgroups, Env, Maps, Ps, Pstree, Threads};
 
@@ -67,7 +67,8 @@ mod tests {
     #[test]
     fn tables_show_columns_that_there_are() {
         use vmsight_linux::{
-            Cgroup, Mapping, file::OpenFile, iface::Interface, module::Module, mount::Mount,
+            Cgroup, Mapping, bpf::BpfObject, file::OpenFile, iface::Interface, module::Module, mount::Mount,
+            perf::PerfEvent,
         };
         use vmsight_linux::{Process, Resource, SlabCache, Thread, socket::Socket, socket::UnixSocket};
         fn check<T: Row>(columns: &[&str]) {
@@ -88,5 +89,7 @@ mod tests {
         check::<Interface>(network::IFACES);
         check::<Resource>(machine::IOMEM);
         check::<SlabCache>(machine::SLABS);
+        check::<BpfObject>(machine::BPF);
+        check::<PerfEvent>(machine::PERF);
     }
 }

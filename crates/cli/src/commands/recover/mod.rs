@@ -12,6 +12,7 @@ mod packets;
 mod processes;
 mod routes;
 mod screen;
+mod sockets;
 mod tty;
 
 use anyhow::Result;
@@ -53,6 +54,8 @@ enum What {
     Packets(packets::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
+    /// Sockets that were closed, as far as their remains were not used again, and those that nobody lists
+    Sockets(sockets::Cmd),
     /// What is on the screen: virtual consoles as text, framebuffers as pictures
     Screen(screen::Cmd),
     /// What was typed at terminals and written to them, as far as it still is in their buffers
@@ -75,6 +78,7 @@ impl Cmd {
             What::Conntrack(c) => c.run(global),
             What::Packets(c) => c.run(global),
             What::Processes(c) => c.run(global),
+            What::Sockets(c) => c.run(global),
             What::Screen(c) => c.run(global),
             What::Tty(c) => c.run(global),
             What::Input(c) => c.run(global),
@@ -90,7 +94,7 @@ impl Cmd {
             What::Arp(_) | What::Routes(_) | What::Conntrack(_) | What::History(_) | What::Processes(_) => {
                 true
             }
-            What::Commands(_) | What::Tty(_) | What::Input(_) => true,
+            What::Commands(_) | What::Tty(_) | What::Input(_) | What::Sockets(_) => true,
             What::Screen(c) => !c.writes(),
             What::Packets(c) => !c.writes(),
             What::Keys(c) => !c.writes(),
