@@ -23,10 +23,12 @@ mod percpu;
 mod resource;
 pub mod route;
 pub mod socket;
+pub mod stack;
 pub mod structures;
 pub mod syscall;
 pub mod task;
 pub mod text;
+mod vmcoreinfo;
 mod warnings;
 
 pub use attach::{AttachError, AttachOptions, Foreseen};
@@ -37,6 +39,8 @@ pub use listing::{Listing, Problem};
 pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
 pub use resource::Resource;
+pub use stack::StackFrame;
 pub use task::{
     Cgroup, Current, CurrentReader, PidChain, Process, ProcessFields, Thread, TreeNode, process_tree,
 };
+pub use vmcoreinfo::Vmcoreinfo;

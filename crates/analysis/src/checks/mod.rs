@@ -15,6 +15,7 @@ mod pointers;
 mod probes;
 mod seccomp;
 mod sites;
+mod stacks;
 mod syscalls;
 mod tables;
 mod text;
@@ -46,6 +47,7 @@ pub const ALL: &[&Check] = &[
     &deferred::HRTIMERS,
     &deferred::WORKQUEUES,
     &kernel_threads::KERNEL_THREADS,
+    &stacks::STACKS,
     &probes::UPROBES,
     &probes::PERF,
     &bpf::BPF,
