@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use vmsight_lab::truth::bpf::BpfProgram;
-use vmsight_lab::truth::{Fd, InetSocket, Module, Process, Thread, Truth, UnixSocket};
+use vmsight_lab::truth::{Fd, InetSocket, KernelStack, Module, Process, Thread, Truth, UnixSocket};
 use vmsight_lab::{Format, Guest, Kernel, Spec, compare, matrix_of};
 use vmsight_linux::AttachOptions;
 use vmsight_memory::{GuestMemory, dump};
@@ -264,6 +264,15 @@ const LIES: &[Lie] = &[
     ("threads", "start_time", 2, |t| {
         named(t, "pool").threads[3].start_ticks += 1000
     }),
+    ("kernel stacks", "frame 0", 1, |t| {
+        stack(t, "pool").frames[0].push('x')
+    }),
+    ("kernel stacks", "depth", 1, |t| {
+        stack(t, "pool").frames.pop();
+    }),
+    ("kernel stacks", "frame 1", 1, |t| {
+        stack(t, "kthreadd").frames[1].push_str(" [dummy]")
+    }),
     ("mappings", "offset", 1, |t| {
         named(t, "mapper").maps[5].offset += 4096
     }),
@@ -294,6 +303,10 @@ const LIES: &[Lie] = &[
     ("info", "lsm", 1, |t| t.system.lsm = Some("none".into())),
     ("info", "taint", 2, |t| t.system.tainted ^= 1 << 1),
     ("info", "time", 1, |t| t.system.now += 3600),
+    ("info", "vmcoreinfo", 1, |t| {
+        t.system.vmcoreinfo.as_mut().unwrap().0 += 4096
+    }),
+    ("info", "BUILD-ID", 2, |t| t.system.build_id.push('0')),
     ("info", "text_physical", 1, |t| {
         let code = t.system.iomem.iter_mut().find(|r| r.name == "Kernel code");
         code.unwrap().start += 4096;
@@ -308,6 +321,11 @@ fn named<'a>(truth: &'a mut Truth, comm: &str) -> &'a mut Process {
 fn program(truth: &mut Truth) -> &mut BpfProgram {
     let mut programs = truth.bpf.programs.values_mut();
     programs.find(|program| !program.maps.is_empty()).unwrap()
+}
+
+/// The kernel stack of a process's first thread.
+fn stack<'a>(truth: &'a mut Truth, comm: &str) -> &'a mut KernelStack {
+    named(truth, comm).threads[0].stack.as_mut().unwrap()
 }
 
 fn own_files(truth: &mut Truth) -> &mut Thread {

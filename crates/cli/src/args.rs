@@ -144,6 +144,8 @@ pub(crate) enum Command {
     Pstree(listing::Pstree),
     /// Threads of all processes or of one
     Threads(listing::Threads),
+    /// Kernel stacks of all threads or of some
+    Stacks(listing::Stacks),
     /// Memory maps of processes
     Maps(listing::Maps),
     /// Open files

@@ -91,6 +91,7 @@ fn once(cli: &Cli) -> Result<Outcome> {
         Command::Ps(c) => c.run(global),
         Command::Pstree(c) => c.run(global),
         Command::Threads(c) => c.run(global),
+        Command::Stacks(c) => c.run(global),
         Command::Maps(c) => c.run(global),
         Command::Lsof(c) => c.run(global),
         Command::Lsmod(c) => c.run(global),

@@ -31,6 +31,7 @@ const COMMANDS: &[&str] = &[
     "ps",
     "pstree",
     "threads",
+    "stacks",
     "maps",
     "lsof",
     "lsmod",

@@ -26,10 +26,12 @@ mod resource;
 pub mod route;
 mod slab;
 pub mod socket;
+pub mod stack;
 pub mod structures;
 pub mod syscall;
 pub mod task;
 pub mod text;
+mod vmcoreinfo;
 mod warnings;
 
 pub use attach::{AttachError, AttachOptions, Foreseen};
@@ -41,6 +43,8 @@ pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
 pub use resource::Resource;
 pub use slab::SlabCache;
+pub use stack::StackFrame;
 pub use task::{
     Cgroup, Current, CurrentReader, PidChain, Process, ProcessFields, Thread, TreeNode, process_tree,
 };
+pub use vmcoreinfo::Vmcoreinfo;

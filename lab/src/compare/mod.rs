@@ -20,6 +20,7 @@ pub mod resources;
 pub mod routes;
 pub mod slabs;
 pub mod sockets;
+pub mod stacks;
 pub mod symbols;
 pub mod threads;
 mod times;
@@ -95,6 +96,7 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("routes", 40, routes::routes),
     ("processes", 2000, processes::processes),
     ("threads", 300, threads::threads),
+    ("kernel stacks", 800, stacks::stacks),
     ("mappings", 4000, maps::maps),
     ("page tables", 300, frames::frames),
     ("control groups", 40, cgroups::cgroups),

@@ -246,6 +246,7 @@ const OWN: [&str; 23] = [
     "hrtimers",
     "workqueues",
     "kernel-threads",
+    "stacks",
     "uprobes",
     "perf",
     "seccomp",
@@ -396,7 +397,7 @@ fn first_round(lab: &Lab) {
     lab.is_clean("after the first round");
 }
 
-/// A module out of list and sysfs, a process out of list and table, the kernel's own cred, odd programs.
+/// A module out of list and sysfs, with a thread that sleeps in it, a process out of list and table, the kernel's own cred, odd programs.
 fn second_round(lab: &Lab) {
     let (gone, given) = (lab.stand(0), lab.stand(USER));
     let (pid, given) = (gone.pid(), given.pid());
@@ -406,9 +407,10 @@ fn second_round(lab: &Lab) {
         Tamper::TaskList { pid },
         Tamper::TaskPid { pid },
         Tamper::CredShare { pid: given, other: 0 },
+        Tamper::KernelThread,
     ];
     let done = lab.do_all(&tampers);
-    let [list, _, _, _, cred] = done.as_slice() else {
+    let [list, _, _, _, cred, thread] = done.as_slice() else {
         panic!("{done:?}")
     };
     let standing = lab.stand(0);
@@ -439,6 +441,16 @@ fn second_round(lab: &Lab) {
             "credentials",
             format!("cred of process {given} "),
             [hex(cred.object)],
+        ),
+        expect("kernel-threads", "(kworker/0:9) threadfn", [hex(thread.hook)]),
+        expect(
+            "stacks",
+            "(kworker/0:9)",
+            [
+                "where modules lie, but in none that the kernel lists".to_owned(),
+                "schedule_timeout".to_owned(),
+                "kthread+0x".to_owned(),
+            ],
         ),
         expect(
             "process-memory",

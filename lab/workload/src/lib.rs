@@ -22,7 +22,7 @@ pub use net::{
     InetSocket, Interface, Neighbour, NetNamespace, NetlinkSocket, PacketSocket, Route, UnixSocket,
     VsockSocket,
 };
-pub use process::{Credentials, Fd, Frame, Map, Process, Thread, VmSizes};
+pub use process::{Credentials, Fd, Frame, KernelStack, Map, Process, Thread, VmSizes};
 pub use system::{
     Cgroup, Container, Kallsyms, KmsgRecord, MemoryRange, Module, ModuleSymbols, Mount, MountNamespace,
     Slabs, Symbol, System,

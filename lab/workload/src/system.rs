@@ -58,6 +58,8 @@ pub struct System {
     /// The areas of `/proc/vmallocinfo` in the top 2 GiB of the address space, where modules are: first address, address
     /// after the last. Each ends with a page that is never mapped.
     pub module_areas: Vec<(u64, u64)>,
+    /// `/sys/kernel/vmcoreinfo`: where in physical memory the note is, and how many bytes are kept for it.
+    pub vmcoreinfo: Option<(u64, u64)>,
 }
 
 /// One line of `/proc/iomem`.

@@ -16,6 +16,7 @@ mod probes;
 mod process_names;
 mod seccomp;
 mod sites;
+mod stacks;
 mod syscalls;
 mod tables;
 mod text;
@@ -47,6 +48,7 @@ pub const ALL: &[&Check] = &[
     &deferred::HRTIMERS,
     &deferred::WORKQUEUES,
     &kernel_threads::KERNEL_THREADS,
+    &stacks::STACKS,
     &probes::UPROBES,
     &probes::PERF,
     &bpf::BPF,

@@ -8,7 +8,7 @@ use vmsight_linux::module::Module;
 use vmsight_linux::mount::Mount;
 use vmsight_linux::perf::PerfEvent;
 use vmsight_linux::socket::{Socket, UnixSocket};
-use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, SlabCache, Thread};
+use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, SlabCache, StackFrame, Thread};
 use vmsight_symbols::layout::Summary;
 
 use crate::output::Row;
@@ -60,6 +60,9 @@ columns! {
         tid, pid, name, state, kernel_thread, cpu, running, nice, priority, policy, start_ticks, start_time,
         utime_ticks, stime_ticks, stack, task, problems,
     }
+    StackFrame {
+        pid, tid, name, state, kernel_thread, switches, depth, address, symbol, module, how, slot, task, problems,
+    }
     Mapping {
         pid, start, end, size_kb, perms, offset, device, inode, path, deleted, flags, vma, problems,
     }
@@ -90,7 +93,8 @@ columns! {
     Info {
         release, banner, build_id, machine, hostname, domainname, text, text_physical, kaslr_offset, paging,
         dtb, boot_time, time, uptime_s, clocksource, cpus_online, cpus_present, cpus_possible,
-        memory_total_kb, memory_physical_kb, cmdline, taint, taint_mask, lsm, evidence, problems,
+        memory_total_kb, memory_physical_kb, cmdline, taint, taint_mask, lsm, vmcoreinfo, evidence,
+        problems,
     }
     Resource {
         space, start, end, size, depth, name, address, problems,

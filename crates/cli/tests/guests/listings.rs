@@ -12,6 +12,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("ps", &[]),
     ("pstree", &[]),
     ("threads", &[]),
+    ("stacks", &[]),
+    ("info", &["--vmcoreinfo"]),
     ("maps", &[]),
     ("env", &[]),
     ("cgroups", &[]),

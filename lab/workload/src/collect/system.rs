@@ -82,6 +82,11 @@ pub(super) fn system() -> Result<System> {
             .filter_map(area)
             .filter(|(start, _)| *start >= 0xffff_ffff_8000_0000)
             .collect(),
+        vmcoreinfo: files::string("/sys/kernel/vmcoreinfo").ok().and_then(|line| {
+            let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+            let (address, size) = line.split_once(' ')?;
+            Some((number(address)?, number(size)?))
+        }),
     })
 }
 
