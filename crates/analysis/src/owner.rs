@@ -54,6 +54,14 @@ impl Owner {
         )
     }
 
+    /// What it is of, of code that the kernel made while it ran.
+    pub fn generated(&self) -> Option<&str> {
+        match self {
+            Owner::Generated(what) => Some(what),
+            _ => None,
+        }
+    }
+
     /// The module.
     pub fn module(&self) -> Option<&str> {
         match self {

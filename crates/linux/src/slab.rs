@@ -87,7 +87,7 @@ pub struct SlabCache {
     /// Memory of all slabs in bytes.
     pub bytes: Option<u64>,
     /// `SLAB_*` (include/linux/slab.h and mm/slab.h), as they are in this kernel.
-    #[serde(serialize_with = "hex_flags")]
+    #[serde(serialize_with = "address::hex")]
     pub flags: u64,
     /// What is called for each object of a new slab.
     #[serde(serialize_with = "address::gva_opt")]
@@ -97,11 +97,6 @@ pub struct SlabCache {
     pub address: Gva,
     /// What could not be read.
     pub problems: Vec<Problem>,
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)] // What serde asks for.
-fn hex_flags<S: serde::Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
-    address::hex(value, serializer)
 }
 
 /// What the nodes of a cache hold together.

@@ -5,7 +5,7 @@ use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
 use vmsight_linux::structures::{hlist, rbtree};
 
-use crate::{Context, Findings, Owner};
+use crate::{Context, Findings};
 
 /// More records than any kernel and its modules have: Debian's have some 50,000.
 const MAX_RECORDS: u64 = 1 << 21;
@@ -74,10 +74,8 @@ const DISPATCHER: &str = "bpf_dispatcher_";
 
 /// Whether an address is of code of BPF's whose name begins like one of these.
 fn is_bpf(context: &Context, at: Gva, names: &[&str]) -> bool {
-    let Owner::Generated(what) = context.owner(at) else {
-        return false;
-    };
-    let name = what.strip_prefix("BPF code ");
+    let owner = context.owner(at);
+    let name = owner.generated().and_then(|what| what.strip_prefix("BPF code "));
     name.is_some_and(|name| names.iter().any(|begin| name.starts_with(begin)))
 }
 

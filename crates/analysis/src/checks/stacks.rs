@@ -27,10 +27,7 @@ pub(super) const STACKS: Check = Check {
 fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     let kernel = context.kernel();
     let threads = kernel.threads(None)?;
-    let generated = |at: Gva| match context.owner(at) {
-        Owner::Generated(what) => Some(what.to_string()),
-        _ => None,
-    };
+    let generated = |at: Gva| context.owner(at).generated().map(str::to_owned);
     let stacks = kernel.stacks(&threads.rows, &generated)?;
     for warning in threads.warnings.into_iter().chain(stacks.warnings) {
         findings.note(warning);

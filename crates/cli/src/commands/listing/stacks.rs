@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use vmsight_analysis::{Context, Owner};
+use vmsight_analysis::Context;
 
 use super::{all_there, found, no_process, print};
 use crate::{Outcome, args::Global, session::Session};
@@ -40,10 +40,7 @@ impl Stacks {
         }
         // Whose else the code is, is looked up when there is any.
         let context = Context::new(kernel.clone());
-        let generated = |at| match context.owner(at) {
-            Owner::Generated(what) => Some(what.to_string()),
-            _ => None,
-        };
+        let generated = |at| context.owner(at).generated().map(str::to_owned);
         let mut stacks = kernel
             .stacks(&threads.rows, &generated)
             .context("reading kernel stacks")?;
