@@ -73,6 +73,8 @@ pub fn build_with(kernel: &Fetched, modules: &[PathBuf], programs: bool) -> Resu
     archive.file("init", 0o755, &read(&workload)?);
     archive.file("bin/busybox", 0o755, &busybox()?);
     archive.link("bin/sh", "busybox");
+    // Alice executes it by name.
+    archive.link("bin/ls", "busybox");
     archive.file("bin/bash", 0o755, &read(installed(BASH, "bash-static")?)?);
     for (name, mode, places) in DYNAMIC {
         archive.file(name, *mode, &read(installed(places, "coreutils and libc6")?)?);

@@ -4,7 +4,8 @@
 
 use std::path::Path;
 
-use vmsight_lab::truth::{Fd, InetSocket, Module, Process, Thread, Truth, UnixSocket};
+use vmsight_lab::truth::bpf::BpfProgram;
+use vmsight_lab::truth::{Fd, InetSocket, KernelStack, Module, Process, Thread, Truth, UnixSocket};
 use vmsight_lab::{Format, Guest, Kernel, Spec, compare, matrix_of};
 use vmsight_linux::AttachOptions;
 use vmsight_memory::{GuestMemory, dump};
@@ -172,6 +173,46 @@ const LIES: &[Lie] = &[
         known.find(|n| n.state == 0x80).unwrap().mac.push('0');
     }),
     ("resources", "range", 1, |t| t.system.iomem[3].end += 1),
+    ("slabs", "cache", 1, |t| t.system.slabs[3].size += 8),
+    ("slabs", "no such cache", 1, |t| {
+        t.system.slabs[4].name = "other".into()
+    }),
+    ("slabs", "counts", 1, |t| {
+        t.system.slabs.iter_mut().step_by(2).for_each(|s| s.active += 1);
+    }),
+    ("BPF", "programs", 1, |t| {
+        t.bpf.programs.pop_last();
+    }),
+    ("BPF", "tag", 1, |t| program(t).tag[0] ^= 1),
+    ("BPF", "uid", 1, |t| program(t).uid += 1),
+    ("BPF", "time of loading", 1, |t| program(t).load_time += 1),
+    ("BPF", "machine code", 1, |t| program(t).jited_size += 1),
+    ("BPF", "address", 1, |t| program(t).functions[0] += 16),
+    ("BPF", "maps", 1, |t| program(t).maps.push(7)),
+    ("BPF", "entries", 1, |t| {
+        t.bpf.maps.values_mut().next().unwrap().max_entries += 1;
+    }),
+    ("BPF", "target", 1, |t| {
+        let mut links = t.bpf.links.values_mut();
+        *links.find_map(|link| link.target.as_mut()).unwrap() ^= 1 << 40;
+    }),
+    ("BPF", "owners", 1, |t| {
+        let fds = &mut named(t, "watcher").fds;
+        fds.iter_mut()
+            .find(|fd| fd.link == "anon_inode:bpf-map")
+            .unwrap()
+            .fd += 100;
+    }),
+    ("perf events", "missing", 1, |t| t.perf[0].id = 1 << 60),
+    ("perf events", "events of processes", 1, |t| {
+        t.perf.pop();
+    }),
+    ("perf events", "frequency", 1, |t| {
+        let mut sampled = t.perf.iter_mut();
+        sampled.find(|event| event.is_frequency).unwrap().period += 1;
+    }),
+    ("perf events", "name", 1, |t| t.perf[0].event.push('x')),
+    ("perf events", "owners", 1, |t| t.perf[0].owner.1 += 100),
     ("routes", "no such route", 2, |t| t.net[0].routes[0].metric += 1),
     ("processes", "start_ticks", 1, |t| {
         named(t, "mapper").start_ticks += 1
@@ -223,6 +264,15 @@ const LIES: &[Lie] = &[
     ("threads", "start_time", 2, |t| {
         named(t, "pool").threads[3].start_ticks += 1000
     }),
+    ("kernel stacks", "frame 0", 1, |t| {
+        stack(t, "pool").frames[0].push('x')
+    }),
+    ("kernel stacks", "depth", 1, |t| {
+        stack(t, "pool").frames.pop();
+    }),
+    ("kernel stacks", "frame 1", 1, |t| {
+        stack(t, "kthreadd").frames[1].push_str(" [dummy]")
+    }),
     ("mappings", "offset", 1, |t| {
         named(t, "mapper").maps[5].offset += 4096
     }),
@@ -253,6 +303,10 @@ const LIES: &[Lie] = &[
     ("info", "lsm", 1, |t| t.system.lsm = Some("none".into())),
     ("info", "taint", 2, |t| t.system.tainted ^= 1 << 1),
     ("info", "time", 1, |t| t.system.now += 3600),
+    ("info", "vmcoreinfo", 1, |t| {
+        t.system.vmcoreinfo.as_mut().unwrap().0 += 4096
+    }),
+    ("info", "BUILD-ID", 2, |t| t.system.build_id.push('0')),
     ("info", "text_physical", 1, |t| {
         let code = t.system.iomem.iter_mut().find(|r| r.name == "Kernel code");
         code.unwrap().start += 4096;
@@ -261,6 +315,17 @@ const LIES: &[Lie] = &[
 
 fn named<'a>(truth: &'a mut Truth, comm: &str) -> &'a mut Process {
     truth.processes.iter_mut().find(|p| p.comm == comm).unwrap()
+}
+
+/// The program that uses maps.
+fn program(truth: &mut Truth) -> &mut BpfProgram {
+    let mut programs = truth.bpf.programs.values_mut();
+    programs.find(|program| !program.maps.is_empty()).unwrap()
+}
+
+/// The kernel stack of a process's first thread.
+fn stack<'a>(truth: &'a mut Truth, comm: &str) -> &'a mut KernelStack {
+    named(truth, comm).threads[0].stack.as_mut().unwrap()
 }
 
 fn own_files(truth: &mut Truth) -> &mut Thread {

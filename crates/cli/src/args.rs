@@ -144,6 +144,8 @@ pub(crate) enum Command {
     Pstree(listing::Pstree),
     /// Threads of all processes or of one
     Threads(listing::Threads),
+    /// Kernel stacks of all threads or of some
+    Stacks(listing::Stacks),
     /// Memory maps of processes
     Maps(listing::Maps),
     /// Open files
@@ -166,6 +168,12 @@ pub(crate) enum Command {
     Ifaces(listing::Ifaces),
     /// What lies at which physical address and I/O port
     Iomem(listing::Iomem),
+    /// The caches of the kernel's allocator, and what they hold
+    Slabs(listing::Slabs),
+    /// BPF programs, maps and links
+    Bpf(listing::Bpf),
+    /// Perf events: what is counted, and what is called for it
+    Perf(listing::Perf),
     /// Registers of the vCPUs
     Regs(regs::Cmd),
     /// Read memory: bytes, numbers, strings or typed objects

@@ -9,7 +9,7 @@ use crate::clock::{Clock, SECOND, rfc3339};
 use crate::layout::{Place, layout};
 use crate::listing::address;
 use crate::percpu::cpu_mask;
-use crate::{Kernel, LinuxError};
+use crate::{Kernel, LinuxError, Vmcoreinfo};
 
 layout! {
     /// `struct uts_namespace`.
@@ -75,6 +75,8 @@ pub struct Info {
     pub taint_mask: Option<u64>,
     /// Security modules in force, in order.
     pub lsm: Option<Vec<String>>,
+    /// What the kernel keeps ready about itself for a crash; `None` where it keeps nothing.
+    pub vmcoreinfo: Option<Vmcoreinfo>,
     /// Why this is believed to be the running kernel.
     pub evidence: Vec<String>,
     /// What could not be read.
@@ -132,6 +134,10 @@ impl Kernel {
             taint: taint_mask.map(taint_letters),
             taint_mask,
             lsm: self.security_modules(),
+            vmcoreinfo: match self.vmcoreinfo() {
+                Err(LinuxError::NoSymbol { .. } | LinuxError::NotFound(_)) => None,
+                read => note(&mut problems, "vmcoreinfo", read),
+            },
             evidence: image.evidence.clone(),
             problems,
         }

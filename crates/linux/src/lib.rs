@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+pub mod bpf;
 pub(crate) mod budget;
 pub mod clock;
 mod error;
@@ -20,13 +21,17 @@ pub mod mount;
 pub mod neighbour;
 pub mod path;
 mod percpu;
+pub mod perf;
 mod resource;
 pub mod route;
+mod slab;
 pub mod socket;
+pub mod stack;
 pub mod structures;
 pub mod syscall;
 pub mod task;
 pub mod text;
+mod vmcoreinfo;
 mod warnings;
 
 pub use attach::{AttachError, AttachOptions, Foreseen};
@@ -37,6 +42,9 @@ pub use listing::{Listing, Problem};
 pub use maps::{Mapping, ProcessMaps};
 pub use percpu::PerCpu;
 pub use resource::Resource;
+pub use slab::SlabCache;
+pub use stack::StackFrame;
 pub use task::{
     Cgroup, Current, CurrentReader, PidChain, Process, ProcessFields, Thread, TreeNode, process_tree,
 };
+pub use vmcoreinfo::Vmcoreinfo;

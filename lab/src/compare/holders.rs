@@ -34,6 +34,28 @@ pub(super) fn of_sockets(truth: &Truth) -> Owners {
     owners
 }
 
+/// The owners of BPF's objects, by kind and id.
+pub(super) fn of_bpf(truth: &Truth) -> BTreeMap<(&'static str, u32), BTreeSet<String>> {
+    let mut owners: BTreeMap<(&'static str, u32), BTreeSet<String>> = BTreeMap::new();
+    for (process, comm, fds) in tables(truth) {
+        for fd in fds {
+            let (kind, key) = match spelt(&fd.link).as_str() {
+                "anon_inode:bpf-prog" => ("program", "prog_id:"),
+                "anon_inode:bpf-map" => ("map", "map_id:"),
+                "anon_inode:bpf_link" => ("link", "link_id:"),
+                _ => continue,
+            };
+            let mut details = fd.details.iter();
+            let id = details.find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
+            if let Some(id) = id {
+                let owner = format!("{}/{}/{}", process.pid, spelt(comm), fd.fd);
+                owners.entry((kind, id)).or_default().insert(owner);
+            }
+        }
+    }
+    owners
+}
+
 /// The uid that a socket acts for: the owner of its inode, by everybody who has it open.
 pub(super) fn uids_of_sockets(truth: &Truth) -> BTreeMap<u64, u32> {
     tables(truth)

@@ -1,6 +1,9 @@
 //! The kernel's account of itself.
 
+use std::sync::atomic::AtomicBool;
+
 use vmsight_linux::{Info, Kernel};
+use vmsight_memory::dump::write::find_vmcoreinfo;
 
 use super::Differences;
 use crate::truth::Truth;
@@ -54,6 +57,7 @@ pub fn info(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
         info.paging.contains("5-level"),
         said.five_level_paging,
     );
+    vmcoreinfo(kernel, &info, truth, &mut out)?;
     out.same(
         "memory_total_kb",
         info.memory_total_kb,
@@ -81,6 +85,51 @@ pub fn info(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> {
     let near = (said.uptime - 1.0..said.uptime + 600.0).contains(&uptime);
     out.near("uptime_s", near, uptime, said.uptime);
     Ok(out)
+}
+
+/// The note for a crash: where the guest says that it is, and with what the guest says of itself elsewhere.
+fn vmcoreinfo(kernel: &Kernel, info: &Info, truth: &Truth, out: &mut Differences) -> anyhow::Result<()> {
+    let said = &truth.system;
+    let note = kernel.vmcoreinfo()?;
+    let place = said.vmcoreinfo.map(|(address, _)| address);
+    out.same("vmcoreinfo", Some(note.physical.0), place);
+    let size: usize = note
+        .lines
+        .iter()
+        .map(|(key, value)| key.len() + value.len() + 2)
+        .sum();
+    let room = said.vmcoreinfo.map_or(0, |(_, size)| size as usize);
+    out.near("size of vmcoreinfo", (1024..room).contains(&size), size, room);
+    let symbol = |name: &str| {
+        let sample = truth.kallsyms.samples.iter().find(|s| s.name == name);
+        sample.map(|s| format!("{:x}", s.address))
+    };
+    for (key, value) in [
+        ("OSRELEASE", Some(said.release.clone())),
+        ("PAGESIZE", Some(said.page_size.to_string())),
+        (
+            "KERNELOFFSET",
+            info.kaslr_offset.strip_prefix("0x").map(str::to_owned),
+        ),
+        ("SYMBOL(init_uts_ns)", symbol("init_uts_ns")),
+        ("BUILD-ID", Some(said.build_id.clone())),
+    ] {
+        let mut lines = note.lines.iter().filter(|(k, _)| k == key);
+        let line = lines.next().map(|(_, value)| value);
+        // What a kernel does not put there, or the guest says nowhere else, cannot be compared.
+        if value.is_some() && (line.is_some() || key != "BUILD-ID") {
+            out.same(format_args!("{key} in vmcoreinfo"), line, value.as_ref());
+        }
+    }
+    // The search of all memory that `dump` makes finds the same, by other means.
+    let found = find_vmcoreinfo(kernel.memory(), &AtomicBool::new(false));
+    let lines = note.lines.iter().map(|(key, value)| format!("{key}={value}\n"));
+    out.same(
+        "text of vmcoreinfo",
+        Some(lines.collect::<String>()),
+        found.map(|found| found.text),
+    );
+    Ok(())
 }
 
 /// Where the kernel's image is: its symbols say where in virtual memory, `/proc/iomem` says where in physical memory. And how much

@@ -1,6 +1,7 @@
 //! What vmsight sees held against what the guest says of itself, field by field. The same comparison serves a guest that runs and a
 //! dump of it.
 
+pub mod bpf;
 pub mod cgroups;
 mod endpoints;
 pub mod files;
@@ -13,10 +14,13 @@ pub mod maps;
 pub mod modules;
 pub mod mounts;
 pub mod neighbours;
+pub mod perf;
 pub mod processes;
 pub mod resources;
 pub mod routes;
+pub mod slabs;
 pub mod sockets;
+pub mod stacks;
 pub mod symbols;
 pub mod threads;
 mod times;
@@ -92,11 +96,15 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("routes", 40, routes::routes),
     ("processes", 2000, processes::processes),
     ("threads", 300, threads::threads),
+    ("kernel stacks", 800, stacks::stacks),
     ("mappings", 4000, maps::maps),
     ("page tables", 300, frames::frames),
     ("control groups", 40, cgroups::cgroups),
     ("info", 18, info::info),
     ("resources", 20, resources::resources),
+    ("slabs", 200, slabs::slabs),
+    ("BPF", 100, bpf::bpf),
+    ("perf events", 40, perf::perf),
 ];
 
 /// Makes all comparisons and gives the differences, each with what it is about; none for a vmsight that sees all as it is.

@@ -7,6 +7,7 @@
 mod called;
 mod files;
 mod golden;
+mod posed;
 mod written;
 
 use std::time::{Duration, Instant};
@@ -226,7 +227,7 @@ impl Lab {
 }
 
 /// The checks that are to find nothing else.
-const OWN: [&str; 22] = [
+const OWN: [&str; 24] = [
     "hidden-modules",
     "hidden-processes",
     "hidden-threads",
@@ -245,10 +246,12 @@ const OWN: [&str; 22] = [
     "hrtimers",
     "workqueues",
     "kernel-threads",
+    "stacks",
     "uprobes",
     "perf",
     "seccomp",
     "process-code",
+    "process-names",
 ];
 
 fn findings(target: &Target) -> Vec<Finding> {
@@ -281,6 +284,7 @@ fn check(version: Kernel) {
     second_round(&lab);
     third_round(&lab);
     called::check(&lab);
+    posed::check(&lab);
     let log = Work::Exec {
         path: "/bin/busybox".into(),
         argv: vec!["dmesg".into()],
@@ -393,7 +397,7 @@ fn first_round(lab: &Lab) {
     lab.is_clean("after the first round");
 }
 
-/// A module out of list and sysfs, a process out of list and table, the kernel's own cred, odd programs.
+/// A module out of list and sysfs, with a thread that sleeps in it, a process out of list and table, the kernel's own cred, odd programs.
 fn second_round(lab: &Lab) {
     let (gone, given) = (lab.stand(0), lab.stand(USER));
     let (pid, given) = (gone.pid(), given.pid());
@@ -403,9 +407,10 @@ fn second_round(lab: &Lab) {
         Tamper::TaskList { pid },
         Tamper::TaskPid { pid },
         Tamper::CredShare { pid: given, other: 0 },
+        Tamper::KernelThread,
     ];
     let done = lab.do_all(&tampers);
-    let [list, _, _, _, cred] = done.as_slice() else {
+    let [list, _, _, _, cred, thread] = done.as_slice() else {
         panic!("{done:?}")
     };
     let standing = lab.stand(0);
@@ -436,6 +441,16 @@ fn second_round(lab: &Lab) {
             "credentials",
             format!("cred of process {given} "),
             [hex(cred.object)],
+        ),
+        expect("kernel-threads", "(kworker/0:9) threadfn", [hex(thread.hook)]),
+        expect(
+            "stacks",
+            "(kworker/0:9)",
+            [
+                "where modules lie, but in none that the kernel lists".to_owned(),
+                "schedule_timeout".to_owned(),
+                "kthread+0x".to_owned(),
+            ],
         ),
         expect(
             "process-memory",

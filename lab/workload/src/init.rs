@@ -1,7 +1,7 @@
 //! Process 1 of a lab guest.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -123,7 +123,7 @@ fn move_off_rootfs() -> Result<()> {
     Err(error).context("start anew from the new root")
 }
 
-/// Moves a file or a folder to another file system. Devices are left behind: devtmpfs makes them anew.
+/// Moves a file or a folder to another file system, and copies a link. Devices are left behind: devtmpfs makes them anew.
 fn take_along(from: &Path, to: &Path) -> Result<()> {
     let kind = fs::symlink_metadata(from)?.file_type();
     if kind.is_dir() {
@@ -135,6 +135,9 @@ fn take_along(from: &Path, to: &Path) -> Result<()> {
     } else if kind.is_file() {
         fs::copy(from, to).with_context(|| format!("copy {}", from.display()))?;
         fs::remove_file(from)?;
+    } else if kind.is_symlink() {
+        std::os::unix::fs::symlink(fs::read_link(from)?, to)
+            .with_context(|| format!("link {}", to.display()))?;
     }
     Ok(())
 }
@@ -195,12 +198,14 @@ fn say_odd_things() -> Result<()> {
     Ok(())
 }
 
-/// Leaves a connection of each family in TIME_WAIT.
+/// Leaves a connection of each family in TIME_WAIT, over which some bytes went.
 fn leave_time_wait() -> Result<()> {
     for address in ["127.0.0.1:7999", "[::1]:7999"] {
         let listener = TcpListener::bind(address)?;
-        let near = TcpStream::connect(address)?;
-        let (far, _) = listener.accept()?;
+        let mut near = TcpStream::connect(address)?;
+        let (mut far, _) = listener.accept()?;
+        near.write_all(&[b'w'; 300])?;
+        far.read_exact(&mut [0; 300])?;
         near.shutdown(std::net::Shutdown::Write)?;
         drop(near);
         drop(far);

@@ -4,10 +4,12 @@
 //! Both sides share these types, so they cannot drift apart. Numbers are as the guest's kernel prints them (units in
 //! each field's doc); nothing here is derived from what vmsight sees.
 
+pub mod bpf;
 pub mod frame;
 pub mod logins;
 pub mod net;
 pub mod orders;
+pub mod perf;
 pub mod poke;
 pub mod process;
 pub mod system;
@@ -20,10 +22,10 @@ pub use net::{
     InetSocket, Interface, Neighbour, NetNamespace, NetlinkSocket, PacketSocket, Route, UnixSocket,
     VsockSocket,
 };
-pub use process::{Credentials, Fd, Frame, Map, Process, Thread, VmSizes};
+pub use process::{Credentials, Fd, Frame, KernelStack, Map, Process, Thread, VmSizes};
 pub use system::{
     Cgroup, Container, Kallsyms, KmsgRecord, MemoryRange, Module, ModuleSymbols, Mount, MountNamespace,
-    Symbol, System,
+    Slabs, Symbol, System,
 };
 pub use text::Text;
 
@@ -53,6 +55,10 @@ pub struct Truth {
     pub containers: Vec<Container>,
     /// The kernel's symbols: counts, digests and samples.
     pub kallsyms: Kallsyms,
+    /// What is loaded with bpf(2).
+    pub bpf: bpf::Bpf,
+    /// Perf events that are open.
+    pub perf: Vec<perf::PerfEvent>,
     /// What the workload could not do on this kernel, and why: a feature the kernel lacks.
     pub lacking: Vec<String>,
 }

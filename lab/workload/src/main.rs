@@ -13,6 +13,7 @@ mod play;
 mod roles;
 mod serve;
 mod sys;
+mod watch;
 
 use std::path::Path;
 use std::process::ExitCode;

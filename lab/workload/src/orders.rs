@@ -152,6 +152,13 @@ pub enum Work {
         /// Its user and group.
         uid: u32,
     },
+    /// Poses as somebody else: prepared, its process has had this name since, and these as its only argument, and stands.
+    Pose {
+        /// At most 15 bytes of it are kept.
+        name: String,
+        /// What takes the place of its arguments.
+        argument: Text,
+    },
     /// Is confined: prepared, its process has a seccomp filter that allows everything, and stands.
     Confine,
     /// Watches the system as honest tools do: a BPF program on a socket, on a kernel event's probe, on the traffic of all control groups

@@ -228,6 +228,18 @@ pub struct Thread {
     pub root: Option<Text>,
     /// Its open files, where they are not those of the leader.
     pub fds: Vec<Fd>,
+    /// Its kernel stack, where it slept while that was read.
+    pub stack: Option<KernelStack>,
+}
+
+/// A kernel stack of a thread that slept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelStack {
+    /// How often the thread was switched away from until then: as long as that is the same, it sleeps on.
+    pub switches: u64,
+    /// The lines of `/proc/PID/task/TID/stack` without `[<0>]`: `function+offset/size`, with ` [module]`. The scheduler's own
+    /// functions are not among them.
+    pub frames: Vec<String>,
 }
 
 /// Where a page of a process lies, from `/proc/PID/pagemap`, and what is in it.

@@ -118,6 +118,20 @@ pub(crate) fn add_seccomp_filter() -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) })
 }
 
+/// Has the kernel take these bytes for this process's arguments, as checkpoint/restore does and whoever poses as another program.
+pub(crate) fn set_arguments(bytes: &'static [u8]) -> io::Result<()> {
+    let start = bytes.as_ptr() as usize;
+    // The heap lies below the stack: from the new begin to the old end is a range, and so is what comes then.
+    for (option, at) in [
+        (libc::PR_SET_MM_ARG_START as usize, start),
+        (libc::PR_SET_MM_ARG_END as usize, start + bytes.len()),
+    ] {
+        // SAFETY: takes numbers only; the kernel reads there for whoever asks for arguments, and the bytes live for ever.
+        check(unsafe { libc::prctl(libc::PR_SET_MM, option, at, 0usize, 0usize) })?;
+    }
+    Ok(())
+}
+
 /// Sets this process's scheduling policy.
 pub(crate) fn set_policy(policy: i32, priority: i32) -> io::Result<()> {
     let parameter = libc::sched_param {

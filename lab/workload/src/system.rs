@@ -49,6 +49,8 @@ pub struct System {
     pub build_id: String,
     /// `/proc/iomem` in order.
     pub iomem: Vec<MemoryRange>,
+    /// `/proc/slabinfo` in order.
+    pub slabs: Vec<Slabs>,
     /// `/proc/meminfo`: name, KiB (or a count).
     pub meminfo: BTreeMap<String, u64>,
     /// Active swap devices: path, size in KiB.
@@ -56,6 +58,8 @@ pub struct System {
     /// The areas of `/proc/vmallocinfo` in the top 2 GiB of the address space, where modules are: first address, address
     /// after the last. Each ends with a page that is never mapped.
     pub module_areas: Vec<(u64, u64)>,
+    /// `/sys/kernel/vmcoreinfo`: where in physical memory the note is, and how many bytes are kept for it.
+    pub vmcoreinfo: Option<(u64, u64)>,
 }
 
 /// One line of `/proc/iomem`.
@@ -69,6 +73,25 @@ pub struct MemoryRange {
     pub name: String,
     /// Depth in the tree, from 0.
     pub depth: u32,
+}
+
+/// One line of `/proc/slabinfo`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slabs {
+    /// Name of the cache.
+    pub name: Text,
+    /// Objects in use.
+    pub active: u64,
+    /// Objects that there is room for.
+    pub objects: u64,
+    /// Bytes from one object to the next.
+    pub size: u32,
+    /// Objects in one slab.
+    pub objects_per_slab: u32,
+    /// Pages in one slab.
+    pub pages_per_slab: u32,
+    /// Slabs.
+    pub slabs: u64,
 }
 
 /// One loaded module.

@@ -2,7 +2,7 @@
 
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
-use vmsight_linux::structures::xarray;
+use vmsight_linux::bpf::BpfKind;
 
 use super::pointers::Pointers;
 use crate::{Check, Context, Evidence, Finding, Findings, Object, Severity, Technique};
@@ -31,7 +31,7 @@ const CALL: u8 = 0x85;
 
 fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     let mut pointers = Pointers::new(context);
-    let Some(programs) = table(context, findings, "prog_idr", "programs")? else {
+    let Some(programs) = table(context, findings, BpfKind::Program)? else {
         findings.note("the kernel has no BPF, or hides its programs");
         return Ok(());
     };
@@ -50,13 +50,13 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         pointers.slot(findings, &subject, "bpf_func", slot);
         rights(context, findings, &subject, &program)?;
     }
-    for (index, at) in table(context, findings, "map_idr", "maps")?.unwrap_or_default() {
+    for (index, at) in table(context, findings, BpfKind::Map)?.unwrap_or_default() {
         let map = context.object("bpf_map", at)?;
         let subject = format!("BPF map {index} ({})", map.array_text("name")?);
         pointers.table(findings, &subject, "bpf_map_ops", map.pointer("ops")?);
     }
     // Since 5.8.
-    for (index, at) in table(context, findings, "link_idr", "links")?.unwrap_or_default() {
+    for (index, at) in table(context, findings, BpfKind::Link)?.unwrap_or_default() {
         let link = context.object("bpf_link", at)?;
         pointers.table(
             findings,
@@ -68,20 +68,15 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     Ok(())
 }
 
-/// What one of the kernel's `struct idr` of BPF leads to, by number.
+/// What the kernel's table of this kind leads to, by number.
 fn table(
     context: &Context,
     findings: &mut Findings,
-    symbol: &str,
-    what: &str,
+    kind: BpfKind,
 ) -> Result<Option<Vec<(u64, Gva)>>, LinuxError> {
-    let Some(idr) = context.kernel().find_symbol(&[symbol]) else {
-        return Ok(None);
-    };
-    let walk = xarray::walk_idr(context.kernel(), idr)?;
-    let entries = findings.complete(&format!("table of BPF {what}"), walk);
-    let entries = entries.iter().filter_map(|e| Some((e.index, e.pointer()?)));
-    Ok(Some(entries.collect()))
+    let walk = context.kernel().bpf_table(kind)?;
+    let what = format!("table of BPF {}s", kind.as_str());
+    Ok(walk.map(|walk| findings.complete(&what, walk)))
 }
 
 /// What few programs have a reason for, and rootkits do.

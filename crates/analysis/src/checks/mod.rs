@@ -13,8 +13,10 @@ mod kernel_threads;
 mod memory;
 mod pointers;
 mod probes;
+mod process_names;
 mod seccomp;
 mod sites;
+mod stacks;
 mod syscalls;
 mod tables;
 mod text;
@@ -46,6 +48,7 @@ pub const ALL: &[&Check] = &[
     &deferred::HRTIMERS,
     &deferred::WORKQUEUES,
     &kernel_threads::KERNEL_THREADS,
+    &stacks::STACKS,
     &probes::UPROBES,
     &probes::PERF,
     &bpf::BPF,
@@ -60,6 +63,7 @@ pub const ALL: &[&Check] = &[
     &memory::KERNEL_PAGES,
     &memory::PROCESS_MEMORY,
     &memory::PROCESS_CODE,
+    &process_names::PROCESS_NAMES,
     &kernel_state::HELPERS,
     &kernel_state::SECURITY_MODULES,
     &kernel_state::SETTINGS,

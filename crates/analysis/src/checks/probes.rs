@@ -1,8 +1,9 @@
 //! Who is told when programs reach an instruction, or when the processor or the kernel counts something.
 
 use vmsight_arch::Gva;
+use vmsight_linux::LinuxError;
+use vmsight_linux::perf::Watched;
 use vmsight_linux::structures::{hlist, list, rbtree};
-use vmsight_linux::{LinuxError, ProcessFields};
 
 use super::pointers::Pointers;
 use crate::{Check, Context, Findings, Object, Technique};
@@ -74,7 +75,7 @@ fn consumers(
 pub(super) const PERF: Check = Check {
     name: "perf",
     summary: "Functions that perf events call, and those of their sources",
-    compares: "the functions of every perf event of each CPU and task, and of every registered source of events, with the code that the \
+    compares: "the functions of every perf event of each CPU and thread, and of every registered source of events, with the code that the \
                kernel knows",
     why: "An event's function is called on a hardware breakpoint or a count: a hook on any address, with nothing patched.",
     techniques: &[Technique::ROOTKIT],
@@ -88,51 +89,28 @@ pub(super) const PERF: Check = Check {
 fn perf(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
     let kernel = context.kernel();
     let mut pointers = Pointers::new(context);
-    let entry = kernel.offset("pmu", "entry")?;
-    let sources = list::walk(context.space(), context.symbol(&["pmus"])?, MAX_PROBES).walk;
-    let mut contexts: Vec<(String, Gva)> = Vec::new();
-    let of_cpu = context.object("perf_cpu_context", Gva(0))?;
-    for node in findings.complete("list of sources of perf events", sources) {
-        let source = context.object("pmu", node.wrapping_sub(entry))?;
+    let sources = kernel.perf_sources()?;
+    let of_source = context.object("pmu", Gva(0))?;
+    for at in findings.complete("list of sources of perf events", sources) {
         // That of breakpoints has no name.
-        let name = source.text("name", 64).unwrap_or_else(|_| "?".to_owned());
-        pointers.table(findings, &format!("perf source {name}"), "pmu", source.address());
-        // Up to 6.1 each source has its contexts; since then there is one for each CPU.
-        if source.has("pmu_cpu_context") {
-            let base = source.pointer("pmu_cpu_context")?;
-            // Several sources of one kind share them.
-            if !base.is_null() {
-                for (cpu, at) in kernel.per_cpu()?.copies(base) {
-                    if !findings.go_on() {
-                        return Ok(());
-                    }
-                    contexts.push((format!("CPU {cpu}"), of_cpu.moved(at).member("ctx")?));
-                }
-            }
-        }
+        let name = of_source.moved(at).text("name", 64);
+        let name = name.unwrap_or_else(|_| "?".to_owned());
+        pointers.table(findings, &format!("perf source {name}"), "pmu", at);
     }
-    if let Ok(base) = kernel.per_cpu_symbol("perf_cpu_context") {
-        for (cpu, at) in kernel.per_cpu()?.copies(base) {
-            contexts.push((format!("CPU {cpu}"), of_cpu.moved(at).member("ctx")?));
-        }
+    let contexts = kernel.perf_contexts()?;
+    for warning in contexts.warnings {
+        findings.note(warning);
     }
-    let task = context.object("task_struct", Gva(0))?;
-    let many = (task.size_of("perf_event_ctxp")? / 8).clamp(1, 4);
-    for process in kernel.processes(ProcessFields::empty())?.rows {
-        let first = task.moved(process.task).member("perf_event_ctxp")?;
-        for index in 0..many {
-            let at = context.pointer("perf_event_ctxp", first.wrapping_add(index * 8));
-            if let Ok(at) = at
-                && !at.is_null()
-            {
-                contexts.push((format!("process {} ({})", process.pid, process.name), at));
-            }
+    for row in contexts.rows {
+        if !findings.go_on() {
+            break;
         }
-    }
-    contexts.sort_by_key(|(_, at)| *at);
-    contexts.dedup_by_key(|(_, at)| *at);
-    for (whose, at) in contexts {
-        let looked = events(context, findings, &mut pointers, &whose, at);
+        let whose = match row.watched {
+            Watched::Cpu(cpu) => format!("CPU {cpu}"),
+            Watched::Thread { pid, tid, name } if pid == tid => format!("process {pid} ({name})"),
+            Watched::Thread { pid, tid, name } => format!("thread {tid} ({name}) of process {pid}"),
+        };
+        let looked = events(context, findings, &mut pointers, &whose, row.address);
         findings.or_note(&format!("perf events of {whose}"), looked);
     }
     Ok(())
@@ -145,14 +123,11 @@ fn events(
     whose: &str,
     at: Gva,
 ) -> Result<(), LinuxError> {
-    let head = context.object("perf_event_context", at)?.member("event_list")?;
-    let entry = context.kernel().offset("perf_event", "event_entry")?;
     let event = context.object("perf_event", Gva(0))?;
     let limit = MAX_PROBES.min(findings.left());
-    let walk = list::walk(context.space(), head, limit).walk;
-    for node in findings.complete(&format!("perf events of {whose}"), walk) {
-        let event = event.moved(node.wrapping_sub(entry));
-        for (member, slot) in event.function_pointers() {
+    let walk = context.kernel().perf_events_of(at, limit)?;
+    for at in findings.complete(&format!("perf events of {whose}"), walk) {
+        for (member, slot) in event.moved(at).function_pointers() {
             pointers.hook(findings, &format!("perf event of {whose}"), &member, slot);
         }
     }

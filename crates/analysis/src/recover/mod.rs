@@ -3,6 +3,7 @@
 //! Unlike a check, a recovery has rows of its own kind. What is in them was written by the guest: texts are as the guest
 //! wrote them, and whoever prints them escapes them.
 
+mod certainty;
 pub mod conntrack;
 mod devices;
 pub mod elf;
@@ -18,7 +19,9 @@ pub mod packets;
 pub mod processes;
 pub mod screen;
 mod slab;
+pub mod sockets;
 pub mod tty;
 mod vga;
 
+pub use certainty::Certainty;
 pub use devices::DeviceMemory;

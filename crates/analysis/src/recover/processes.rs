@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
 use vmsight_arch::{Gpa, Gva};
@@ -13,8 +14,9 @@ use vmsight_linux::clock::{boot_time, rfc3339};
 use vmsight_linux::listing::address;
 use vmsight_linux::text::guest_array_text;
 use vmsight_linux::{Kernel, LinuxError, Listing};
-use vmsight_memory::ReadOp;
+use vmsight_memory::{Chunk, ReadOp};
 
+pub use super::certainty::Certainty;
 use super::frames::Frames;
 use super::member::{Member, Structure};
 use super::slab::Slabs;
@@ -23,6 +25,8 @@ use super::slab::Slabs;
 const MAX_ROWS: usize = 1 << 16;
 /// PID_MAX_LIMIT on 64-bit (include/linux/threads.h).
 const MAX_PID: i32 = 4 << 20;
+/// Bytes of memory that one thread goes through at a time: a multiple of the largest slab.
+const PIECE: u64 = 32 << 20;
 /// Places in memory that are looked at in one go.
 const AT_ONCE: usize = 1 << 13;
 /// `MAX_RT_PRIO` to `MAX_PRIO` (include/linux/sched/prio.h).
@@ -38,18 +42,6 @@ const PF_EXITING: u64 = 4;
 const LIST_POISON2: u64 = 0xdead_0000_0000_0122;
 /// The last policy is `SCHED_EXT`.
 const MAX_POLICY: u64 = 7;
-
-/// How sure it is that a row was a task.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Certainty {
-    /// In a slab of tasks, and all of it agrees.
-    Certain,
-    /// In a slab of tasks, and part of it was overwritten; or elsewhere, and all of it agrees.
-    Likely,
-    /// In a slab of tasks, and little of it agrees.
-    Doubtful,
-}
 
 /// A task that is in no list.
 #[derive(Clone, Debug, Serialize)]
@@ -213,51 +205,82 @@ impl<'k> TaskReader<'k> {
     /// What is left of tasks in pages that were given back. Only where they can have been: slabs are blocks of pages at multiples
     /// of their size, so that three places in 32 KiB are looked at and not all.
     fn elsewhere(&self, out: &mut Listing<RemovedTask>) {
-        let memory = self.kernel.memory();
-        let mut unread = 0u64;
-        let mut object = vec![0; self.size];
-        let mut seen: FxHashSet<(i32, u64)> = out.rows.iter().map(|row| (row.pid, row.task.0)).collect();
-        let mut prios = vec![[0; 4]; AT_ONCE];
-        for region in memory.regions() {
-            let end = Gpa(region.start.0.saturating_add(region.len));
-            let mut places = self.slabs.places(region.start, end);
-            loop {
-                let places: Vec<Gpa> = places.by_ref().take(AT_ONCE).collect();
-                if places.is_empty() {
-                    break;
-                }
-                let mut reads: Vec<_> = places
-                    .iter()
-                    .zip(&mut prios)
-                    .map(|(at, prio)| ReadOp::new(Gpa(self.static_prio.at(Gva(at.0)).0), prio))
-                    .collect();
-                memory.read_batch(&mut reads);
-                for (read, &at) in reads.iter().zip(&places) {
-                    if read.result.is_err() {
-                        unread += 1;
-                        continue;
-                    }
-                    let prio = u64::from(read.buf.first().copied().unwrap_or(0));
-                    if !STATIC_PRIO.contains(&prio) || memory.read(at, &mut object).is_err() {
-                        continue;
-                    }
-                    if !matches!(self.looks(&object), Some(Look::Ended)) {
-                        continue;
-                    }
-                    let task = self.frames.seen(at);
-                    let elsewhere = !self.slabs.holds(at) && self.agrees(task, &object) == Agreement::All;
-                    let new = elsewhere && seen.insert((self.number(&self.pid, &object) as i32, task.0));
-                    if new && !self.add(task, &object, Look::Ended, Certainty::Likely, "memory", out) {
-                        return;
-                    }
-                }
-            }
-        }
+        let pieces: Vec<Range<u64>> = self
+            .kernel
+            .memory()
+            .regions()
+            .iter()
+            .flat_map(|region| pieces(region.start.0, region.start.0.saturating_add(region.len)))
+            .collect();
+        // What a page of a dump costs is that it comes into this process's page tables: all processors do that side by side.
+        let looked: Vec<(Vec<Gpa>, u64)> = pieces
+            .into_par_iter()
+            .map(|piece| self.candidates(piece))
+            .collect();
+        let unread: u64 = looked.iter().map(|(_, unread)| unread).sum();
         if unread > 0 {
             out.warn(format!(
                 "tasks: {unread} places where there may be what is left of one could not be read"
             ));
         }
+        let mut object = vec![0; self.size];
+        let mut seen: FxHashSet<(i32, u64)> = out.rows.iter().map(|row| (row.pid, row.task.0)).collect();
+        for at in looked.into_iter().flat_map(|(candidates, _)| candidates) {
+            // It may have changed meanwhile.
+            if self.kernel.memory().read(at, &mut object).is_err()
+                || !matches!(self.looks(&object), Some(Look::Ended))
+            {
+                continue;
+            }
+            let task = self.frames.seen(at);
+            let elsewhere = !self.slabs.holds(at) && self.agrees(task, &object) == Agreement::All;
+            let new = elsewhere && seen.insert((self.number(&self.pid, &object) as i32, task.0));
+            if new && !self.add(task, &object, Look::Ended, Certainty::Likely, "memory", out) {
+                return;
+            }
+        }
+    }
+
+    /// The places in a piece of memory where an ended task may have been, by their looks, and how many could not be read.
+    fn candidates(&self, piece: Range<u64>) -> (Vec<Gpa>, u64) {
+        let memory = self.kernel.memory();
+        let (mut found, mut unread) = (Vec::new(), 0);
+        let mut object = vec![0; self.size];
+        let mut prios = vec![[0; 4]; AT_ONCE];
+        let mut places = self.slabs.places(Gpa(piece.start), Gpa(piece.end));
+        loop {
+            let places: Vec<Gpa> = places.by_ref().take(AT_ONCE).collect();
+            if places.is_empty() {
+                break;
+            }
+            let mut reads: Vec<_> = places
+                .iter()
+                .zip(&mut prios)
+                .map(|(at, prio)| ReadOp::new(Gpa(self.static_prio.at(Gva(at.0)).0), prio))
+                .collect();
+            memory.read_batch(&mut reads);
+            for (read, &at) in reads.iter().zip(&places) {
+                if read.result.is_err() {
+                    unread += 1;
+                    continue;
+                }
+                let prio = u64::from(read.buf.first().copied().unwrap_or(0));
+                if STATIC_PRIO.contains(&prio)
+                    && memory.read(at, &mut object).is_ok()
+                    && matches!(self.looks(&object), Some(Look::Ended))
+                {
+                    found.push(at);
+                }
+            }
+        }
+        let len = usize::try_from(piece.end - piece.start).unwrap_or(usize::MAX);
+        // Out of the page tables again here, by all processors, and not at the end, by one.
+        memory.release(&Chunk {
+            gpa: Gpa(piece.start),
+            len,
+            own: len,
+        });
+        (found, unread)
     }
 
     fn number(&self, member: &Member, task: &[u8]) -> u64 {
@@ -381,6 +404,15 @@ impl<'k> TaskReader<'k> {
     }
 }
 
+/// A stretch of memory cut at multiples of [`PIECE`], at which no slab has a part on both sides.
+fn pieces(start: u64, end: u64) -> impl Iterator<Item = Range<u64>> {
+    let first = start - start % PIECE;
+    (first..end)
+        .step_by(PIECE as usize)
+        .map(move |at| at.max(start)..at.saturating_add(PIECE).min(end))
+        .filter(|piece| !piece.is_empty())
+}
+
 /// What a task looks like.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Look {
@@ -421,6 +453,27 @@ mod tests {
         for other in [&b""[..], b"\0bash", b"no end", b"\x01bash\0", b"\x7f\0"] {
             assert!(!is_name(other), "{other:?}");
         }
+    }
+
+    #[test]
+    fn memory_is_cut_where_no_slab_lies_across() {
+        let cut = |start, end| {
+            pieces(start, end)
+                .map(|piece| (piece.start, piece.end))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            cut(0x1000, 2 * PIECE + 0x1000),
+            [
+                (0x1000, PIECE),
+                (PIECE, 2 * PIECE),
+                (2 * PIECE, 2 * PIECE + 0x1000)
+            ]
+        );
+        assert_eq!(cut(PIECE, 2 * PIECE), [(PIECE, 2 * PIECE)]);
+        assert!(cut(0x1000, 0x1000).is_empty());
+        let last = u64::MAX - PIECE / 2;
+        assert_eq!(cut(last, u64::MAX), [(last, u64::MAX)]);
     }
 
     #[test]

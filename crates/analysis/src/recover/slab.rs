@@ -65,37 +65,25 @@ impl Slabs {
 
     /// The slabs of the cache whose address lies at `variable`; `cache` is what messages call it.
     pub(crate) fn find_at(kernel: &Kernel, cache: &str, variable: Gva) -> Result<Self, LinuxError> {
+        let mut found = Self::find_all(kernel, &[(cache, variable)])?;
+        found.pop().ok_or_else(|| LinuxError::Implausible {
+            what: cache.to_owned(),
+            reason: "it is nowhere".to_owned(),
+        })
+    }
+
+    /// The slabs of several caches, each as with [`Self::find_at`], in the same order: memory is gone through once for all of them. Of two
+    /// that are one and the same the first has the slabs.
+    pub(crate) fn find_all(kernel: &Kernel, caches: &[(&str, Gva)]) -> Result<Vec<Self>, LinuxError> {
         let frames = Frames::new(kernel)?;
-        let layout = Structure::of(kernel, "kmem_cache")?;
         // One of its own since 5.17, a part of the page before.
         let slab = Structure::of(kernel, "slab").or_else(|_| Structure::of(kernel, "page"))?;
         let (owner, count) = (slab.member("slab_cache")?, slab.find("objects"));
         let space = kernel.space();
-        let read = |what: &str, at: Gva| {
-            let what = what.to_owned();
-            move |source| LinuxError::Read { what, at, source }
-        };
-        let at = space.read_u64(variable).map(Gva).map_err(read(cache, variable))?;
-        let number = |path: &str| -> Result<u64, LinuxError> {
-            layout.member(path)?.number(space, at).map_err(read(cache, at))
-        };
-        let (stride, shape, least) = (number("size")?, number("oo.x")?, number("min.x")?);
-        let pad = layout
-            .find("red_left_pad")
-            .map_or(Ok(0), |member| member.number(space, at).map_err(read(cache, at)))?;
-        if stride == 0 || stride > MAX_SLAB || pad > stride {
-            return Err(LinuxError::Implausible {
-                what: cache.to_owned(),
-                reason: format!("its objects have {stride} bytes"),
-            });
+        let mut out = Vec::new();
+        for (cache, variable) in caches {
+            out.push(Cache::read(kernel, cache, *variable)?);
         }
-        let mut out = Self {
-            stride,
-            pad,
-            shapes: [shape, least].map(|word| Shape::of(word, stride)),
-            slabs: Vec::new(),
-            cut: false,
-        };
         let page_size = frames.page_size();
         let mut bytes = vec![0; (AT_ONCE * page_size) as usize];
         for region in kernel.memory().regions() {
@@ -107,25 +95,22 @@ impl Slabs {
                 // Where there is no array, there are no slabs.
                 space.read_partial(frames.page(Gpa(frame * PAGE)), pages);
                 for (nth, page) in pages.chunks_exact(page_size as usize).enumerate() {
-                    if owner.of(page) != Some(at.0) {
+                    let named = owner.of(page);
+                    let Some(cache) = out.iter_mut().find(|cache| named == Some(cache.at.0)) else {
                         continue;
-                    }
-                    if out.slabs.len() >= MAX_SLABS {
-                        out.cut = true;
-                        return Ok(out);
-                    }
+                    };
                     let count = count.and_then(|member| member.of(page)).filter(|&n| n > 0);
-                    let objects = count.unwrap_or(shape & 0xffff).min(MAX_SLAB / stride);
-                    out.slabs.push(Slab {
-                        first: Gpa((frame + nth as u64) * PAGE + pad),
-                        objects,
-                    });
+                    cache.add((frame + nth as u64) * PAGE, count);
                 }
                 frame += many;
             }
         }
-        out.slabs.sort_by_key(|slab| slab.first.0);
-        Ok(out)
+        let slabs = out.into_iter().map(|cache| {
+            let mut slabs = cache.slabs;
+            slabs.slabs.sort_by_key(|slab| slab.first.0);
+            slabs
+        });
+        Ok(slabs.collect())
     }
 
     /// Where all objects lie, used or free.
@@ -173,6 +158,70 @@ impl Slabs {
     pub(crate) fn is_object(&self, at: Gpa) -> bool {
         self.slab_of(at)
             .is_some_and(|slab| (at.0 - slab.first.0).is_multiple_of(self.stride))
+    }
+}
+
+/// A cache whose slabs are being looked for.
+struct Cache {
+    /// The `struct kmem_cache`.
+    at: Gva,
+    /// `kmem_cache.oo`.
+    shape: u64,
+    /// Bytes that its slabs may still have: all of them lie in memory, side by side.
+    left: u64,
+    slabs: Slabs,
+}
+
+impl Cache {
+    fn read(kernel: &Kernel, cache: &str, variable: Gva) -> Result<Self, LinuxError> {
+        let layout = Structure::of(kernel, "kmem_cache")?;
+        let space = kernel.space();
+        let read = |what: &str, at: Gva| {
+            let what = what.to_owned();
+            move |source| LinuxError::Read { what, at, source }
+        };
+        let at = space.read_u64(variable).map(Gva).map_err(read(cache, variable))?;
+        let number = |path: &str| -> Result<u64, LinuxError> {
+            layout.member(path)?.number(space, at).map_err(read(cache, at))
+        };
+        let (stride, shape, least) = (number("size")?, number("oo.x")?, number("min.x")?);
+        let pad = layout
+            .find("red_left_pad")
+            .map_or(Ok(0), |member| member.number(space, at).map_err(read(cache, at)))?;
+        if stride == 0 || stride > MAX_SLAB || pad > stride {
+            return Err(LinuxError::Implausible {
+                what: cache.to_owned(),
+                reason: format!("its objects have {stride} bytes"),
+            });
+        }
+        Ok(Self {
+            at,
+            shape,
+            left: kernel.memory().size(),
+            slabs: Slabs {
+                stride,
+                pad,
+                shapes: [shape, least].map(|word| Shape::of(word, stride)),
+                slabs: Vec::new(),
+                cut: false,
+            },
+        })
+    }
+
+    /// Adds the slab whose first page lies at a physical address.
+    fn add(&mut self, page: u64, count: Option<u64>) {
+        let slabs = &mut self.slabs;
+        let objects = count.unwrap_or(self.shape & 0xffff).min(MAX_SLAB / slabs.stride);
+        let bytes = objects.saturating_mul(slabs.stride);
+        if bytes > self.left || slabs.slabs.len() >= MAX_SLABS {
+            slabs.cut = true;
+            return;
+        }
+        self.left -= bytes;
+        slabs.slabs.push(Slab {
+            first: Gpa(page + slabs.pad),
+            objects,
+        });
     }
 }
 

@@ -12,6 +12,7 @@ mod hostile;
 mod packets;
 mod processes;
 mod screen;
+mod sockets;
 mod support;
 mod timeline;
 mod tty;

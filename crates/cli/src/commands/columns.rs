@@ -1,12 +1,14 @@
 //! The columns of each listing: the keys of its rows in JSON, whatever the guest at hand has.
 
+use vmsight_linux::bpf::BpfObject;
 use vmsight_linux::file::OpenFile;
 use vmsight_linux::iface::Interface;
 use vmsight_linux::kmsg::KernelMessage;
 use vmsight_linux::module::Module;
 use vmsight_linux::mount::Mount;
+use vmsight_linux::perf::PerfEvent;
 use vmsight_linux::socket::{Socket, UnixSocket};
-use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, Thread};
+use vmsight_linux::{Cgroup, Info, Mapping, Process, Resource, SlabCache, StackFrame, Thread};
 use vmsight_symbols::layout::Summary;
 
 use crate::output::Row;
@@ -58,6 +60,9 @@ columns! {
         tid, pid, name, state, kernel_thread, cpu, running, nice, priority, policy, start_ticks, start_time,
         utime_ticks, stime_ticks, stack, task, problems,
     }
+    StackFrame {
+        pid, tid, name, state, kernel_thread, switches, depth, address, symbol, module, how, slot, task, problems,
+    }
     Mapping {
         pid, start, end, size_kb, perms, offset, device, inode, path, deleted, flags, vma, problems,
     }
@@ -88,10 +93,24 @@ columns! {
     Info {
         release, banner, build_id, machine, hostname, domainname, text, text_physical, kaslr_offset, paging,
         dtb, boot_time, time, uptime_s, clocksource, cpus_online, cpus_present, cpus_possible,
-        memory_total_kb, memory_physical_kb, cmdline, taint, taint_mask, lsm, evidence, problems,
+        memory_total_kb, memory_physical_kb, cmdline, taint, taint_mask, lsm, vmcoreinfo, evidence,
+        problems,
     }
     Resource {
         space, start, end, size, depth, name, address, problems,
+    }
+    SlabCache {
+        name, object_size, size, align, objects_per_slab, pages_per_slab, slabs, objects, active, bytes, flags, constructor,
+        address, problems,
+    }
+    BpfObject {
+        kind, id, type_name as "type", name, tag, load_time, loaded_ns, uid, attach_type, target, program, maps, instructions,
+        verified_instructions, jited_address, jited_size, key_size, value_size, max_entries, flags, references,
+        owners, address, problems,
+    }
+    PerfEvent {
+        id, type_name as "type", event, config, source, state, pid, tid, name, cpu, sample_period, sample_frequency,
+        handler, handler_address, opened_by, owners, address, problems,
     }
     KernelMessage {
         seq, time_us, facility, level, caller, comm, continued, text, subsystem, device, problems,

@@ -12,6 +12,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("ps", &[]),
     ("pstree", &[]),
     ("threads", &[]),
+    ("stacks", &[]),
+    ("info", &["--vmcoreinfo"]),
     ("maps", &[]),
     ("env", &[]),
     ("cgroups", &[]),
@@ -22,6 +24,9 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("mounts", &[]),
     ("ifaces", &[]),
     ("iomem", &[]),
+    ("slabs", &[]),
+    ("bpf", &[]),
+    ("perf", &[]),
     ("kmsg", &[]),
     ("read", &["init_task", "64", "--as", "u64"]),
     (

@@ -56,6 +56,17 @@ fn what_was_typed_and_who_has_ended() {
     assert!(token["time"].is_string() && token["address"].is_string());
     let init = vmsight(&["recover", "history", t, "--pid", "1"]);
     assert_eq!(init.status.code(), Some(1));
+    let executed = rows(&["recover", "commands", t]);
+    assert_eq!(executed.len(), 1, "{executed:?}");
+    assert_eq!(
+        (
+            &executed[0]["command"],
+            &executed[0]["path"],
+            &executed[0]["uses"]
+        ),
+        (&"ls".into(), &"/bin/ls".into(), &1.into())
+    );
+    assert_eq!(executed[0]["pid"], token["pid"]);
     // Others may have got the places of those that ended: then there is nothing, and the exit code is 1.
     let ended = vmsight(&["recover", "processes", t, "--no-threads", "-o", "json"]);
     let ended = objects(&ended.stdout).unwrap();
@@ -67,6 +78,32 @@ fn what_was_typed_and_who_has_ended() {
         assert_eq!(row["state"], "ended", "{row:?}");
     }
     assert!(ended.iter().all(|row| row["pid"] == row["tgid"]));
+}
+
+#[test]
+fn sockets_that_were_closed_and_with_all_those_that_are_open() {
+    let vm = prepared();
+    let t = vm.target.as_str();
+    let all = rows(&["recover", "sockets", t, "--all"]);
+    let open = |row: &&serde_json::Map<String, serde_json::Value>| row["status"] == "open";
+    let listens = all
+        .iter()
+        .filter(open)
+        .find(|row| row["local_port"] == 8080)
+        .unwrap();
+    assert_eq!(
+        (&listens["protocol"], &listens["state"], &listens["uid"]),
+        (&"tcp".into(), &"LISTEN".into(), &0.into())
+    );
+    assert!(listens["address"].is_string() && listens["sent_bytes"].is_null());
+    // Others may have got the places of those that were closed: then there is nothing, and the exit code is 1.
+    let closed = vmsight(&["recover", "sockets", t, "-o", "json"]);
+    for row in objects(&closed.stdout).unwrap() {
+        assert_eq!(
+            (&row["status"], &row["state"]),
+            (&"closed".into(), &serde_json::Value::Null)
+        );
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod facts;
 pub(crate) mod fd;
 pub(crate) mod holder;
 mod peer;
+pub(crate) mod private;
 
 use std::sync::Arc;
 

@@ -170,6 +170,29 @@ impl Kernel {
         )
     }
 
+    /// The rows of sockets whose `struct sock`s were found in some other way: in the memory that sockets are made in. They need not live
+    /// any more; none is `listed`, and of none it is said who has it open.
+    ///
+    /// # Errors
+    /// If the kernel's types lack what is needed.
+    pub fn sockets_at(&self, addresses: &[Gva]) -> Result<Listing<Socket>, LinuxError> {
+        let reader = SockReader::new(self)?;
+        let (owners, namespaces) = (SocketOwners::default(), namespace::all(self, &[])?);
+        let budget = Budget::default();
+        let mut listing = Listing::default();
+        for &at in addresses {
+            if !budget.row(0) {
+                break;
+            }
+            listing.rows.push(reader.row(at, &owners, &namespaces, &budget));
+        }
+        budget
+            .warning("sockets")
+            .into_iter()
+            .for_each(|warning| listing.warn(warning));
+        Ok(listing)
+    }
+
     fn list_sockets(&self, filter: SocketFilter) -> Result<Listing<Socket>, LinuxError> {
         let mut listing = Listing::default();
         let reader = SockReader::new(self)?;

@@ -214,7 +214,7 @@ impl CgroupReader {
     }
 
     /// The path of a cgroup within its hierarchy.
-    fn path(&self, cgroup: Gva, budget: &Budget) -> Result<String, ReadError> {
+    pub(crate) fn path(&self, cgroup: Gva, budget: &Budget) -> Result<String, ReadError> {
         let space = self.kernel.space();
         let mut node = self.cgroup.node.read(space, cgroup)?;
         let mut parts: Vec<String> = Vec::new();

@@ -1,7 +1,7 @@
 //! Processes and threads.
 
 pub(crate) mod ahead;
-mod cgroup;
+pub(crate) mod cgroup;
 mod container;
 mod cred;
 mod current;
@@ -12,7 +12,7 @@ mod namespaces;
 pub(crate) mod places;
 mod process;
 pub(crate) mod read;
-mod saved;
+pub(crate) mod saved;
 mod sizes;
 mod state;
 mod threads;

@@ -50,7 +50,15 @@ const STACK: u64 = 16 << 10;
 /// The largest that is believed.
 const MAX_STACK: u64 = 1 << 20;
 /// `TOP_OF_KERNEL_STACK_PADDING`: none, or since 6.9 with FRED two words.
-const PADDINGS: [u64; 2] = [0, 16];
+pub(crate) const PADDINGS: [u64; 2] = [0, 16];
+
+/// `THREAD_SIZE`: bytes of a kernel stack.
+pub(crate) fn stack_size(kernel: &Kernel) -> u64 {
+    let types = kernel.types();
+    let size = types.find_struct("thread_union").and_then(|id| types.size_of(id));
+    size.filter(|size| size.is_power_of_two() && *size <= MAX_STACK)
+        .unwrap_or(STACK)
+}
 
 impl Kernel {
     /// The user-mode registers with which a thread will go on when it returns from the kernel; `None` where
@@ -65,15 +73,14 @@ impl Kernel {
         let saved: Arc<PtRegsLayout> = self.layout()?;
         let thread: Arc<ThreadLayout> = self.layout()?;
         let types = self.types();
-        let of = |name: &str| types.find_struct(name).and_then(|id| types.size_of(id));
-        let size = of("thread_union").filter(|size| size.is_power_of_two() && *size <= MAX_STACK);
-        let Some(frame) = of("pt_regs").filter(|size| *size <= 512) else {
+        let size = types.find_struct("pt_regs").and_then(|id| types.size_of(id));
+        let Some(frame) = size.filter(|size| *size <= 512) else {
             return Ok(None);
         };
         let space = self.space();
         let stack = layout.stack.read(space, task);
         let stack = stack.map_err(LinuxError::read("task_struct.stack", task))?;
-        let top = stack.wrapping_add(size.unwrap_or(STACK));
+        let top = stack.wrapping_add(stack_size(self));
         for padding in PADDINGS {
             let at = Gva(top.0.wrapping_sub(padding).wrapping_sub(frame));
             let read = |field: &Field<u64>| field.read(space, at).map_err(LinuxError::read("pt_regs", at));

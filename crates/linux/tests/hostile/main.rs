@@ -4,6 +4,7 @@
 
 mod budgets;
 mod lists;
+mod stacks;
 #[path = "../synthetic/mod.rs"]
 mod synthetic;
 mod trees;

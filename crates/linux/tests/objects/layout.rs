@@ -14,6 +14,49 @@ pub(crate) const STRUCTS: &[Structure] = &[
         ("attr.name", 0, 8),
         ("private", 24, 8),
     ]),
+    ("bpf_cgroup_link", 96, &[
+        ("cgroup", 80, 8),
+        ("type", 88, 4),
+    ]),
+    ("bpf_link", 80, &[
+        ("refcnt", 0, 8),
+        ("id", 8, 4),
+        ("type", 12, 4),
+        ("prog", 24, 8),
+    ]),
+    ("bpf_map", 256, &[
+        ("map_type", 24, 4),
+        ("key_size", 28, 4),
+        ("value_size", 32, 4),
+        ("max_entries", 36, 4),
+        ("map_flags", 48, 4),
+        ("id", 56, 4),
+        ("name", 96, 16),
+        ("refcnt", 128, 8),
+    ]),
+    ("bpf_prog", 72, &[
+        ("jited", 2, 1),
+        ("type", 4, 4),
+        ("expected_attach_type", 8, 4),
+        ("len", 12, 4),
+        ("jited_len", 16, 4),
+        ("tag", 20, 8),
+        ("bpf_func", 48, 8),
+        ("aux", 56, 8),
+    ]),
+    ("bpf_prog_aux", 904, &[
+        ("refcnt", 0, 8),
+        ("used_map_cnt", 8, 4),
+        ("id", 32, 4),
+        ("func_cnt", 36, 4),
+        ("verified_insns", 68, 4),
+        ("attach_func_name", 144, 8),
+        ("func", 152, 8),
+        ("used_maps", 544, 8),
+        ("user", 576, 8),
+        ("load_time", 584, 8),
+        ("name", 600, 16),
+    ]),
     ("bucket_table", 64, &[
         ("size", 0, 4),
         ("nest", 4, 4),
@@ -85,6 +128,7 @@ pub(crate) const STRUCTS: &[Structure] = &[
     ]),
     ("file", 184, &[
         ("f_mode", 12, 4),
+        ("private_data", 32, 8),
         ("f_inode", 40, 8),
         ("f_flags", 48, 4),
         ("f_path.mnt", 64, 8),
@@ -117,6 +161,10 @@ pub(crate) const STRUCTS: &[Structure] = &[
     ]),
     ("inet6_dev", 1056, &[
         ("addr_list", 8, 16),
+    ]),
+    ("idr", 24, &[
+        ("idr_rt.xa_head", 8, 8),
+        ("idr_base", 16, 4),
     ]),
     ("inet6_ifaddr", 296, &[
         ("addr", 0, 16),
@@ -535,6 +583,9 @@ pub(crate) const STRUCTS: &[Structure] = &[
     ("upid", 16, &[
         ("nr", 0, 4),
         ("ns", 8, 8),
+    ]),
+    ("user_struct", 128, &[
+        ("uid", 40, 4),
     ]),
     ("vfsmount", 32, &[
         ("mnt_sb", 8, 8),

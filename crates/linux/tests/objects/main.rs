@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod bpf;
 mod cgroups;
 mod files;
 #[path = "../flicker/mod.rs"]

@@ -1,5 +1,6 @@
 //! Takes the guest's account of itself out of /proc and /sys.
 
+mod bpf;
 mod diag;
 mod files;
 mod memory;
@@ -12,7 +13,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use vmsight_workload::{Process, Truth};
+use vmsight_workload::{Process, Truth, perf};
 
 /// The name of the extra processes, which get no entry of their own.
 pub(crate) const SLEEPER: &str = "sleeper";
@@ -48,6 +49,8 @@ fn once(lacking: &[String]) -> Result<Truth> {
         cgroups: system::cgroups()?,
         containers: system::containers()?,
         kallsyms: symbols::kallsyms()?,
+        bpf: bpf::bpf()?,
+        perf: files::bytes(perf::FILE).map_or(Ok(Vec::new()), |json| serde_json::from_slice(&json))?,
         lacking: lacking.to_vec(),
         processes,
         sleepers,

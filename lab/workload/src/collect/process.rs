@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use vmsight_workload::{Credentials, Fd, Map, Process, Text, Thread, VmSizes};
+use vmsight_workload::{Credentials, Fd, KernelStack, Map, Process, Text, Thread, VmSizes};
 
 use super::{SLEEPER, files, memory};
 
@@ -288,9 +288,31 @@ fn threads(at: &str, places: (&Option<Text>, &Option<Text>), leaders: &[Fd]) -> 
             cwd: cwd.filter(|_| elsewhere),
             root: root.filter(|_| elsewhere),
             fds: if shared { Vec::new() } else { own },
+            stack: kernel_stack(&at),
         });
     }
     Ok(threads)
+}
+
+/// What it is doing, and how often it was switched away from. Both are the same before and after, or it ran meanwhile.
+fn sleep(at: &str) -> Option<(String, u64)> {
+    let mut status = status(&format!("{at}/status")).ok()?;
+    let count = |name: &str| status.get(name)?.parse::<u64>().ok();
+    let switches = count("voluntary_ctxt_switches")? + count("nonvoluntary_ctxt_switches")?;
+    let state = status.remove("State")?;
+    (!state.starts_with('R')).then_some((state, switches))
+}
+
+fn kernel_stack(at: &str) -> Option<KernelStack> {
+    let before = sleep(at)?;
+    let text = files::bytes(format!("{at}/stack")).ok()?;
+    (sleep(at)? == before).then(|| KernelStack {
+        switches: before.1,
+        frames: String::from_utf8_lossy(&text)
+            .lines()
+            .map(|line| line.trim_start_matches("[<0>]").trim().to_owned())
+            .collect(),
+    })
 }
 
 fn maps(at: &str) -> Result<Vec<Map>> {

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use vmsight_workload::{
-    Cgroup, Container, KmsgRecord, MemoryRange, Module, Mount, MountNamespace, Process, System, Text,
+    Cgroup, Container, KmsgRecord, MemoryRange, Module, Mount, MountNamespace, Process, Slabs, System, Text,
 };
 
 use super::{files, one_per_namespace};
@@ -55,6 +55,10 @@ pub(super) fn system() -> Result<System> {
             .lines()
             .filter_map(memory_range)
             .collect(),
+        slabs: String::from_utf8_lossy(&files::bytes("/proc/slabinfo")?)
+            .lines()
+            .filter_map(slabs)
+            .collect(),
         meminfo: files::string("/proc/meminfo")?
             .lines()
             .filter_map(|l| l.split_once(':'))
@@ -78,6 +82,11 @@ pub(super) fn system() -> Result<System> {
             .filter_map(area)
             .filter(|(start, _)| *start >= 0xffff_ffff_8000_0000)
             .collect(),
+        vmcoreinfo: files::string("/sys/kernel/vmcoreinfo").ok().and_then(|line| {
+            let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+            let (address, size) = line.split_once(' ')?;
+            Some((number(address)?, number(size)?))
+        }),
     })
 }
 
@@ -101,6 +110,25 @@ fn area(line: &str) -> Option<(u64, u64)> {
     let (start, end) = line.split(' ').next()?.split_once('-')?;
     let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
     Some((address(start)?, address(end)?))
+}
+
+/// A line of /proc/slabinfo: `name active objects size per-slab pages : tunables … : slabdata active-slabs slabs shared`. The lines
+/// of the head have words where numbers are.
+fn slabs(line: &str) -> Option<Slabs> {
+    let (name, numbers) = line.split_once(' ')?;
+    let words: Vec<&str> = numbers.split_ascii_whitespace().collect();
+    let number = |nth: usize| words.get(nth)?.parse::<u64>().ok();
+    let small = |nth: usize| number(nth).and_then(|n| u32::try_from(n).ok());
+    let of_slabs = words.iter().position(|word| *word == "slabdata")?;
+    Some(Slabs {
+        name: name.into(),
+        active: number(0)?,
+        objects: number(1)?,
+        size: small(2)?,
+        objects_per_slab: small(3)?,
+        pages_per_slab: small(4)?,
+        slabs: number(of_slabs + 2)?,
+    })
 }
 
 fn memory_range(line: &str) -> Option<MemoryRange> {

@@ -8,6 +8,7 @@ mod process;
 mod sockets;
 mod tcp;
 mod terminal;
+mod watcher;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -57,6 +58,7 @@ const ROLES: &[(&str, Role)] = &[
     ("uninterruptible", process::uninterruptible),
     ("unix-mix", sockets::unix),
     ("vsock-mix", sockets::vsock),
+    ("watcher", watcher::bpf_and_perf),
     ("web-frontend", process::web_frontend),
     ("worker", process::plain),
     ("zombie-child", process::ends),
@@ -133,6 +135,7 @@ pub(crate) fn parts() -> Vec<Part> {
         Part::new("socket-mix"),
         Part::new("vsock-mix"),
         Part::new("tcp-states"),
+        Part::new("watcher"),
         Part::new("containerd-shim").args([
             "/usr/bin/containerd-shim-runc-v2",
             "-namespace",

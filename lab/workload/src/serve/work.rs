@@ -123,6 +123,13 @@ pub(super) fn prepare(work: Work, shared: Page) -> Result<Ready> {
             nix::unistd::setresuid(user, user, user)?;
             Ready::new(|| Ok(Account::default()))
         }
+        Work::Pose { name, argument } => {
+            rustix::thread::set_name(&CString::new(name)?)?;
+            let mut bytes = argument.bytes().to_vec();
+            bytes.push(0);
+            sys::set_arguments(bytes.leak())?;
+            Ready::new(|| Ok(Account::default()))
+        }
         Work::Confine => {
             sys::add_seccomp_filter()?;
             Ready::new(|| Ok(Account::default()))

@@ -3,6 +3,7 @@
 //! Nothing is looked up by symbols: the shells' structures point to each other, and that is looked for in every process, whatever it
 //! is called.
 
+mod hashed;
 mod readline;
 mod zsh;
 
@@ -13,9 +14,10 @@ use vmsight_arch::Gva;
 use vmsight_linux::clock::rfc3339;
 use vmsight_linux::listing::address;
 use vmsight_linux::text::guest_text;
-use vmsight_linux::{Kernel, LinuxError, Listing, Problem};
+use vmsight_linux::{Kernel, LinuxError, Listing, Problem, ProcessMaps};
 
 use super::heap::Heap;
+pub use hashed::{HashedCommand, hashed_commands};
 
 /// Entries of one process, for each form.
 const MAX_ENTRIES: usize = 1 << 17;
@@ -59,38 +61,13 @@ pub struct HistoryEntry {
 /// # Errors
 /// If processes cannot be listed, or the one that was asked for is not there.
 pub fn history(kernel: &Kernel, pid: Option<i32>) -> Result<Listing<HistoryEntry>, LinuxError> {
-    let processes = kernel.all_maps()?;
-    let mut out = Listing::new(Vec::new(), processes.warnings);
     let mut bytes = MAX_BYTES;
-    let mut allowed = kernel.memory().size().saturating_mul(MAX_COPIES);
-    let mut there = false;
-    for process in processes.rows {
-        if pid.is_some_and(|pid| pid != process.pid) {
-            continue;
-        }
-        there = true;
-        let heap = match Heap::read(kernel, process.pid, &process.maps.rows, &mut allowed) {
-            Ok(Some(heap)) => heap,
-            Ok(None) => continue,
-            Err(error) => {
-                out.warn(format!("history of process {}: {error}", process.pid));
-                continue;
-            }
-        };
-        let mut found = readline::entries(&heap);
-        found.extend(zsh::entries(&heap));
-        if pid.is_some() {
-            doubts(&heap, process.pid, &mut out);
-        }
+    in_heaps(kernel, pid, "history", |process, heap, out| {
+        let mut found = readline::entries(heap);
+        found.extend(zsh::entries(heap));
         for entry in found {
-            let Some(left) = bytes
-                .checked_sub(entry.line.len())
-                .filter(|_| out.rows.len() < MAX_ROWS)
-            else {
-                out.warn("history: cut, the listing holds too much already");
-                return Ok(out);
-            };
-            bytes = left;
+            bytes = bytes.checked_sub(entry.line.len())?;
+            room(out)?;
             out.rows.push(HistoryEntry {
                 pid: process.pid,
                 name: process.name.clone(),
@@ -103,9 +80,52 @@ pub fn history(kernel: &Kernel, pid: Option<i32>) -> Result<Listing<HistoryEntry
                 problems: Vec::new(),
             });
         }
+        Some(())
+    })
+}
+
+/// Nothing where a listing has as many rows as it may.
+fn room<T>(listing: &Listing<T>) -> Option<()> {
+    (listing.rows.len() < MAX_ROWS).then_some(())
+}
+
+/// Searches what each process allocated, or one. `search` adds rows, and gives nothing where there are too many; `what` is what
+/// warnings call it.
+fn in_heaps<T>(
+    kernel: &Kernel,
+    pid: Option<i32>,
+    what: &str,
+    mut search: impl FnMut(&ProcessMaps, &Heap, &mut Listing<T>) -> Option<()>,
+) -> Result<Listing<T>, LinuxError> {
+    let processes = kernel.all_maps()?;
+    let mut out = Listing::new(Vec::new(), processes.warnings);
+    let mut allowed = kernel.memory().size().saturating_mul(MAX_COPIES);
+    let mut there = false;
+    for process in processes.rows {
+        if pid.is_some_and(|pid| pid != process.pid) {
+            continue;
+        }
+        there = true;
+        let heap = match Heap::read(kernel, process.pid, &process.maps.rows, &mut allowed) {
+            Ok(Some(heap)) => heap,
+            Ok(None) => continue,
+            Err(error) => {
+                out.warn(format!("{what} of process {}: {error}", process.pid));
+                continue;
+            }
+        };
+        if pid.is_some() {
+            doubts(&heap, process.pid, what, &mut out);
+        }
+        if search(&process, &heap, &mut out).is_none() {
+            out.warn(format!("{what}: cut, the listing holds too much already"));
+            return Ok(out);
+        }
     }
     if allowed == 0 {
-        out.warn("history: cut, the processes have more memory than the guest can have");
+        out.warn(format!(
+            "{what}: cut, the processes have more memory than the guest can have"
+        ));
     }
     match pid {
         Some(pid) if !there => Err(LinuxError::NotFound(format!(
@@ -116,16 +136,16 @@ pub fn history(kernel: &Kernel, pid: Option<i32>) -> Result<Listing<HistoryEntry
 }
 
 /// What of a process that was asked for could not be searched.
-fn doubts(heap: &Heap, pid: i32, out: &mut Listing<HistoryEntry>) {
+fn doubts<T>(heap: &Heap, pid: i32, what: &str, out: &mut Listing<T>) {
     if heap.absent > 0 {
         out.warn(format!(
-            "history of process {pid}: {} KiB of its memory were never used or are paged out",
+            "{what} of process {pid}: {} KiB of its memory were never used or are paged out",
             heap.absent >> 10
         ));
     }
     if heap.left_out > 0 {
         out.warn(format!(
-            "history of process {pid}: {} MiB in large mappings were not searched",
+            "{what} of process {pid}: {} MiB in large mappings were not searched",
             heap.left_out >> 20
         ));
     }

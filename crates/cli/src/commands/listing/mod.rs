@@ -4,11 +4,13 @@ mod files;
 mod machine;
 mod network;
 mod processes;
+mod stacks;
 
 pub(crate) use files::{Lsmod, Lsof, Mounts};
-pub(crate) use machine::Iomem;
+pub(crate) use machine::{Bpf, Iomem, Perf, Slabs};
 pub(crate) use network::{Ifaces, Net, Unix};
 pub(crate) use processes::{Cgroups, Env, Maps, Ps, Pstree, Threads};
+pub(crate) use stacks::Stacks;
 
 use anyhow::Result;
 use vmsight_linux::{Kernel, LinuxError, Listing, ProcessFields};
@@ -67,9 +69,12 @@ mod tests {
     #[test]
     fn tables_show_columns_that_there_are() {
         use vmsight_linux::{
-            Cgroup, Mapping, file::OpenFile, iface::Interface, module::Module, mount::Mount,
+            Cgroup, Mapping, bpf::BpfObject, file::OpenFile, iface::Interface, module::Module, mount::Mount,
+            perf::PerfEvent,
         };
-        use vmsight_linux::{Process, Resource, Thread, socket::Socket, socket::UnixSocket};
+        use vmsight_linux::{
+            Process, Resource, SlabCache, StackFrame, Thread, socket::Socket, socket::UnixSocket,
+        };
         fn check<T: Row>(columns: &[&str]) {
             for column in columns {
                 let known = T::COLUMNS.contains(column) || *column == processes::KIND;
@@ -78,6 +83,7 @@ mod tests {
         }
         check::<Process>(processes::PS);
         check::<Thread>(processes::THREADS);
+        check::<StackFrame>(stacks::STACKS);
         check::<Mapping>(processes::MAPS);
         check::<Cgroup>(processes::CGROUPS);
         check::<OpenFile>(files::LSOF);
@@ -87,5 +93,8 @@ mod tests {
         check::<UnixSocket>(network::UNIX);
         check::<Interface>(network::IFACES);
         check::<Resource>(machine::IOMEM);
+        check::<SlabCache>(machine::SLABS);
+        check::<BpfObject>(machine::BPF);
+        check::<PerfEvent>(machine::PERF);
     }
 }

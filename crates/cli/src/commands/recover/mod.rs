@@ -1,6 +1,7 @@
 //! `vmsight recover`: what can be got back out of a guest's memory.
 
 mod arp;
+mod commands;
 mod conntrack;
 mod elf;
 mod files;
@@ -11,6 +12,7 @@ mod packets;
 mod processes;
 mod routes;
 mod screen;
+mod sockets;
 mod tty;
 
 use anyhow::Result;
@@ -40,6 +42,8 @@ enum What {
     Files(files::Cmd),
     /// What was typed into shells, with times
     History(history::Cmd),
+    /// Commands that bash executed by name, and the files that it found for them
+    Commands(commands::Cmd),
     /// Who is on the links: hardware addresses by IP address, of every network namespace
     Arp(arp::Cmd),
     /// Routes of every network namespace, IPv4 and IPv6, from all tables
@@ -50,6 +54,8 @@ enum What {
     Packets(packets::Cmd),
     /// Processes and threads that have ended, as far as their remains were not used again
     Processes(processes::Cmd),
+    /// Sockets that were closed, as far as their remains were not used again, and those that nobody lists
+    Sockets(sockets::Cmd),
     /// What is on the screen: virtual consoles as text, framebuffers as pictures
     Screen(screen::Cmd),
     /// What was typed at terminals and written to them, as far as it still is in their buffers
@@ -66,11 +72,13 @@ impl Cmd {
             What::Elf(c) => c.run(global),
             What::Files(c) => c.run(global),
             What::History(c) => c.run(global),
+            What::Commands(c) => c.run(global),
             What::Arp(c) => c.run(global),
             What::Routes(c) => c.run(global),
             What::Conntrack(c) => c.run(global),
             What::Packets(c) => c.run(global),
             What::Processes(c) => c.run(global),
+            What::Sockets(c) => c.run(global),
             What::Screen(c) => c.run(global),
             What::Tty(c) => c.run(global),
             What::Input(c) => c.run(global),
@@ -86,7 +94,7 @@ impl Cmd {
             What::Arp(_) | What::Routes(_) | What::Conntrack(_) | What::History(_) | What::Processes(_) => {
                 true
             }
-            What::Tty(_) | What::Input(_) => true,
+            What::Commands(_) | What::Tty(_) | What::Input(_) | What::Sockets(_) => true,
             What::Screen(c) => !c.writes(),
             What::Packets(c) => !c.writes(),
             What::Keys(c) => !c.writes(),
