@@ -102,7 +102,7 @@ pub const ALL: &[(&str, usize, Comparison)] = &[
     ("control groups", 40, cgroups::cgroups),
     ("info", 18, info::info),
     ("resources", 20, resources::resources),
-    ("slabs", 200, slabs::slabs),
+    ("slabs", 100, slabs::slabs),
     ("BPF", 100, bpf::bpf),
     ("perf events", 40, perf::perf),
 ];

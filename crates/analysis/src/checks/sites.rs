@@ -5,7 +5,7 @@ use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
 use vmsight_linux::structures::{hlist, rbtree};
 
-use crate::{Context, Findings};
+use crate::{Context, Findings, Owner};
 
 /// More records than any kernel and its modules have: Debian's have some 50,000.
 const MAX_RECORDS: u64 = 1 << 21;
@@ -55,6 +55,30 @@ pub(super) fn traced(context: &Context, findings: &mut Findings) -> Result<FxHas
         at = page.pointer("next")?;
     }
     Ok(records)
+}
+
+/// Whether a place is a BPF dispatcher's, and leads to the code that was made for it: before 5.18 that is a jump at the function's begin,
+/// where function tracing has its place, too (`bpf_dispatcher_update`, kernel/bpf/dispatcher.c).
+pub(super) fn is_dispatch(context: &Context, at: Gva, to: Gva) -> bool {
+    is_bpf(context, to, &[DISPATCHER]) && context.symbols_at(at).any(|name| name.starts_with(DISPATCHER))
+}
+
+/// Whether a page is of a BPF trampoline or dispatcher: before 6.8 the kernel leaves these writable (`bpf_jit_alloc_exec_page`,
+/// kernel/bpf/trampoline.c).
+pub(super) fn is_bpf_image(context: &Context, page: Gva) -> bool {
+    is_bpf(context, page, &[DISPATCHER, "bpf_trampoline_"])
+}
+
+/// How the kernel calls its dispatchers, and the code that it makes for them.
+const DISPATCHER: &str = "bpf_dispatcher_";
+
+/// Whether an address is of code of BPF's whose name begins like one of these.
+fn is_bpf(context: &Context, at: Gva, names: &[&str]) -> bool {
+    let Owner::Generated(what) = context.owner(at) else {
+        return false;
+    };
+    let name = what.strip_prefix("BPF code ");
+    name.is_some_and(|name| names.iter().any(|begin| name.starts_with(begin)))
 }
 
 /// A call that the kernel patches to lead where a pointer says (`struct static_call_site`; include/linux/static_call_types.h).

@@ -49,6 +49,7 @@ fn ftrace(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> 
             // NOPs of five bytes, of the old and the new kind.
             0x0f | 0x66 | 0x3e => true,
             0xe8 => is_tracer(context, to),
+            0xe9 => sites::is_dispatch(context, at, to) || disabled(context, at),
             // Being patched, or a kprobe on it.
             0xcc => context.is_changing() || flags >> 29 != 0,
             _ => disabled(context, at),

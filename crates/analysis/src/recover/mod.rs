@@ -17,6 +17,7 @@ pub(crate) mod member;
 mod output;
 pub mod packets;
 pub mod processes;
+mod remains;
 pub mod screen;
 mod slab;
 pub mod sockets;

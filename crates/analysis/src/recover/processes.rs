@@ -6,29 +6,24 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
-use vmsight_arch::{Gpa, Gva};
+use vmsight_arch::Gva;
 use vmsight_linux::clock::{boot_time, rfc3339};
 use vmsight_linux::listing::address;
 use vmsight_linux::text::guest_array_text;
 use vmsight_linux::{Kernel, LinuxError, Listing};
-use vmsight_memory::{Chunk, ReadOp};
 
 pub use super::certainty::Certainty;
 use super::frames::Frames;
 use super::member::{Member, Structure};
+use super::remains;
 use super::slab::Slabs;
 
 /// Rows of one listing.
 const MAX_ROWS: usize = 1 << 16;
 /// PID_MAX_LIMIT on 64-bit (include/linux/threads.h).
 const MAX_PID: i32 = 4 << 20;
-/// Bytes of memory that one thread goes through at a time: a multiple of the largest slab.
-const PIECE: u64 = 32 << 20;
-/// Places in memory that are looked at in one go.
-const AT_ONCE: usize = 1 << 13;
 /// `MAX_RT_PRIO` to `MAX_PRIO` (include/linux/sched/prio.h).
 const STATIC_PRIO: Range<u64> = 100..140;
 /// The largest `task_struct` that is believed.
@@ -202,36 +197,27 @@ impl<'k> TaskReader<'k> {
         }
     }
 
-    /// What is left of tasks in pages that were given back. Only where they can have been: slabs are blocks of pages at multiples
-    /// of their size, so that three places in 32 KiB are looked at and not all.
+    /// What is left of tasks in pages that were given back.
     fn elsewhere(&self, out: &mut Listing<RemovedTask>) {
-        let pieces: Vec<Range<u64>> = self
-            .kernel
-            .memory()
-            .regions()
-            .iter()
-            .flat_map(|region| pieces(region.start.0, region.start.0.saturating_add(region.len)))
-            .collect();
-        // What a page of a dump costs is that it comes into this process's page tables: all processors do that side by side.
-        let looked: Vec<(Vec<Gpa>, u64)> = pieces
-            .into_par_iter()
-            .map(|piece| self.candidates(piece))
-            .collect();
-        let unread: u64 = looked.iter().map(|(_, unread)| unread).sum();
-        if unread > 0 {
+        let memory = self.kernel.memory();
+        let ended = |at| {
+            let mut object = vec![0; self.size];
+            memory.read(at, &mut object).ok()?;
+            matches!(self.looks(&object), Some(Look::Ended)).then_some(object)
+        };
+        let found = remains::search(memory, &[&self.slabs], &self.static_prio, |at, prio: &[u8; 4]| {
+            STATIC_PRIO.contains(&u64::from(u32::from_le_bytes(*prio))) && ended(at).is_some()
+        });
+        if found.unread > 0 {
             out.warn(format!(
-                "tasks: {unread} places where there may be what is left of one could not be read"
+                "tasks: {} places where there may be what is left of one could not be read",
+                found.unread
             ));
         }
-        let mut object = vec![0; self.size];
         let mut seen: FxHashSet<(i32, u64)> = out.rows.iter().map(|row| (row.pid, row.task.0)).collect();
-        for at in looked.into_iter().flat_map(|(candidates, _)| candidates) {
+        for at in found.places {
             // It may have changed meanwhile.
-            if self.kernel.memory().read(at, &mut object).is_err()
-                || !matches!(self.looks(&object), Some(Look::Ended))
-            {
-                continue;
-            }
+            let Some(object) = ended(at) else { continue };
             let task = self.frames.seen(at);
             let elsewhere = !self.slabs.holds(at) && self.agrees(task, &object) == Agreement::All;
             let new = elsewhere && seen.insert((self.number(&self.pid, &object) as i32, task.0));
@@ -239,48 +225,6 @@ impl<'k> TaskReader<'k> {
                 return;
             }
         }
-    }
-
-    /// The places in a piece of memory where an ended task may have been, by their looks, and how many could not be read.
-    fn candidates(&self, piece: Range<u64>) -> (Vec<Gpa>, u64) {
-        let memory = self.kernel.memory();
-        let (mut found, mut unread) = (Vec::new(), 0);
-        let mut object = vec![0; self.size];
-        let mut prios = vec![[0; 4]; AT_ONCE];
-        let mut places = self.slabs.places(Gpa(piece.start), Gpa(piece.end));
-        loop {
-            let places: Vec<Gpa> = places.by_ref().take(AT_ONCE).collect();
-            if places.is_empty() {
-                break;
-            }
-            let mut reads: Vec<_> = places
-                .iter()
-                .zip(&mut prios)
-                .map(|(at, prio)| ReadOp::new(Gpa(self.static_prio.at(Gva(at.0)).0), prio))
-                .collect();
-            memory.read_batch(&mut reads);
-            for (read, &at) in reads.iter().zip(&places) {
-                if read.result.is_err() {
-                    unread += 1;
-                    continue;
-                }
-                let prio = u64::from(read.buf.first().copied().unwrap_or(0));
-                if STATIC_PRIO.contains(&prio)
-                    && memory.read(at, &mut object).is_ok()
-                    && matches!(self.looks(&object), Some(Look::Ended))
-                {
-                    found.push(at);
-                }
-            }
-        }
-        let len = usize::try_from(piece.end - piece.start).unwrap_or(usize::MAX);
-        // Out of the page tables again here, by all processors, and not at the end, by one.
-        memory.release(&Chunk {
-            gpa: Gpa(piece.start),
-            len,
-            own: len,
-        });
-        (found, unread)
     }
 
     fn number(&self, member: &Member, task: &[u8]) -> u64 {
@@ -404,15 +348,6 @@ impl<'k> TaskReader<'k> {
     }
 }
 
-/// A stretch of memory cut at multiples of [`PIECE`], at which no slab has a part on both sides.
-fn pieces(start: u64, end: u64) -> impl Iterator<Item = Range<u64>> {
-    let first = start - start % PIECE;
-    (first..end)
-        .step_by(PIECE as usize)
-        .map(move |at| at.max(start)..at.saturating_add(PIECE).min(end))
-        .filter(|piece| !piece.is_empty())
-}
-
 /// What a task looks like.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Look {
@@ -453,27 +388,6 @@ mod tests {
         for other in [&b""[..], b"\0bash", b"no end", b"\x01bash\0", b"\x7f\0"] {
             assert!(!is_name(other), "{other:?}");
         }
-    }
-
-    #[test]
-    fn memory_is_cut_where_no_slab_lies_across() {
-        let cut = |start, end| {
-            pieces(start, end)
-                .map(|piece| (piece.start, piece.end))
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(
-            cut(0x1000, 2 * PIECE + 0x1000),
-            [
-                (0x1000, PIECE),
-                (PIECE, 2 * PIECE),
-                (2 * PIECE, 2 * PIECE + 0x1000)
-            ]
-        );
-        assert_eq!(cut(PIECE, 2 * PIECE), [(PIECE, 2 * PIECE)]);
-        assert!(cut(0x1000, 0x1000).is_empty());
-        let last = u64::MAX - PIECE / 2;
-        assert_eq!(cut(last, u64::MAX), [(last, u64::MAX)]);
     }
 
     #[test]

@@ -10,17 +10,15 @@ use vmsight_arch::{Gpa, Gva};
 use vmsight_linux::listing::address;
 use vmsight_linux::socket::{Socket, SocketFilter};
 use vmsight_linux::{Kernel, LinuxError, Listing};
-use vmsight_memory::ReadOp;
 
 use super::certainty::Certainty;
 use super::frames::Frames;
 use super::member::{Member, Structure};
+use super::remains;
 use super::slab::Slabs;
 
 /// Rows of one listing.
 const MAX_ROWS: usize = 1 << 16;
-/// Places in memory that are looked at in one go.
-const AT_ONCE: usize = 1 << 13;
 /// The largest socket that is believed: those of TCP over IPv6 have some 2.5 KB.
 const MAX_SOCK: u64 = 64 << 10;
 /// AF_INET and AF_INET6 (include/linux/socket.h).
@@ -280,56 +278,32 @@ impl<'k> SocketReader<'k> {
         }
     }
 
-    /// What is left of sockets in pages that were given back, where they can have been.
+    /// What is left of sockets in pages that were given back.
     fn elsewhere(&self, out: &mut Listing<Found>) {
         let memory = self.kernel.memory();
-        let mut object = vec![0; self.size];
-        let mut seen = FxHashSet::default();
-        let mut words = vec![[0; 8]; AT_ONCE];
-        let mut unread = 0u64;
-        for (slabs, region) in self
-            .slabs
-            .iter()
-            .flat_map(|slabs| memory.regions().iter().map(move |region| (slabs, region)))
-        {
-            let end = Gpa(region.start.0.saturating_add(region.len));
-            let mut places = slabs.places(region.start, end);
-            loop {
-                let places: Vec<Gpa> = places.by_ref().take(AT_ONCE).collect();
-                if places.is_empty() {
-                    break;
-                }
-                let mut reads: Vec<_> = places
-                    .iter()
-                    .zip(&mut words)
-                    .map(|(at, word)| ReadOp::new(Gpa(self.creator.at(Gva(at.0)).0), word))
-                    .collect();
-                memory.read_batch(&mut reads);
-                for (read, &at) in reads.iter().zip(&places) {
-                    if read.result.is_err() {
-                        unread += 1;
-                        continue;
-                    }
-                    let creator = u64::from_le_bytes(<[u8; 8]>::try_from(&*read.buf).unwrap_or_default());
-                    if !self.protocols.contains(&creator) || memory.read(at, &mut object).is_err() {
-                        continue;
-                    }
-                    let held = self.slabs.iter().any(|slabs| slabs.holds(at));
-                    let look = self
-                        .looks(&object)
-                        .filter(|look| look.references == 0 && look.agrees);
-                    if let Some(look) = look.filter(|_| !held && seen.insert(at.0))
-                        && !self.add(at, &look, Certainty::Likely, "memory", out)
-                    {
-                        return;
-                    }
-                }
-            }
-        }
-        if unread > 0 {
+        let closed = |at| {
+            let mut object = vec![0; self.size];
+            memory.read(at, &mut object).ok()?;
+            self.looks(&object)
+                .filter(|look| look.references == 0 && look.agrees)
+        };
+        let caches: Vec<&Slabs> = self.slabs.iter().collect();
+        let found = remains::search(memory, &caches, &self.creator, |at, creator: &[u8; 8]| {
+            self.protocols.contains(&u64::from_le_bytes(*creator)) && closed(at).is_some()
+        });
+        if found.unread > 0 {
             out.warn(format!(
-                "sockets: {unread} places where there may be what is left of one could not be read"
+                "sockets: {} places where there may be what is left of one could not be read",
+                found.unread
             ));
+        }
+        for at in found.places {
+            // It may have changed meanwhile.
+            let Some(look) = closed(at) else { continue };
+            let held = self.slabs.iter().any(|slabs| slabs.holds(at));
+            if !held && !self.add(at, &look, Certainty::Likely, "memory", out) {
+                return;
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! What an instruction is, as far as a hook needs to know it.
 
 use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register,
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register,
 };
 use vmsight_arch::Registers;
 use vmsight_hooks::Access;
@@ -51,17 +51,27 @@ fn repeats(instruction: &Instruction) -> bool {
     (instruction.has_rep_prefix() || instruction.has_repne_prefix()) && instruction.is_string_instruction()
 }
 
-/// That, for the instruction at the beginning of `code`.
-pub(super) fn still(code: &[u8], bits: u32, rip: u64) -> Still {
+/// That, for the instruction at the beginning of `code`; `moved` says whether another register than the instruction pointer changed: a
+/// CALL or RET that led to itself moves the stack pointer, a LOOP counts.
+///
+/// A stub tells a stop more often than it stepped: that of another vCPU may come in between. So a branch that did not move has only
+/// been executed where it leads to itself.
+pub(super) fn still(code: &[u8], bits: u32, rip: u64, moved: bool) -> Still {
     let Some(instruction) = decode(code, bits, rip) else {
         return Still::NotExecuted;
     };
     if repeats(&instruction) {
         return Still::Repeats;
     }
+    let is_direct = matches!(
+        instruction.op0_kind(),
+        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+    );
+    let to_itself = is_direct && instruction.near_branch_target() == rip;
     match instruction.flow_control() {
         FlowControl::Next => Still::NotExecuted,
-        _ => Still::Jumped,
+        _ if to_itself || moved => Still::Jumped,
+        _ => Still::NotExecuted,
     }
 }
 
@@ -196,12 +206,28 @@ mod tests {
 
     #[test]
     fn where_a_step_did_not_move() {
-        assert_eq!(still(&[0xf3, 0xa4], 64, 0), Still::Repeats, "rep movsb");
-        assert_eq!(still(&[0xeb, 0xfe], 64, 0), Still::Jumped, "jmp to itself");
-        assert_eq!(still(&[0x90], 64, 0), Still::NotExecuted);
-        assert_eq!(still(&[0xf3, 0x90], 64, 0), Still::NotExecuted, "pause");
-        assert_eq!(still(&[0x06], 64, 0), Still::NotExecuted, "no instruction");
-        assert_eq!(still(&[], 64, 0), Still::NotExecuted);
+        let unmoved = |code: &[u8]| still(code, 64, 0x1000, false);
+        assert_eq!(unmoved(&[0xf3, 0xa4]), Still::Repeats, "rep movsb");
+        assert_eq!(unmoved(&[0xeb, 0xfe]), Still::Jumped, "jmp to itself");
+        assert_eq!(unmoved(&[0x90]), Still::NotExecuted);
+        assert_eq!(unmoved(&[0xf3, 0x90]), Still::NotExecuted, "pause");
+        assert_eq!(unmoved(&[0x06]), Still::NotExecuted, "no instruction");
+        assert_eq!(unmoved(&[]), Still::NotExecuted);
+        // Branches that lead elsewhere, and did not move.
+        for code in [
+            &[0xe8, 0x10, 0, 0, 0][..],
+            &[0xeb, 0x10],
+            &[0x74, 0x10],
+            &[0xc3],
+            &[0xff, 0xe0],
+        ] {
+            assert_eq!(unmoved(code), Still::NotExecuted, "{code:x?}");
+        }
+        // A call and a return that led to themselves; what else moves did not do it by this instruction.
+        for code in [&[0xe8, 0xfb, 0xff, 0xff, 0xff][..], &[0xc3]] {
+            assert_eq!(still(code, 64, 0x1000, true), Still::Jumped, "{code:x?}");
+        }
+        assert_eq!(still(&[0x90], 64, 0x1000, true), Still::NotExecuted);
     }
 
     #[test]

@@ -316,6 +316,10 @@ impl Worker {
             return Ok(true);
         }
         occasion.at = None;
+        if step.missed && stands {
+            // It meets the breakpoint once more.
+            self.told.push((vcpu, rip));
+        }
         if let Some(hit) = step.hit {
             // TCG has an interrupt left for it, for which the vCPU would stop once more.
             if self.debug.accelerator() == Accelerator::Tcg {

@@ -26,6 +26,8 @@ const MAX_ROUNDS: u32 = 4096;
 pub(super) struct Step {
     /// The watchpoint that was met.
     pub(super) hit: Option<Hit>,
+    /// The instruction was not executed, as often as it was tried.
+    pub(super) missed: bool,
     /// The vCPU sleeps in HLT. It cannot be woken while the others stand: interrupts and timers wait.
     pub(super) asleep: bool,
 }
@@ -56,6 +58,7 @@ impl Worker {
             return Ok(step);
         }
         for _ in 0..MAX_ROUNDS {
+            let before = occasion.registers.gprs;
             match self.one_step(vcpu, rip)? {
                 Stepped::Met(kind, address) => met = Some((kind, address)),
                 Stepped::Asleep => step.asleep = true,
@@ -67,12 +70,13 @@ impl Worker {
             }
             let bits = self.bits(&occasion.registers)?;
             let code = self.code(&occasion.registers)?;
-            match instruction::still(&code, bits, rip) {
+            match instruction::still(&code, bits, rip, occasion.registers.gprs != before) {
                 Still::Repeats => {}
                 Still::Jumped => break,
                 Still::NotExecuted => {
                     missed += 1;
                     if missed > MAX_TRIES {
+                        step.missed = true;
                         break;
                     }
                 }

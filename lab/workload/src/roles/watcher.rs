@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount, umount};
+use nix::net::if_::if_nametoindex;
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_keep_capabilities};
 
 use vmsight_workload::perf::{FILE, PerfEvent};
@@ -25,8 +26,10 @@ const MAP_HASH: u32 = 1;
 const MAP_ARRAY: u32 = 2;
 /// Room for entries is made when they come.
 const NO_PREALLOC: u32 = 1;
+const XDP: u32 = 6;
 const SK_LOOKUP: u32 = 30;
 const ATTACH_SK_LOOKUP: u32 = 36;
+const ATTACH_XDP: u32 = 37;
 
 // Of include/uapi/linux/perf_event.h and hw_breakpoint.h.
 const BREAKPOINT: u32 = 5;
@@ -39,6 +42,7 @@ const HW_BREAKPOINT_W: u32 = 2;
 const HW_BREAKPOINT_LEN_8: u64 = 8;
 
 const PASS: i32 = 1;
+const XDP_PASS: i32 = 2;
 
 /// BPF of several kinds, attached to what there is, and perf events; one program is loaded by a user.
 pub(super) fn bpf_and_perf() -> Result<Held> {
@@ -70,14 +74,26 @@ pub(super) fn bpf_and_perf() -> Result<Held> {
         .four(8, point.as_raw_fd() as u32);
     let opened = bpf(BPF_RAW_TRACEPOINT_OPEN, &mut open, "a tracepoint")?;
     held.extend([owned(opened, "a tracepoint")?, point]);
-    // Since 5.9.
+    // Both since 5.9.
     let namespace = OwnedFd::from(File::open("/proc/self/ns/net")?);
-    let program = load(SK_LOOKUP, ATTACH_SK_LOOKUP, &returning(PASS), "sk_lookup")?;
-    match link(&program, namespace.as_raw_fd() as u32, ATTACH_SK_LOOKUP) {
-        Ok(link) => held.push(link),
-        Err(error) => lacking("sk_lookup", format!("{error:#}")),
+    let attached = [
+        (
+            "sk_lookup",
+            SK_LOOKUP,
+            PASS,
+            namespace.as_raw_fd() as u32,
+            ATTACH_SK_LOOKUP,
+        ),
+        ("xdp", XDP, XDP_PASS, if_nametoindex("dummy0")?, ATTACH_XDP),
+    ];
+    for (what, kind, verdict, target, attach) in attached {
+        let program = load(kind, attach, &returning(verdict), what)?;
+        match link(&program, target, attach) {
+            Ok(link) => held.push(link),
+            Err(error) => lacking(what, format!("{error:#}")),
+        }
+        held.push(program);
     }
-    held.push(program);
     let events = events()?;
     set_keep_capabilities(true)?;
     become_user(1000, 1000, &[])?;

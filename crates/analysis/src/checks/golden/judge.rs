@@ -6,6 +6,7 @@ use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind};
 use vmsight_arch::Gva;
 
 use crate::baseline::{Site, SiteKind};
+use crate::checks::sites;
 use crate::text::Region;
 use crate::{Context, Owner, code};
 
@@ -264,8 +265,11 @@ fn static_call(context: &Context, old: &Instruction, now: &[u8], at: u64) -> Opt
 /// Whether a place for function tracing has nothing, or a call of what traces.
 pub(super) fn may_be_traced(context: &Context, at: u64, now: &[u8]) -> bool {
     let Some(new) = one(now, at) else { return false };
-    let traced = new.flow_control() == FlowControl::Call
-        && code::branch(&new).is_some_and(|to| is_tracing(context, to));
+    let traced = code::branch(&new).is_some_and(|to| match new.flow_control() {
+        FlowControl::Call => is_tracing(context, to),
+        FlowControl::UnconditionalBranch => sites::is_dispatch(context, Gva(at), to),
+        _ => false,
+    });
     new.len() == BRANCH && (traced || new.mnemonic() == Mnemonic::Nop)
 }
 

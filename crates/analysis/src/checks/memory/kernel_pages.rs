@@ -4,6 +4,7 @@ use vmsight_arch::paging::{Mapping, PagingMode};
 use vmsight_arch::{Gpa, Gva};
 use vmsight_linux::LinuxError;
 
+use crate::checks::sites;
 use crate::{Check, Context, Evidence, Finding, Findings, Severity, Technique};
 
 /// See [`Check`].
@@ -19,6 +20,7 @@ pub(crate) const KERNEL_PAGES: Check = Check {
     blind_spots: &[
         "A page that is writable only while somebody writes to it.",
         "A page that only the page tables of one process map, in the kernel's half.",
+        "Pages of BPF's trampolines and dispatchers, which the kernel itself leaves writable before 6.8.",
     ],
     run,
 };
@@ -71,6 +73,9 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         let Some(wrong) = wrong(&page, &text) else {
             continue;
         };
+        if wrong == Wrong::WritableCode && size == 1 << 12 && sites::is_bpf_image(context, page.gva) {
+            continue;
+        }
         if findings.found().len() >= MAX_TOLD {
             findings.note(format!("no more pages told of after {MAX_TOLD} stretches"));
             break;
