@@ -216,8 +216,11 @@ fn traced_and_killed(orders: &Orders) -> Gva {
     assert!(calls.iter().all(whole), "{:?}", calls[0]);
     let executions = own(account.pid, "execute");
     assert_eq!(executions.len() as u64, CALLS);
-    let rip = executions[0]["rip"].as_str().unwrap();
-    assert!(executions.iter().all(|row| row["rip"] == rip), "{executions:?}");
+    let rip = executions[0]["args"]["rip"].as_str().unwrap();
+    assert!(
+        executions.iter().all(|row| row["args"]["rip"] == rip),
+        "{executions:?}"
+    );
     let seen = own(second, "syscall").len() as u64;
     assert!((1..MANY).contains(&seen), "{seen} of {MANY} were seen");
     Gva(u64::from_str_radix(rip.strip_prefix("0x").unwrap(), 16).unwrap())
