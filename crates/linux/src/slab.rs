@@ -34,7 +34,14 @@ layout! {
         /// Objects in the lower half, the order of the block of pages in the upper one.
         order_objects: Field<u32> = "oo.x",
         constructor: Field<Gva> = "ctor",
-        nodes: Place = "node",
+        nodes: Place = "node" | "per_node",     // the latter in 7.2
+    }
+}
+
+layout! {
+    /// What a cache has for each node in 7.2; before, that is the address of its `struct kmem_cache_node` alone.
+    struct PerNodeLayout = "kmem_cache_per_node_ptrs" {
+        node: Field<Gva> = "node",
     }
 }
 
@@ -110,6 +117,9 @@ struct Reader<'a> {
     cache: Arc<CacheLayout>,
     node: Arc<NodeLayout>,
     slab: Arc<SlabLayout>,
+    /// Bytes from a node's entry in a cache to the next, and where in it its address lies.
+    stride: u64,
+    address: u64,
     nodes: u32,
     /// Slabs that may still be looked at.
     left: usize,
@@ -139,8 +149,12 @@ impl Kernel {
                 .read_u32(at)
                 .map_err(LinuxError::read("how many nodes there are", at))?,
         };
+        let per_node: Option<Arc<PerNodeLayout>> = self.layout().ok();
+        let (stride, address) = per_node.map_or((8, 0), |entry| (entry.size, entry.node.extent().offset));
         let mut reader = Reader {
             kernel: self,
+            stride,
+            address,
             cache: self.layout()?,
             node: self.layout()?,
             slab: self.layout()?,
@@ -218,9 +232,10 @@ impl Reader<'_> {
         let unread = |error: ReadError| Problem::read("slabs", &error);
         let mut out = Held::default();
         for nth in 0..self.nodes {
-            let node = space
-                .read_u64(nodes.wrapping_add(u64::from(nth) * 8))
-                .map_err(unread)?;
+            let entry = u64::from(nth)
+                .wrapping_mul(self.stride)
+                .wrapping_add(self.address);
+            let node = space.read_u64(nodes.wrapping_add(entry)).map_err(unread)?;
             let node = Gva(node);
             // Of a node without memory.
             if node.is_null() {
