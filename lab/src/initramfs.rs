@@ -121,6 +121,18 @@ pub fn build_with(kernel: &Fetched, modules: &[PathBuf], programs: bool) -> Resu
     Ok(path)
 }
 
+/// The least root there is: the workload's program, for a guest that is to be up soon and takes orders (`vmsight.silent` on its
+/// kernel command line). No kernel's modules are in it.
+pub(crate) fn bare() -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    for folder in ["dev", "proc", "sys", "tmp", "new"] {
+        archive.folder(folder);
+    }
+    archive.file("init", 0o755, &read(workload()?)?);
+    archive.file("lib/modules/order", 0o644, b"");
+    Ok(archive.finish())
+}
+
 /// This machine's static busybox.
 pub(crate) fn busybox() -> Result<Vec<u8>> {
     read(installed(BUSYBOX, "busybox-static")?)

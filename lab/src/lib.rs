@@ -18,6 +18,7 @@ pub mod cpio;
 mod flat;
 mod folder;
 pub mod guest;
+mod host;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;
@@ -27,6 +28,7 @@ pub mod programs;
 pub mod qemu;
 pub mod qmp;
 pub mod spec;
+pub mod vtx;
 
 pub use guest::{Format, Guest};
 pub use kernel::Kernel;

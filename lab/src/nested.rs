@@ -4,21 +4,18 @@
 //! The host has no disk: its root is an initramfs with busybox, QEMU and the libraries it needs, what the test brings
 //! along, and two guests' images. What the test's script leaves in `/out` comes back as a folder.
 
-use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::cache::Lock;
-use crate::cpio::Archive;
 use crate::guest::{BOOTING, console};
 use crate::kernel::Kernel;
 use crate::truth::{Truth, frame};
-use crate::{folder, initramfs};
+use crate::{folder, host, initramfs};
 
 /// How long the whole may take; on an idle machine it is about three minutes.
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -29,13 +26,6 @@ const ATTEMPTS: u32 = 4;
 const OUT_BYTES: u64 = 256 << 20;
 /// What the host's kernel needs: KVM on AMD, and a disk to write the result to.
 const MODULES: &[(&str, &str)] = &[("kvm_amd", ""), ("virtio_pci", ""), ("virtio_blk", "")];
-/// What QEMU reads when it starts a PC: firmware, and the code that loads a kernel.
-const FIRMWARE: &[&str] = &[
-    "/usr/share/seabios/bios-256k.bin",
-    "/usr/share/qemu/kvmvapic.bin",
-    "/usr/share/qemu/linuxboot_dma.bin",
-];
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// The first program of the KVM host. `$PLAIN` is the pid of a QEMU that nobody prepared and whose guest has the lab's
 /// workload, `$ASKED` that of one which has a QMP socket at `/run/qmp`, and whose guest stands idle.
@@ -140,65 +130,23 @@ fn host<T>(
     script: &str,
     read: impl Fn(&Path) -> Result<T>,
 ) -> Result<T> {
-    let host = Kernel::V6_1.fetch()?;
+    let kvm = Kernel::V6_1.fetch()?;
     let guest = kernel.map(Kernel::fetch).transpose()?;
     let folder = folder::Folder::make(2048, false)?;
     let at = |name: &str| folder.path().join(name);
 
-    let mut archive = Archive::new();
-    for name in ["dev", "proc", "sys", "tmp", "run", "out"] {
-        archive.folder(name);
-    }
-    archive.file("init", 0o755, INIT.as_bytes());
-    archive.file("script", 0o755, script.as_bytes());
+    let mut archive = host::root(&kvm, MODULES, INIT, programs, script)?;
     if alone {
         archive.file("alone", 0o644, b"");
     }
-    archive.file("bin/busybox", 0o755, &initramfs::busybox()?);
-    for applet in [
-        "sh", "mount", "mkdir", "insmod", "seq", "grep", "sleep", "tar", "sync", "poweroff", "kill", "cat",
-        "timeout",
-    ] {
-        archive.link(&format!("bin/{applet}"), "busybox");
-    }
-    let mut added = BTreeSet::new();
-    let mut add = |archive: &mut Archive, from: &Path, to: &str| -> Result<()> {
-        if added.insert(to.to_owned()) {
-            let bytes = fs::read(from).with_context(|| format!("read {}", from.display()))?;
-            archive.file(to.trim_start_matches('/'), 0o755, &bytes);
-        }
-        Ok(())
-    };
-    for path in FIRMWARE {
-        add(&mut archive, Path::new(path), path)?;
-    }
-    for program in programs.iter().copied().chain([Path::new(QEMU)]) {
-        for library in libraries(program)? {
-            add(&mut archive, &library, &library.display().to_string())?;
-        }
-        let name = program
-            .file_name()
-            .and_then(OsStr::to_str)
-            .context("a program has a name")?;
-        let to = if program == Path::new(QEMU) {
-            QEMU.to_owned()
-        } else {
-            format!("/bin/{name}")
-        };
-        let stripped = at(&format!("{name}.stripped"));
-        strip(program, &stripped)?;
-        add(&mut archive, &stripped, &to)?;
-    }
-    let mut order = String::new();
-    for module in host.modules(MODULES)? {
-        let path = format!("lib/modules/{}.ko", module.name);
-        archive.file(&path, 0o644, &module.read()?);
-        order.push_str(&format!("/{path} {}\n", module.parameters));
-    }
-    archive.file("lib/modules/order", 0o644, order.as_bytes());
     if let Some(guest) = &guest {
-        add(&mut archive, &guest.vmlinuz(), "/guest/vmlinuz")?;
-        add(&mut archive, &initramfs::build(guest)?, "/guest/initramfs")?;
+        let mut put = |from: &Path, to: &str| -> Result<()> {
+            let bytes = fs::read(from).with_context(|| format!("read {}", from.display()))?;
+            archive.file(to, 0o644, &bytes);
+            Ok(())
+        };
+        put(&guest.vmlinuz(), "guest/vmlinuz")?;
+        put(&initramfs::build(guest)?, "guest/initramfs")?;
     }
     fs::write(at("root"), archive.finish())?;
     let _place = Lock::wait_for_place("boot", BOOTING)?;
@@ -207,7 +155,7 @@ fn host<T>(
         // Empty each time: what a host left that died must not pass for what the next one says.
         File::create(at("console.log"))?;
         File::create(at("out"))?.set_len(OUT_BYTES)?;
-        let finished = boot(&host.vmlinuz(), folder.path()).and_then(|()| read(folder.path()));
+        let finished = boot(&kvm.vmlinuz(), folder.path()).and_then(|()| read(folder.path()));
         match finished {
             // The script has run to its end: whatever came of it is the answer.
             Ok(report) => return Ok(report),
@@ -323,33 +271,4 @@ fn report(from: &Path) -> Result<Report> {
             })?,
         folder,
     })
-}
-
-/// The shared libraries that a program needs, and its loader, as ldd(1) says.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(program).output().context("run ldd")?;
-    if !output.status.success() {
-        bail!(
-            "ldd {}: {}",
-            program.display(),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let words = text.split_whitespace().filter(|word| word.starts_with('/'));
-    Ok(words.map(PathBuf::from).collect())
-}
-
-/// A copy without what only a debugger needs: all of it is unpacked into the host's memory.
-fn strip(program: &Path, to: &Path) -> Result<()> {
-    let status = Command::new("strip")
-        .arg("-o")
-        .arg(to)
-        .arg(program)
-        .status()
-        .context("run strip")?;
-    if !status.success() {
-        bail!("strip {}: {status}", program.display());
-    }
-    Ok(())
 }

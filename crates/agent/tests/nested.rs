@@ -1,6 +1,6 @@
 //! The same tiny VMM under the lab's KVM host: another kernel, and a KVM with a processor to run the guest's code on. That
 //! processor is emulated, and the emulation knows neither hardware breakpoints nor an intercept of INT3 in a guest: execution is
-//! not hooked here.
+//! not hooked here, but on a stock guest in Bochs (`crates/cli/tests/vtx`).
 
 #![allow(clippy::unwrap_used)]
 

@@ -79,7 +79,7 @@ fn guest() -> Result<()> {
     }
     if options.orders {
         // A workload has seen to it; without one there is still an order that connects.
-        if options.idle {
+        if options.idle && !options.silent {
             busybox("ip link set lo up")?;
         }
         Part::new("orders").start()?;
@@ -88,7 +88,9 @@ fn guest() -> Result<()> {
         // The last thing, because it lasts for a minute only.
         leave_time_wait()?;
     }
-    collect(swap_out, lacking)?;
+    if !options.silent {
+        collect(swap_out, lacking)?;
+    }
     send(format!("{}\n", frame::READY).as_bytes())
 }
 
@@ -144,6 +146,8 @@ fn take_along(from: &Path, to: &Path) -> Result<()> {
 struct Options {
     /// `vmsight.idle`: no workload.
     idle: bool,
+    /// `vmsight.silent`: no account of itself, and nothing that takes busybox.
+    silent: bool,
     /// `vmsight.procs=N`: that many processes more.
     sleepers: u32,
     /// `vmsight.orders`: serve orders.
@@ -155,12 +159,15 @@ impl Options {
         let line = fs::read_to_string("/proc/cmdline")?;
         let mut options = Options {
             idle: false,
+            silent: false,
             sleepers: 0,
             orders: false,
         };
         for word in line.split_ascii_whitespace() {
             if word == "vmsight.idle" {
                 options.idle = true;
+            } else if word == "vmsight.silent" {
+                options.silent = true;
             } else if word == "vmsight.orders" {
                 options.orders = true;
             } else if let Some(number) = word.strip_prefix("vmsight.procs=") {

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use tempfile::TempDir;
 use vmsight_sim_abi::{MAGIC, Policy, VERSION};
 use vmsight_sim_hypervisor::linux::{Kernel, NotBootable};
 
@@ -33,8 +34,11 @@ pub enum Firmware {
 
 /// Where GRUB keeps what it is made of.
 const GRUB: &str = "/usr/lib/grub";
-/// Modules of GRUB that the configuration below needs. All of them would make loading it take longer than what it loads.
-const MODULES: &str = "--install-modules=multiboot2 normal iso9660 serial terminal";
+/// Modules of GRUB that each configuration needs, beside the one that starts what it loads. All of them would make loading it take
+/// longer than what it loads.
+const MODULES: &str = "normal iso9660 serial terminal";
+/// What each configuration begins with.
+const SERIAL: &str = "serial --unit=0 --speed=115200\nterminal_output serial\n";
 /// Where a kernel's header has the most bytes of its command line (Documentation/arch/x86/boot.rst, `cmdline_size`).
 const COMMAND_LINE_SIZE: usize = 0x238;
 
@@ -124,12 +128,8 @@ impl Image {
 
     /// Whether GRUB takes the lines as they are.
     fn check_lines(&self) -> Result<(), Error> {
-        for line in [&self.command_line, &self.policy_options] {
-            if line.contains(['\n', '\'', '"', '\\', '$', ';', '{', '}']) {
-                return Err(Error::CommandLine(line.clone()));
-            }
-        }
-        Ok(())
+        check_line(&self.command_line)?;
+        check_line(&self.policy_options)
     }
 
     /// Whether the hypervisor could start this, as far as that can be told before.
@@ -170,16 +170,10 @@ impl Image {
     pub fn write(&self, to: &Path) -> Result<(), Error> {
         // The rest is for whoever asks: the hypervisor looks at what it is given itself.
         self.check_lines()?;
-        installed()?;
-        let folder = tempfile::tempdir().map_err(io("make a temporary folder in", std::env::temp_dir()))?;
-        let boot = folder.path().join("boot");
-        let grub = boot.join("grub");
-        fs::create_dir_all(&grub).map_err(io("make", grub.clone()))?;
-        let put = |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(io("write", path));
-        put(&boot.join("hypervisor"), &self.hypervisor.bytes()?)?;
-        let mut configuration = String::from(
-            "serial --unit=0 --speed=115200\nterminal_output serial\nmultiboot2 /boot/hypervisor\n",
-        );
+        let hypervisor = self.hypervisor.bytes()?;
+        let mut disc = Disc::new("multiboot2")?;
+        disc.put("hypervisor", &hypervisor)?;
+        disc.say("multiboot2 /boot/hypervisor");
         let modules = [
             ("kernel", Some(&self.kernel), self.command_line.as_str()),
             ("initrd", self.initrd.as_ref(), ""),
@@ -188,16 +182,79 @@ impl Image {
         ];
         for (name, bytes, rest) in modules {
             let Some(bytes) = bytes else { continue };
-            put(&boot.join(name), bytes)?;
-            configuration.push_str(&format!("module2 /boot/{name} {name} {rest}\n"));
+            disc.put(name, bytes)?;
+            disc.say(&format!("module2 /boot/{name} {name} {rest}"));
         }
-        configuration.push_str("boot\n");
-        put(&grub.join("grub.cfg"), configuration.as_bytes())?;
+        disc.write(to)
+    }
+}
+
+/// Writes the image of a disc from which GRUB starts a kernel without the hypervisor.
+///
+/// # Errors
+/// As [`Image::write`].
+pub fn write_plain(kernel: &[u8], command_line: &str, initrd: &[u8], to: &Path) -> Result<(), Error> {
+    check_line(command_line)?;
+    let mut disc = Disc::new("linux")?;
+    disc.put("kernel", kernel)?;
+    disc.put("initrd", initrd)?;
+    // No mode of the screen is looked for.
+    disc.say("set gfxpayload=text");
+    disc.say(&format!("linux /boot/kernel {command_line}"));
+    disc.say("initrd /boot/initrd");
+    disc.write(to)
+}
+
+/// Whether GRUB takes a line as it is.
+fn check_line(line: &str) -> Result<(), Error> {
+    match line.contains(['\n', '\'', '"', '\\', '$', ';', '{', '}']) {
+        true => Err(Error::CommandLine(line.to_owned())),
+        false => Ok(()),
+    }
+}
+
+/// A disc that is being made.
+struct Disc {
+    folder: TempDir,
+    /// GRUB's module that starts what is loaded.
+    starter: &'static str,
+    configuration: String,
+}
+
+impl Disc {
+    fn new(starter: &'static str) -> Result<Self, Error> {
+        installed()?;
+        let folder = tempfile::tempdir().map_err(io("make a temporary folder in", std::env::temp_dir()))?;
+        let grub = folder.path().join("boot/grub");
+        fs::create_dir_all(&grub).map_err(io("make", grub))?;
+        Ok(Self {
+            folder,
+            starter,
+            configuration: SERIAL.to_owned(),
+        })
+    }
+
+    /// Adds a file, which is `/boot/NAME` for GRUB.
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.folder.path().join("boot").join(name);
+        fs::write(&path, bytes).map_err(io("write", path))
+    }
+
+    /// Adds a line to GRUB's configuration.
+    fn say(&mut self, line: &str) {
+        self.configuration.push_str(line);
+        self.configuration.push('\n');
+    }
+
+    fn write(mut self, to: &Path) -> Result<(), Error> {
+        self.say("boot");
+        self.put("grub/grub.cfg", self.configuration.as_bytes())?;
         let output = Command::new("grub-mkrescue")
             .arg("-o")
             .arg(to)
-            .args([MODULES, "--fonts=", "--locales=", "--themes="])
-            .arg(folder.path())
+            .arg(format!("--install-modules={} {MODULES}", self.starter))
+            .args(["--fonts=", "--locales=", "--themes="])
+            .arg(self.folder.path())
             .stdin(Stdio::null())
             .output()
             .map_err(io("run", "grub-mkrescue"))?;

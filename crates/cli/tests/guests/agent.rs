@@ -1,7 +1,7 @@
 //! A stock guest under a stock QEMU on a real KVM, started by `vmsight launch`: hooked from its first instruction on.
 //!
 //! The KVM host's processor is emulated, and that emulation has neither hardware breakpoints nor an intercept of INT3 in a
-//! guest: execution is hooked in the agent's own tests. Here it is what QEMU and a kernel make of the rest.
+//! guest: execution is hooked in `tests/vtx`, on another. Here it is what QEMU and a kernel make of the rest.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
