@@ -131,9 +131,22 @@ impl Global {
     }
 }
 
-/// What to do.
-#[derive(Subcommand, Debug)]
-pub(crate) enum Command {
+/// Defines [`Command`], and [`Lazy`] of the same commands.
+macro_rules! commands {
+    ($($variants:tt)*) => {
+        /// What to do.
+        #[derive(Subcommand, Debug)]
+        pub(crate) enum Command { $($variants)* }
+
+        /// The same commands, whose options are defined only when one is called. Not for help: there the options that all commands share
+        /// would come before a command's own.
+        #[derive(Subcommand)]
+        #[command(defer = true)]
+        pub(crate) enum Lazy { $($variants)* }
+    };
+}
+
+commands! {
     /// The virtual machines of this host
     List(list::Cmd),
     /// What the guest is: kernel, paging, times, name

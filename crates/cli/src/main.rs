@@ -14,7 +14,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use clap::FromArgMatches;
 use tracing_subscriber::EnvFilter;
 use vmsight_linux::LinuxError;
 use vmsight_target::TargetError;
@@ -36,7 +35,7 @@ pub(crate) enum Outcome {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::from_arg_matches(&help::command().get_matches()).unwrap_or_else(|error| error.exit());
+    let cli = help::parse();
     log_to_stderr(cli.global.verbose, cli.global.quiet);
     match run(&cli) {
         Ok(Outcome::Fine) => ExitCode::SUCCESS,
