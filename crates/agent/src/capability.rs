@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use kvm_bindings::{
     KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_NR_MEMSLOTS, KVM_CAP_READONLY_MEM, KVM_CAP_SET_GUEST_DEBUG,
     KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SYNC_REGS, KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR,
-    KVM_GUESTDBG_BLOCKIRQ, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
 };
 use vmsight_hooks::{Capability, Feature, Lack, VerdictKind};
 
@@ -27,7 +27,7 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Asks.
     pub(crate) fn ask(vm: RawFd) -> Self {
-        let registers = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+        let registers = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
         let has = |capability| extension(vm, capability) != 0;
         Self {
             usable: has(KVM_CAP_IMMEDIATE_EXIT) && extension(vm, KVM_CAP_SYNC_REGS) & registers == registers,

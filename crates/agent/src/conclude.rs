@@ -8,7 +8,7 @@ use vmsight_arch::registers::{control, msr};
 use vmsight_hooks::{Verdict, VerdictKind};
 
 use crate::agent::Agent;
-use crate::exits::{Next, raise};
+use crate::exits::{Next, beyond, count_step, raise};
 use crate::kvm;
 use crate::pending::{Conclusion, Otherwise, Pending, Stepping, Subject};
 use crate::registers::{from_kvm, set};
@@ -55,15 +55,15 @@ pub(crate) fn conclude(
         Subject::Step { .. } => {
             match verdict {
                 Verdict::SetRegisters(registers) => {
-                    if let Ok(mut regs) = kvm::get_regs(vcpu.fd) {
+                    if let Ok((mut regs, _)) = own.registers(vcpu) {
                         for (register, value) in registers {
                             set(&mut regs, register, value);
                         }
-                        let _ = kvm::set_regs(vcpu.fd, &regs);
+                        let _ = own.set_registers(vcpu, &regs);
                     }
                 }
                 Verdict::Inject(exception) => {
-                    raise(vcpu, exception);
+                    raise(vcpu, own, exception);
                 }
                 Verdict::Step(count) => own.stepping = by.map(|armed| Stepping::new(armed, count)),
                 Verdict::Continue | Verdict::Remove => {}
@@ -194,7 +194,7 @@ fn executed(
     by: Option<Arc<Armed>>,
     unfit: &dyn Fn(VerdictKind),
 ) -> Next {
-    let (Ok(mut regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
+    let Ok((mut regs, sregs)) = own.registers(vcpu) else {
         return Next::Again;
     };
     // The VMM has loaded another state meanwhile (a reset, a snapshot): nothing of this is true any more.
@@ -230,7 +230,7 @@ fn executed(
             elsewhere = regs.rip != rip;
         }
         Verdict::Inject(exception) => {
-            if raise(vcpu, *exception) {
+            if raise(vcpu, own, *exception) {
                 return Next::Again;
             }
             unfit(VerdictKind::Inject);
@@ -239,16 +239,20 @@ fn executed(
         Verdict::Continue | Verdict::Remove | Verdict::Pause => {}
         other => unfit(other.kind()),
     }
+    let mut done = false;
     if elsewhere {
         regs.rflags &= !RFLAGS_RF;
     } else if patch.is_none() {
-        regs.rflags |= RFLAGS_RF;
+        done = beyond(agent, vcpu, own, &mut regs, &sregs);
     } else {
         own.over = Some(rip);
     }
     let changed = elsewhere || patch.is_none() || matches!(verdict, Verdict::SetRegisters(_));
-    if changed && kvm::set_regs(vcpu.fd, &regs).is_err() {
+    if changed && own.set_registers(vcpu, &regs).is_err() {
         unfit(verdict.kind());
+    }
+    if done {
+        count_step(agent, vcpu, own);
     }
     Next::Again
 }

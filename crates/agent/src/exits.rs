@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE};
+use kvm_bindings::{
+    KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE, kvm_regs, kvm_sregs,
+};
 use vmsight_arch::Registers;
 use vmsight_hooks::{Access, Exception, HookKind, StepEnd};
 
@@ -14,7 +16,7 @@ use crate::pending::{Frame, Otherwise, Pending, Progress, Subject, Told, in_scop
 use crate::registers::from_kvm;
 use crate::sift::sift;
 use crate::slots::PAGE;
-use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, clean};
+use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, clean, done_outside};
 use crate::table::{Armed, Table};
 use crate::vcpu::{Exit, Own, Vcpu};
 
@@ -131,7 +133,7 @@ pub(crate) fn handle(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own, table: &
                 return Next::ToVmm;
             }
             // Ours: the emulator has no INT3 (Linux, arch/x86/kvm/emulate.c), and KVM has #UD ready for the guest.
-            forget_exception(vcpu);
+            own.forget_exception(vcpu);
             return debug(agent, vcpu, own, table, registers, 3, 0);
         }
         Exit::Other => return Next::ToVmm,
@@ -204,6 +206,7 @@ fn debug(
         if byte == Some(BREAKPOINT) {
             raise(
                 vcpu,
+                own,
                 Exception {
                     vector: 3,
                     error_code: None,
@@ -217,7 +220,7 @@ fn debug(
     if dr6 & DR6_STEP != 0
         && let Some((before, decoded)) = own.stepped.take()
     {
-        clean(agent, vcpu, &before, decoded);
+        clean(agent, vcpu, own, &before, decoded);
     }
     if dr6 & DR6_STEP != 0 && own.past.take().is_some() {
         count_step(agent, vcpu, own);
@@ -238,6 +241,7 @@ fn debug(
         // does not look at RF (Linux, arch/x86/kvm/x86.c, kvm_vcpu_check_code_breakpoint).
         if registers.rflags & RFLAGS_RF != 0 {
             own.past = Some(rip);
+            own.emulated = true;
             return Next::Again;
         }
         let told = table
@@ -255,6 +259,7 @@ fn debug(
     }
     raise(
         vcpu,
+        own,
         Exception {
             vector: 1,
             error_code: None,
@@ -287,7 +292,7 @@ pub(crate) fn count_step(agent: &Agent, vcpu: &Vcpu, own: &mut Own) {
     if own.stepping.is_none() {
         return;
     }
-    let (Ok(regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
+    let Ok((regs, sregs)) = own.registers(vcpu) else {
         return;
     };
     stepped(agent, vcpu, own, from_kvm(vcpu.index, &regs, &sregs));
@@ -339,7 +344,9 @@ fn stepped(agent: &Agent, vcpu: &Vcpu, own: &mut Own, registers: Registers) -> b
 }
 
 /// Raises an exception before the next instruction.
-pub(crate) fn raise(vcpu: &Vcpu, exception: Exception) -> bool {
+pub(crate) fn raise(vcpu: &Vcpu, own: &mut Own, exception: Exception) -> bool {
+    own.flush(vcpu);
+    own.known = false;
     if let Some(cr2) = exception.cr2 {
         let Ok(mut sregs) = kvm::get_sregs(vcpu.fd) else {
             return false;
@@ -361,16 +368,6 @@ pub(crate) fn raise(vcpu: &Vcpu, exception: Exception) -> bool {
     kvm::set_events(vcpu.fd, &events).is_ok()
 }
 
-/// Takes back an exception that KVM has ready for the guest.
-fn forget_exception(vcpu: &Vcpu) {
-    if let Ok(mut events) = kvm::get_events(vcpu.fd) {
-        events.exception.injected = 0;
-        events.exception.pending = 0;
-        events.exception_has_payload = 0;
-        let _ = kvm::set_events(vcpu.fd, &events);
-    }
-}
-
 fn begin(
     agent: &'static Agent,
     vcpu: &Vcpu,
@@ -382,19 +379,32 @@ fn begin(
     let told = sift(agent, vcpu, &subject, &registers, told);
     // What nobody wants to know of is to cost as little as it can.
     if told.is_empty() && matches!(subject, Subject::Execute { patch: None, .. }) {
-        return pass(vcpu);
+        return pass(agent, vcpu, own);
     }
     own.pending = Some(Box::new(Pending::new(subject, registers, told)));
     proceed(agent, vcpu, own)
 }
 
 /// Lets the instruction under a hardware breakpoint be executed, right behind the exit that it caused.
-fn pass(vcpu: &Vcpu) -> Next {
-    let (mut regs, _) = vcpu.synced();
-    regs.rflags |= RFLAGS_RF;
+fn pass(agent: &Agent, vcpu: &Vcpu, own: &mut Own) -> Next {
+    let (mut regs, sregs) = vcpu.synced();
+    let done = beyond(agent, vcpu, own, &mut regs, &sregs);
     // Where KVM refuses its own registers the vCPU comes back here.
-    let _ = kvm::set_regs(vcpu.fd, &regs);
+    let _ = own.set_registers(vcpu, &regs);
+    if done {
+        count_step(agent, vcpu, own);
+    }
     Next::Again
+}
+
+/// Gets over a hardware breakpoint that was told, in `regs`; whether its instruction is done already.
+pub(crate) fn beyond(agent: &Agent, vcpu: &Vcpu, own: &Own, regs: &mut kvm_regs, sregs: &kvm_sregs) -> bool {
+    // KVM's own emulator would stop at it again: three more exits, and hardware breakpoints off meanwhile.
+    if own.emulated && done_outside(agent, vcpu, regs, sregs) {
+        return true;
+    }
+    regs.rflags |= RFLAGS_RF;
+    false
 }
 
 /// Goes on with the event that is pending.

@@ -20,6 +20,7 @@ mod filter;
 mod guest;
 mod instruction;
 mod kvm;
+mod own;
 mod pending;
 mod qemu;
 mod registers;

@@ -7,6 +7,7 @@ use vmsight_arch::Registers;
 
 use crate::agent::Agent;
 use crate::debug::Applied;
+use crate::errno;
 use crate::exits::{Next, count_step, handle, proceed};
 use crate::instruction::Decoded;
 use crate::pending::Stepping;
@@ -14,14 +15,22 @@ use crate::registers::from_kvm;
 use crate::step::{Over, at_rip, over};
 use crate::table::Table;
 use crate::vcpu::{Own, Vcpu};
-use crate::{errno, kvm};
 
 /// Runs the guest until the VMM is needed. The answer is that of ioctl(2).
 pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
     let mut own = vcpu.own.lock().unwrap_or_else(PoisonError::into_inner);
-    let own = &mut *own;
+    let result = until_needed(agent, vcpu, &mut own);
+    let error = errno::get();
+    own.flush(vcpu);
+    own.known = false;
+    errno::set(error);
+    result
+}
+
+fn until_needed(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own) -> c_int {
     loop {
         if agent.world.is_frozen() {
+            own.flush(vcpu);
             if !agent.world.enter(vcpu) {
                 return interrupted(vcpu);
             }
@@ -72,6 +81,7 @@ pub(crate) fn run(agent: &'static Agent, vcpu: &Vcpu) -> c_int {
         if !ours {
             return result;
         }
+        own.known = true;
         match handle(agent, vcpu, own, &table) {
             Next::Again => {}
             Next::ToVmm => return 0,
@@ -103,7 +113,7 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
     if own.past.is_some() && !breakpoints {
         own.past = None;
     }
-    if own.past.is_some() && kvm::get_regs(vcpu.fd).map(|r| r.rip).ok() != own.past {
+    if own.past.is_some() && own.registers(vcpu).map(|(r, _)| r.rip).ok() != own.past {
         own.past = None;
     }
     let past = own.past.is_some();
@@ -113,21 +123,26 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
         step: past || own.stepping.is_some(),
     };
     if own.debug != wanted {
+        own.flush(vcpu);
         match wanted.apply(vcpu, agent.kernel.block_interrupts) {
             Ok(()) => own.debug = wanted,
             Err(error) => agent.tell_all(&format!("vCPU {} cannot be debugged: {error}", vcpu.index)),
         }
     }
-    own.stepped = if own.debug.step { before(agent, vcpu) } else { None };
+    own.stepped = if own.debug.step {
+        before(agent, vcpu, own)
+    } else {
+        None
+    };
     // What KVM could not be told stays as it was, and its exits with it.
     let ours = table.active || own.debug != Applied::default();
-    vcpu.sync_registers(ours);
+    own.sync_registers(vcpu, ours);
     ours
 }
 
 /// What is about to be stepped: afterwards nobody can tell what it was.
-fn before(agent: &Agent, vcpu: &Vcpu) -> Option<(Registers, Option<Decoded>)> {
-    let (regs, sregs) = (kvm::get_regs(vcpu.fd).ok()?, kvm::get_sregs(vcpu.fd).ok()?);
+fn before(agent: &Agent, vcpu: &Vcpu, own: &Own) -> Option<(Registers, Option<Decoded>)> {
+    let (regs, sregs) = own.registers(vcpu).ok()?;
     let registers = from_kvm(vcpu.index, &regs, &sregs);
     let decoded = agent.with_guest(|guest, table| at_rip(guest, table, &registers));
     Some((registers, decoded))

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use vmsight_arch::paging::{PagingMode, walk};
 use vmsight_arch::registers::control::RFLAGS_TF;
 use vmsight_arch::{Gva, Registers};
@@ -59,7 +60,7 @@ pub(crate) fn at_rip(guest: &Guest<'_>, table: &Table, registers: &Registers) ->
 /// Executes the instruction at `rip`, on which there is an INT3.
 pub(crate) fn over(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own, rip: u64) -> Over {
     let nothing = Over::Done { executed: false };
-    let (Ok(mut regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
+    let Ok((mut regs, sregs)) = own.registers(vcpu) else {
         return nothing;
     };
     if regs.rip != rip {
@@ -70,20 +71,14 @@ pub(crate) fn over(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own, rip: u64) 
         let gpa = guest.translate(&registers, rip)?;
         table.patches.get(&gpa)?;
         let decoded = at_rip(guest, table, &registers);
-        let simple =
-            regs.rflags & RFLAGS_TF == 0 && decoded.is_some_and(|d| done_here(guest, table, &registers, d));
+        let simple = decoded.is_some_and(|d| done_here(guest, table, &registers, d, &mut regs));
         Some((decoded, simple))
     });
     let Some((decoded, simple)) = here else {
         return nothing;
     };
-    if let (Some(decoded), true) = (decoded, simple) {
-        regs.rip = regs.rip.wrapping_add(decoded.len);
-        regs.rflags &= !RFLAGS_RF;
-        if let Effect::Push(_) = decoded.effect {
-            regs.rsp = regs.rsp.wrapping_sub(8);
-        }
-        return match kvm::set_regs(vcpu.fd, &regs) {
+    if simple {
+        return match own.set_registers(vcpu, &regs) {
             Ok(()) => Over::Done { executed: true },
             Err(_) => nothing,
         };
@@ -91,8 +86,37 @@ pub(crate) fn over(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own, rip: u64) 
     stepped(agent, vcpu, own, &registers, decoded)
 }
 
-/// Does a simple instruction, all but its registers; whether it could.
-fn done_here(guest: &Guest<'_>, table: &Table, registers: &Registers, decoded: Decoded) -> bool {
+/// Does the instruction at RIP without entering the guest, where it is a simple one; then `regs` are the registers behind it.
+pub(crate) fn done_outside(agent: &Agent, vcpu: &Vcpu, regs: &mut kvm_regs, sregs: &kvm_sregs) -> bool {
+    let registers = from_kvm(vcpu.index, regs, sregs);
+    let done = agent.with_guest(|guest, table| {
+        let decoded = at_rip(guest, table, &registers)?;
+        Some(done_here(guest, table, &registers, decoded, regs))
+    });
+    done == Some(true)
+}
+
+/// Does a simple instruction; whether it could.
+fn done_here(
+    guest: &Guest<'_>,
+    table: &Table,
+    registers: &Registers,
+    decoded: Decoded,
+    regs: &mut kvm_regs,
+) -> bool {
+    if regs.rflags & RFLAGS_TF != 0 || !pushed(guest, table, registers, decoded) {
+        return false;
+    }
+    regs.rip = regs.rip.wrapping_add(decoded.len);
+    regs.rflags &= !RFLAGS_RF;
+    if let Effect::Push(_) = decoded.effect {
+        regs.rsp = regs.rsp.wrapping_sub(8);
+    }
+    true
+}
+
+/// Does what a simple instruction does to memory; whether it is one.
+fn pushed(guest: &Guest<'_>, table: &Table, registers: &Registers, decoded: Decoded) -> bool {
     match decoded.effect {
         Effect::Nothing => true,
         Effect::Push(number) => {
@@ -147,13 +171,15 @@ fn stepped(
         step: true,
         ..own.debug
     };
+    // Both of what follows go by the registers, and the second one changes what else may be staged.
+    own.flush(vcpu);
     if !agent.kernel.block_interrupts {
         hold_interrupts(vcpu);
     }
     let result = match step.apply(vcpu, agent.kernel.block_interrupts) {
         Ok(()) => {
             own.debug = step;
-            vcpu.sync_registers(true);
+            own.sync_registers(vcpu, true);
             vcpu.enter_guest()
         }
         Err(_) => -1,
@@ -162,6 +188,7 @@ fn stepped(
     // As long as all are stopped it is the one with which the guest was entered.
     let table = agent.table();
     drop(stopped);
+    own.known = result >= 0;
     if result < 0 {
         // A signal, before the instruction or after it.
         return match kvm::get_regs(vcpu.fd) {
@@ -171,7 +198,7 @@ fn stepped(
     }
     match vcpu.exit() {
         Exit::Debug { exception: 1, dr6 } if dr6 & DR6_STEP != 0 => {
-            clean(agent, vcpu, before, decoded);
+            clean(agent, vcpu, own, before, decoded);
             Over::Done { executed: true }
         }
         _ => Over::Exit(table),
@@ -189,18 +216,18 @@ fn hold_interrupts(vcpu: &Vcpu) {
 }
 
 /// After a step: KVM steps by RFLAGS.TF, and an instruction that stores RFLAGS stores that too. The guest must not see it.
-pub(crate) fn clean(agent: &Agent, vcpu: &Vcpu, before: &Registers, decoded: Option<Decoded>) {
+pub(crate) fn clean(agent: &Agent, vcpu: &Vcpu, own: &mut Own, before: &Registers, decoded: Option<Decoded>) {
     if before.rflags & RFLAGS_TF != 0 {
         return;
     }
-    let (Ok(mut regs), Ok(sregs)) = (kvm::get_regs(vcpu.fd), kvm::get_sregs(vcpu.fd)) else {
+    let Ok((mut regs, sregs)) = own.registers(vcpu) else {
         return;
     };
     let after = from_kvm(vcpu.index, &regs, &sregs);
     let stored = match decoded.map(|d| d.effect) {
         Some(Effect::Syscall) => {
             regs.r11 &= !RFLAGS_TF;
-            let _ = kvm::set_regs(vcpu.fd, &regs);
+            let _ = own.set_registers(vcpu, &regs);
             return;
         }
         Some(Effect::StoresFlags) => Some(regs.rsp),

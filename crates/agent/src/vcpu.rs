@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, Ordering};
 
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs,
-    kvm_run, kvm_sregs,
+    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, kvm_regs,
+    kvm_run, kvm_sregs, kvm_vcpu_events,
 };
 use vmsight_arch::Registers;
 use vmsight_channel::{Producer, Spin};
@@ -72,6 +72,15 @@ pub(crate) struct Own {
     pub(crate) spin: Spin,
     /// The last step hook that was begun.
     pub(crate) last_step: u32,
+    /// Whether the registers in the vCPU's page are its registers: since the last exit nobody else can have changed them.
+    pub(crate) known: bool,
+    /// Whether some of them were changed there, to be taken by KVM with the next entry.
+    pub(crate) staged: bool,
+    /// What KVM was asked to put into the page with each exit (KVM_SYNC_X86_*), beyond what the VMM asked for.
+    pub(crate) synced: u64,
+    /// Whether KVM was seen to emulate the guest's code: its emulator knows no INT3 and leaves an exception instead, and it does not
+    /// look at RFLAGS.RF.
+    pub(crate) emulated: bool,
 }
 
 /// A vCPU. It lives as long as the process.
@@ -163,17 +172,18 @@ impl Vcpu {
         unsafe { kvm::ioctl(self.fd, kvm::RUN, 0) }
     }
 
-    /// Whether registers come with each exit.
-    pub(crate) fn sync_registers(&self, on: bool) {
-        let wanted = u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS);
-        // SAFETY: this thread's own page, outside of KVM_RUN. Bits that the VMM set for itself stay.
+    /// Has KVM put registers into the page with each exit: in `wanted` and in `old` are their bits, before and from now on. Those that the
+    /// VMM asked for itself stay. What was added for it.
+    pub(crate) fn sync_registers(&self, old: u64, wanted: u64) -> u64 {
+        // SAFETY: this thread's own page, outside of KVM_RUN.
         unsafe {
             let field = &raw mut (*self.run.as_ptr()).kvm_valid_regs;
-            let old = field.read_volatile();
-            let new = if on { old | wanted } else { old & !wanted };
-            if old != new {
-                field.write_volatile(new);
+            let now = field.read_volatile();
+            let others = now & !old;
+            if now != others | wanted {
+                field.write_volatile(others | wanted);
             }
+            wanted & !others
         }
     }
 
@@ -186,6 +196,52 @@ impl Vcpu {
                 (&raw const (*both).regs).read_volatile(),
                 (&raw const (*both).sregs).read_volatile(),
             )
+        }
+    }
+
+    /// Changes registers in the page: KVM takes them when the guest is entered (Linux, Documentation/virt/kvm/api.rst,
+    /// KVM_CAP_SYNC_REGS).
+    pub(crate) fn stage_registers(&self, registers: &kvm_regs) {
+        // SAFETY: this thread's own page, outside of KVM_RUN.
+        unsafe {
+            let both = &raw mut (*self.run.as_ptr()).s.regs;
+            (&raw mut (*both).regs).write_volatile(*registers);
+        }
+        self.set_dirty(KVM_SYNC_X86_REGS, true);
+    }
+
+    /// The pending exceptions that came with the exit.
+    pub(crate) fn synced_events(&self) -> kvm_vcpu_events {
+        // SAFETY: this thread's own page, outside of KVM_RUN; every bit pattern is a value of this type.
+        unsafe { (&raw const (*self.run.as_ptr()).s.regs.events).read_volatile() }
+    }
+
+    /// Changes them, as [`stage_registers`](Self::stage_registers) does registers.
+    pub(crate) fn stage_events(&self, events: &kvm_vcpu_events) {
+        // SAFETY: this thread's own page, outside of KVM_RUN.
+        unsafe { (&raw mut (*self.run.as_ptr()).s.regs.events).write_volatile(*events) };
+        self.set_dirty(KVM_SYNC_X86_EVENTS, true);
+    }
+
+    /// Takes back what is staged and KVM has not taken.
+    pub(crate) fn unstage(&self) -> (Option<kvm_regs>, Option<kvm_vcpu_events>) {
+        let regs = self.set_dirty(KVM_SYNC_X86_REGS, false).then(|| self.synced().0);
+        let events = self
+            .set_dirty(KVM_SYNC_X86_EVENTS, false)
+            .then(|| self.synced_events());
+        (regs, events)
+    }
+
+    /// Whether KVM is to take these registers out of the page with the next entry; whether it was to until now. It takes the bit away
+    /// when it has taken them.
+    fn set_dirty(&self, registers: u32, dirty: bool) -> bool {
+        let bit = u64::from(registers);
+        // SAFETY: this thread's own page, outside of KVM_RUN.
+        unsafe {
+            let field = &raw mut (*self.run.as_ptr()).kvm_dirty_regs;
+            let old = field.read_volatile();
+            field.write_volatile(if dirty { old | bit } else { old & !bit });
+            old & bit != 0
         }
     }
 
