@@ -29,7 +29,7 @@ pub use vmsight_workload::orders::{
 };
 
 /// How long an order may take, unless the caller says otherwise. It is there to end what will never end.
-pub const DEADLINE: Duration = Duration::from_secs(120);
+pub const DEADLINE: Duration = Duration::from_secs(300);
 
 /// Who waits for which answer; nobody can, once the line is gone.
 type Waiting = Option<HashMap<u64, mpsc::Sender<Outcome>>>;
