@@ -5,6 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::net::{Shutdown, SocketAddrUnix, getpeername, shutdown};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use vmsight_arch::Gva;
 use vmsight_events::EventError;
 use vmsight_events::gdb::{self, GdbOptions};
@@ -166,6 +168,89 @@ fn a_monitor_that_is_killed_leaves_the_guest_as_it_was() {
     vm.work(0, 10);
     vm.wait_for(|m| m.is_done(0, 7));
     assert_eq!(hook.counts().unwrap().occurred, 10);
+    drop((hook, monitor));
+    assert!(!is_open(&vm));
+}
+
+/// Shuts the connection of this process to its stub, as somebody else would.
+fn cut() {
+    let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    let stub = format!("/vmsight-gdb-{}-", std::process::id());
+    let mut cut = 0;
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let number = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        let Ok(socket) = pidfd_getfd(&own, number, PidfdGetfdFlags::empty()) else {
+            continue;
+        };
+        let peer = getpeername(&socket).ok().flatten();
+        let peer = peer.and_then(|peer| SocketAddrUnix::try_from(peer).ok());
+        let path = peer
+            .as_ref()
+            .and_then(SocketAddrUnix::path_bytes)
+            .unwrap_or_default();
+        if String::from_utf8_lossy(path).contains(&stub) {
+            shutdown(&socket, Shutdown::Both).unwrap();
+            cut += 1;
+        }
+    }
+    assert_eq!(cut, 1);
+}
+
+#[test]
+fn a_connection_that_is_cut_leaves_the_guest_as_it_was() {
+    let vm = Machine::start(2);
+    let at = Hook::execute(Gva(vm.guest.function));
+    const ROUNDS: u64 = 1000;
+    let work = || [0, 1].map(|vcpu| vm.work(vcpu, ROUNDS));
+    let calls = || vm.word(0, CALLS) + vm.word(1, CALLS);
+    let done = |times| vm.wait_for(|m| m.is_done(0, times) && m.is_done(1, times));
+
+    // While a vCPU is held, with a watchpoint beside.
+    let monitor = vm.monitor();
+    let hook = monitor.hook(&at.clone().delivered(patient())).unwrap();
+    let watch = Hook::write(Gva(upper(1, STORED)), 8).delivered(patient());
+    let watch = monitor.hook(&watch).unwrap();
+    work();
+    let occurrence = next(&monitor);
+    cut();
+    done(1);
+    assert_eq!((calls(), vm.status()), (2 * ROUNDS, "running".to_owned()));
+    assert!(occurrence.answer(Verdict::Skip).is_err());
+    assert!(monitor.next(PATIENCE).is_err());
+    drop((hook, watch, monitor));
+
+    // While it runs, with nothing held.
+    let monitor = vm.monitor();
+    let hook = monitor.hook(&at.clone().delivered(patient())).unwrap();
+    cut();
+    assert!(monitor.next(PATIENCE).is_err());
+    drop((hook, monitor));
+    work();
+    done(2);
+    assert_eq!((calls(), vm.status()), (4 * ROUNDS, "running".to_owned()));
+
+    // A hook that fails closed: it stays where it was, without breakpoints, until its owner lets it go on.
+    let monitor = vm.monitor();
+    let closed = at.clone().delivered(held(PATIENCE, Expiry::Closed));
+    let hook = monitor.hook(&closed).unwrap();
+    work();
+    let occurrence = next(&monitor);
+    cut();
+    assert!(monitor.next(PATIENCE).is_err());
+    drop((occurrence, hook, monitor));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_ne!(vm.status(), "running");
+    assert_eq!(calls(), 4 * ROUNDS);
+    vm.command(r#"{"execute":"cont"}"#);
+    done(3);
+    assert_eq!((calls(), vm.status()), (6 * ROUNDS, "running".to_owned()));
+
+    // The next one is welcome, and leaves nothing open.
+    let monitor = vm.monitor();
+    let hook = monitor.hook(&at.delivered(Delivery::Counted)).unwrap();
+    work();
+    done(4);
+    assert_eq!(hook.counts().unwrap().occurred, 2 * ROUNDS);
     drop((hook, monitor));
     assert!(!is_open(&vm));
 }
