@@ -1,14 +1,16 @@
 //! Monitors that come, go and die, verdicts, and hooks that change while the guest works.
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use rustix::net::{Shutdown, SocketAddrUnix, getpeername, shutdown};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use serde_json::json;
 use vmsight_arch::Gva;
-use vmsight_events::agent::AgentBackend;
+use vmsight_events::agent::{AgentBackend, MOST_WAITING};
 use vmsight_events::{EventError, Monitor, OpenOptions, open};
 use vmsight_hooks::{BackendKind, Delivery, Expiry, Hook, Verdict};
 use vmsight_lab::{Order, Work};
@@ -63,6 +65,74 @@ pub(crate) fn a_killed_monitor_leaves_no_trace(watched: &Watched) {
     let monitor = watched.monitor();
     watched.order(Work::GetPid { count: 10 });
     assert!(monitor.next(Duration::from_millis(200)).unwrap().is_none());
+}
+
+/// Its connection is cut while it lives and holds a vCPU.
+pub(crate) fn a_monitor_that_is_cut_off_holds_nobody(watched: &Watched) {
+    let monitor = watched.monitor();
+    let place = watched.symbol("__x64_sys_getpid");
+    let guard = monitor.hook(&Hook::execute(place).delivered(HELD)).unwrap();
+    let orders = watched.guest.orders().unwrap();
+    let sent = orders.send(Order::from(Work::GetPid { count: 1000 })).unwrap();
+    let held = monitor.next(PATIENCE).unwrap().unwrap();
+    cut(&watched.guest.agent_path().unwrap());
+    let account = sent.wait(PATIENCE).unwrap();
+    assert_eq!((account.made, account.failed), (1000, 0));
+    // It learns of that.
+    assert!(matches!(held.answer(Verdict::Pause), Err(EventError::Gone)));
+    assert!(matches!(monitor.next(PATIENCE), Err(EventError::Gone)));
+    drop((guard, monitor));
+    // Nothing is hooked any more, and another one can hook at once.
+    let next = watched.monitor();
+    let guard = next
+        .hook(&Hook::execute(place).delivered(Delivery::Counted))
+        .unwrap();
+    watched.order(Work::GetPid { count: 10 });
+    assert_eq!(guard.counts().unwrap().occurred, 10);
+}
+
+/// Shuts the connections of this process to what listens at `path`, as somebody else would.
+fn cut(path: &Path) {
+    let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    let mut cut = 0;
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let number = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        let Ok(socket) = pidfd_getfd(&own, number, PidfdGetfdFlags::empty()) else {
+            continue;
+        };
+        let peer = getpeername(&socket).ok().flatten();
+        let peer = peer.and_then(|peer| SocketAddrUnix::try_from(peer).ok());
+        if peer.is_some_and(|peer| peer.path_bytes() == Some(path.as_os_str().as_encoded_bytes())) {
+            shutdown(&socket, Shutdown::Both).unwrap();
+            cut += 1;
+        }
+    }
+    // The backend has one, by two descriptors, of which the second may be closed for the first.
+    assert!(cut > 0);
+}
+
+/// It does not take what it wants all of: the guest waits once, not again and again, and the hook is out.
+pub(crate) fn a_full_ring_takes_the_hook_out(watched: &Watched) {
+    const MORE: u64 = 1000;
+    let monitor = watched.monitor();
+    let place = watched.symbol("__x64_sys_getpid");
+    let guard = monitor.hook(&Hook::execute(place).delivered(TOLD)).unwrap();
+    let room = MOST_WAITING as u64;
+    let orders = watched.guest.orders().unwrap();
+    let work = Work::GetPid { count: room + MORE }.on(0);
+    let account = orders.send(work).unwrap().wait(PATIENCE).unwrap();
+    assert_eq!((account.made, account.failed), (room + MORE, 0));
+    let counts = guard.counts().unwrap();
+    assert_eq!(
+        (counts.occurred, counts.told, counts.dropped, counts.expired),
+        (room + 1, room, 1, 1)
+    );
+    // What was told before is there to be read.
+    let mut read = 0;
+    while monitor.next(Duration::ZERO).unwrap().is_some() {
+        read += 1;
+    }
+    assert_eq!(read, room);
 }
 
 /// What verdicts do here, what they cannot, and what a vCPU that waits for one keeps others from.
