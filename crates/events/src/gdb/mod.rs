@@ -58,8 +58,11 @@ use vmsight_target::{Target, TargetError};
 
 use crate::backend::Backend;
 use crate::{EventError, Monitor};
-use queue::{End, Queue};
+use queue::{CAPACITY, End, Queue};
 use worker::{Command, Worker};
+
+/// How many events can wait to be taken, of all vCPUs together.
+pub const MOST_WAITING: usize = CAPACITY;
 
 /// How the stub is used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
