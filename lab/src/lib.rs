@@ -14,6 +14,7 @@
 
 pub mod cache;
 pub mod compare;
+pub mod connections;
 pub mod cpio;
 mod flat;
 mod folder;

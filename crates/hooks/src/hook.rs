@@ -390,7 +390,8 @@ pub enum Expiry {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Overflow {
-    /// The vCPU waits for room.
+    /// The vCPU waits for room. An agent has it wait a second; after that the hook is taken out, as one whose deadline has
+    /// passed. By the gdb stub it waits for as long as the monitor lives.
     #[default]
     Block,
     /// The event is lost, and counted.

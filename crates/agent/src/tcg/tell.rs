@@ -119,8 +119,10 @@ impl<'a> Moment<'a> {
             let drops = Delivery::Told {
                 overflow: Overflow::Drop,
             };
-            if armed.hook.delivery == drops || start.elapsed() >= patience || !self.front.is_running() {
-                self.lose(session, armed, held);
+            let late = armed.hook.delivery != drops && start.elapsed() >= patience;
+            if late || armed.hook.delivery == drops || !self.front.is_running() {
+                // Who has waited for long enough does not wait again at the next event: the hook comes out.
+                self.lose(session, armed, held || late);
                 return;
             }
             let rings = place.rings.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,13 +149,13 @@ impl<'a> Moment<'a> {
         passage.is_none_or(|passage| passage == Passage::Wanted)
     }
 
-    /// There is no room.
-    fn lose(&self, session: &Session, armed: &Armed, held: bool) {
+    /// There is no room, and it is waited for no more where it `expires`.
+    fn lose(&self, session: &Session, armed: &Armed, expires: bool) {
         armed.dropped.fetch_add(1, Ordering::Relaxed);
         if let Some(area) = session.shared.area(self.vcpu) {
             area.dropped().fetch_add(1, Ordering::Relaxed);
         }
-        if held {
+        if expires {
             self.front.expired(armed);
         }
     }

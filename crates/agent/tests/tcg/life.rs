@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use serde_json::json;
 use vmsight_arch::Gva;
-use vmsight_events::agent::AgentBackend;
+use vmsight_events::agent::{AgentBackend, MOST_WAITING};
 use vmsight_events::{EventError, Monitor, OpenOptions, open};
 use vmsight_hooks::{BackendKind, Delivery, Expiry, Hook, Verdict};
-use vmsight_lab::{Order, Work};
+use vmsight_lab::{Order, Work, connections};
 
 use crate::guest::{HELD, TOLD, Watched};
 
@@ -63,6 +63,56 @@ pub(crate) fn a_killed_monitor_leaves_no_trace(watched: &Watched) {
     let monitor = watched.monitor();
     watched.order(Work::GetPid { count: 10 });
     assert!(monitor.next(Duration::from_millis(200)).unwrap().is_none());
+}
+
+/// Its connection is cut while it lives and holds a vCPU.
+pub(crate) fn a_monitor_that_is_cut_off_holds_nobody(watched: &Watched) {
+    let monitor = watched.monitor();
+    let place = watched.symbol("__x64_sys_getpid");
+    let guard = monitor.hook(&Hook::execute(place).delivered(HELD)).unwrap();
+    let orders = watched.guest.orders().unwrap();
+    let sent = orders.send(Order::from(Work::GetPid { count: 1000 })).unwrap();
+    let held = monitor.next(PATIENCE).unwrap().unwrap();
+    let path = watched.guest.agent_path().unwrap();
+    // The backend has one, by two descriptors, of which the second may be closed for the first.
+    assert!(connections::cut(watched.guest.pid(), |at| *at == *path).unwrap() > 0);
+    let account = sent.wait(PATIENCE).unwrap();
+    assert_eq!((account.made, account.failed), (1000, 0));
+    // It learns of that.
+    assert!(matches!(held.answer(Verdict::Pause), Err(EventError::Gone)));
+    assert!(matches!(monitor.next(PATIENCE), Err(EventError::Gone)));
+    drop((guard, monitor));
+    // Nothing is hooked any more, and another one can hook at once.
+    let next = watched.monitor();
+    let guard = next
+        .hook(&Hook::execute(place).delivered(Delivery::Counted))
+        .unwrap();
+    watched.order(Work::GetPid { count: 10 });
+    assert_eq!(guard.counts().unwrap().occurred, 10);
+}
+
+/// It does not take what it wants all of: the guest waits once, not again and again, and the hook is out.
+pub(crate) fn a_full_ring_takes_the_hook_out(watched: &Watched) {
+    const MORE: u64 = 1000;
+    let monitor = watched.monitor();
+    let place = watched.symbol("__x64_sys_getpid");
+    let guard = monitor.hook(&Hook::execute(place).delivered(TOLD)).unwrap();
+    let room = MOST_WAITING as u64;
+    let orders = watched.guest.orders().unwrap();
+    let work = Work::GetPid { count: room + MORE }.on(0);
+    let account = orders.send(work).unwrap().wait(PATIENCE).unwrap();
+    assert_eq!((account.made, account.failed), (room + MORE, 0));
+    let counts = guard.counts().unwrap();
+    assert_eq!(
+        (counts.occurred, counts.told, counts.dropped, counts.expired),
+        (room + 1, room, 1, 1)
+    );
+    // What was told before is there to be read.
+    let mut read = 0;
+    while monitor.next(Duration::ZERO).unwrap().is_some() {
+        read += 1;
+    }
+    assert_eq!(read, room);
 }
 
 /// What verdicts do here, what they cannot, and what a vCPU that waits for one keeps others from.

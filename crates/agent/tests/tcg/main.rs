@@ -28,6 +28,8 @@ fn with_qemu_7() {
     processor::what_takes_registers_is_refused(&watched);
     memory::each_write_is_told_without_values(&watched);
     life::a_killed_monitor_leaves_no_trace(&watched);
+    life::a_monitor_that_is_cut_off_holds_nobody(&watched);
+    life::a_full_ring_takes_the_hook_out(&watched);
     life::a_held_vcpu_and_its_verdicts(&watched);
     life::two_monitors_have_each_their_own(&watched);
     life::hooks_come_and_go_under_load(&watched);
@@ -54,6 +56,8 @@ fn with_qemu_10() {
     memory::each_write_is_told_with_its_values(&watched);
     memory::reads_and_physical_addresses(&watched);
     life::a_killed_monitor_leaves_no_trace(&watched);
+    life::a_monitor_that_is_cut_off_holds_nobody(&watched);
+    life::a_full_ring_takes_the_hook_out(&watched);
     life::a_held_vcpu_and_its_verdicts(&watched);
     life::two_monitors_have_each_their_own(&watched);
     life::hooks_come_and_go_under_load(&watched);

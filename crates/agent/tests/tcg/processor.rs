@@ -3,8 +3,8 @@
 use vmsight_events::EventError;
 use vmsight_events::linux::{SyscallRecord, SyscallTrace};
 use vmsight_hooks::{
-    Access, ControlRegister, Delivery, Detail, Field, Filter, Hook, HookKind, Register, Scope, StepEnd,
-    Value, Vectors,
+    Access, BackendKind, ControlRegister, Delivery, Detail, Field, Filter, Hook, HookKind, Register, Scope,
+    StepEnd, Value, Vectors,
 };
 use vmsight_lab::Work;
 use vmsight_lab::orders::Exception;
@@ -79,6 +79,26 @@ pub(crate) fn what_takes_registers_is_refused(watched: &Watched) {
         monitor.hook(&Hook::new(msr)),
         Err(EventError::Unsupported { .. })
     ));
+    // Steps, with and without a condition: the backend that has registers of every QEMU can.
+    let condition = Value::register(Register::Rip).is(at.0);
+    for hook in [
+        Hook::new(HookKind::Step { vcpu: 0, count: 1 }),
+        Hook::step_until(0, &condition, 1000).unwrap(),
+    ] {
+        let feature = hook.kind.features()[0];
+        let refused = monitor.hook(&hook).unwrap_err();
+        assert!(
+            matches!(
+                refused,
+                EventError::Unsupported {
+                    backend: BackendKind::AgentTcg,
+                    feature: of,
+                    can: [BackendKind::GdbStub],
+                } if of == feature
+            ),
+            "{refused:?}"
+        );
+    }
     // That CR3 is written is told all the same, of every switch of processes.
     let cr3 = HookKind::ControlRegister {
         register: ControlRegister::Cr3,

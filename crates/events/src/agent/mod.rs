@@ -27,6 +27,8 @@ use link::Link;
 
 /// The variable by which `vmsight launch` tells the agent where to listen.
 pub const SOCKET_VARIABLE: &str = "VMSIGHT_AGENT";
+/// How many events of a vCPU can wait for a monitor to take them.
+pub const MOST_WAITING: usize = vmsight_channel::RING_ENTRIES;
 
 /// Hooks by the agent in the VMM.
 pub struct AgentBackend {

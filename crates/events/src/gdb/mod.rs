@@ -22,6 +22,12 @@
 //! **A hook that fails closed** has the VM paused, its breakpoints out, when this program is killed: by the watch of
 //! the connection, which takes some milliseconds in which the guest may run unhooked. At a regular end it goes on.
 //!
+//! **A connection that is cut** (by somebody who shuts it, or a network that fails) leaves breakpoints in and the VM as it
+//! stands: QEMU does nothing about it. So another one is made, and ends as this one would have.
+//!
+//! **Deadlines are kept here,** by that one thread. A program that is stopped as a whole (SIGSTOP) keeps none: what it holds
+//! waits until it goes on or is killed.
+//!
 //! **What is not seen**: that the owner pauses a VM which stands at a hook already; it goes on with the verdict. An
 //! owner who lets it go on there lets the other vCPUs run until the held one meets its breakpoint again. Who is
 //! killed within 25 ms after the owner ended a pause leaves the VM paused.
@@ -52,8 +58,11 @@ use vmsight_target::{Target, TargetError};
 
 use crate::backend::Backend;
 use crate::{EventError, Monitor};
-use queue::{End, Queue};
+use queue::{CAPACITY, End, Queue};
 use worker::{Command, Worker};
+
+/// How many events can wait to be taken, of all vCPUs together.
+pub const MOST_WAITING: usize = CAPACITY;
 
 /// How the stub is used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -10,7 +10,7 @@ use vmsight_target::gdb::Waker;
 use crate::EventError;
 
 /// Most events that wait to be fetched.
-const CAPACITY: usize = 4096;
+pub(super) const CAPACITY: usize = 4096;
 
 /// How the connection ended.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use vmsight_arch::Gva;
 use vmsight_events::EventError;
 use vmsight_events::gdb::{self, GdbOptions};
 use vmsight_hooks::{Delivery, Expiry, Hook, Overflow, Verdict};
+use vmsight_lab::connections;
 use vmsight_target::{AttachOptions, TargetSpec, attach};
 
 use crate::execute::{held, next, patient};
@@ -166,6 +168,72 @@ fn a_monitor_that_is_killed_leaves_the_guest_as_it_was() {
     vm.work(0, 10);
     vm.wait_for(|m| m.is_done(0, 7));
     assert_eq!(hook.counts().unwrap().occurred, 10);
+    drop((hook, monitor));
+    assert!(!is_open(&vm));
+}
+
+/// Shuts the connection of this process to the machine's stub.
+fn cut(vm: &Machine) {
+    let stub = format!("/vmsight-gdb-{}-", std::process::id());
+    let is_stub = |path: &Path| path.to_string_lossy().contains(&stub);
+    assert_eq!(connections::cut(vm.pid(), is_stub).unwrap(), 1);
+}
+
+#[test]
+fn a_connection_that_is_cut_leaves_the_guest_as_it_was() {
+    let vm = Machine::start(2);
+    let at = Hook::execute(Gva(vm.guest.function));
+    const ROUNDS: u64 = 1000;
+    let work = || [0, 1].map(|vcpu| vm.work(vcpu, ROUNDS));
+    let calls = || vm.word(0, CALLS) + vm.word(1, CALLS);
+    let done = |times| vm.wait_for(|m| m.is_done(0, times) && m.is_done(1, times));
+
+    // While a vCPU is held, with a watchpoint beside.
+    let monitor = vm.monitor();
+    let hook = monitor.hook(&at.clone().delivered(patient())).unwrap();
+    let watch = Hook::write(Gva(upper(1, STORED)), 8).delivered(patient());
+    let watch = monitor.hook(&watch).unwrap();
+    work();
+    let occurrence = next(&monitor);
+    cut(&vm);
+    done(1);
+    assert_eq!((calls(), vm.status()), (2 * ROUNDS, "running".to_owned()));
+    assert!(occurrence.answer(Verdict::Skip).is_err());
+    assert!(monitor.next(PATIENCE).is_err());
+    drop((hook, watch, monitor));
+
+    // While it runs, with nothing held.
+    let monitor = vm.monitor();
+    let hook = monitor.hook(&at.clone().delivered(patient())).unwrap();
+    cut(&vm);
+    assert!(monitor.next(PATIENCE).is_err());
+    drop((hook, monitor));
+    work();
+    done(2);
+    assert_eq!((calls(), vm.status()), (4 * ROUNDS, "running".to_owned()));
+
+    // A hook that fails closed: it stays where it was, without breakpoints, until its owner lets it go on.
+    let monitor = vm.monitor();
+    let closed = at.clone().delivered(held(PATIENCE, Expiry::Closed));
+    let hook = monitor.hook(&closed).unwrap();
+    work();
+    let occurrence = next(&monitor);
+    cut(&vm);
+    assert!(monitor.next(PATIENCE).is_err());
+    drop((occurrence, hook, monitor));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_ne!(vm.status(), "running");
+    assert_eq!(calls(), 4 * ROUNDS);
+    vm.command(r#"{"execute":"cont"}"#);
+    done(3);
+    assert_eq!((calls(), vm.status()), (6 * ROUNDS, "running".to_owned()));
+
+    // The next one is welcome, and leaves nothing open.
+    let monitor = vm.monitor();
+    let hook = monitor.hook(&at.delivered(Delivery::Counted)).unwrap();
+    work();
+    done(4);
+    assert_eq!(hook.counts().unwrap().occurred, 2 * ROUNDS);
     drop((hook, monitor));
     assert!(!is_open(&vm));
 }

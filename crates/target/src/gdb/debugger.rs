@@ -107,9 +107,12 @@ pub enum Waited {
 /// A connection to a stub for hooks. One thread uses it; [`Waker`] ends its waits.
 ///
 /// Dropped, it takes all breakpoints out and lets the machine go on, unless [`Self::hold`] said otherwise or it did
-/// not run before; a watch does the same where the program is killed.
+/// not run before; a watch does the same where the program is killed. QEMU does nothing of that when its connection
+/// ends: where somebody cut it, another one is made to say so.
 pub struct Debugger {
     link: Link,
+    address: GdbAddress,
+    server: Option<Identity>,
     guard: Option<Guard>,
     registers: Vec<Register>,
     threads: Vec<String>,
@@ -140,6 +143,8 @@ impl Debugger {
         let (link, guard) = connect::open(address, server, timeout, watch)?;
         let mut debug = Self {
             link,
+            address: address.clone(),
+            server,
             guard: Some(guard),
             registers: Vec::new(),
             threads: Vec::new(),
@@ -574,9 +579,44 @@ impl Debugger {
     }
 }
 
+impl Debugger {
+    /// Says what is to be said at the end over another connection, where this one is cut and the machine lives;
+    /// whether it could.
+    fn ends_over_another(&self) -> bool {
+        if !self.link.is_cut() || self.server.is_some_and(|vm| !vm.runs()) {
+            return false;
+        }
+        let watch = |socket| Guard::switched(socket, LAST_WORDS, HOLD);
+        let opened = connect::open(&self.address, self.server, self.link.timeout(), watch);
+        let said = opened.and_then(|(link, mut guard)| {
+            drop(link);
+            // Dropped, the watch says it in a way that needs no answer.
+            match self.held {
+                true => guard
+                    .hold(&hold_words(&self.threads))
+                    .map_err(|source| GdbError::Connect {
+                        address: self.link.address().to_owned(),
+                        source,
+                    }),
+                false => Ok(()),
+            }
+        });
+        // Nobody is there any more: the machine was about to end.
+        said.inspect_err(|error| tracing::debug!(%error, "no other connection to the gdb stub"))
+            .is_ok()
+    }
+}
+
 impl Drop for Debugger {
     fn drop(&mut self) {
         let Some(guard) = self.guard.take() else { return };
+        if self.ends_over_another() {
+            guard.dismiss();
+            if let Some(lease) = self.lease.take() {
+                lease.leave();
+            }
+            return;
+        }
         let detached = match self.link.is_lost() {
             true => false,
             false => match self.detach() {

@@ -69,6 +69,15 @@ impl Link {
         self.desynchronised
     }
 
+    /// Whether the connection itself has ended.
+    pub(super) fn is_cut(&self) -> bool {
+        let mut ends = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let now = rustix::event::Timespec::default();
+        let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let looked = poll(&mut ends, Some(&now));
+        looked.is_ok() && ends.iter().any(|end| end.revents().intersects(ended))
+    }
+
     /// From now on each packet is preceded by an interrupt, which QEMU passes over while the machine stands still.
     /// Where somebody let it go on behind our back QEMU would take the packet's first byte for the wish to pause
     /// it, and lose the packet.

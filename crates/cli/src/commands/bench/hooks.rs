@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use serde_json::Map;
 use vmsight_arch::{Gpa, Gva};
 use vmsight_events::Monitor;
 use vmsight_gauge::image::{MOST, PORT, WATCHED};
@@ -15,16 +14,17 @@ use vmsight_hooks::{Access, Delivery, Expiry, Hook, HookKind, Overflow, Range, R
 use vmsight_hooks::{Filter, Value};
 
 use super::machine::{self, Host, Machine};
-use super::survival::killed;
+use super::survival::{END, survived};
 use super::switches::two_switches;
-use crate::output::{Progress, Sheet, Style};
+use super::table::{Row, print};
+use crate::output::Progress;
 use crate::{Outcome, args::Global};
 
 /// How long the guest may take for its rounds.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// MSR LSTAR (SDM vol. 4).
 const LSTAR: u32 = 0xc000_0082;
-/// Within what a guest is to run whose monitor was killed.
+/// Within what a guest is to run whose monitor failed it.
 const SURVIVAL: (&str, f64, Option<f64>) = ("100 ms", 1e8, Some(1.0));
 
 #[derive(Args, Debug)]
@@ -49,52 +49,6 @@ pub(crate) struct Cmd {
     #[arg(long, value_name = "NAME")]
     accelerator: Option<String>,
 }
-
-const KEYS: &[&str] = &[
-    "host",
-    "by",
-    "hook",
-    "delivery",
-    "samples",
-    "min_ns",
-    "median_ns",
-    "max_ns",
-    "sd_ns",
-    "ratio",
-    "of",
-    "goal",
-    "met",
-    "problem",
-];
-const SHOWN: &[&str] = &[
-    "host",
-    "by",
-    "hook",
-    "delivery",
-    "min_ns",
-    "median_ns",
-    "max_ns",
-    "sd_ns",
-    "ratio",
-    "of",
-    "goal",
-    "met",
-];
-
-/// One line of the table.
-struct Row {
-    host: String,
-    by: &'static str,
-    hook: &'static str,
-    delivery: &'static str,
-    outcome: Result<Summary, String>,
-    /// What its median is compared with, or the longest of those who were killed: its name, how long that is, and the highest
-    /// ratio that is wanted.
-    against: Option<(&'static str, f64, Option<f64>)>,
-}
-
-/// The delivery of events that ended with their monitor.
-const KILLED: &str = "killed";
 
 impl Cmd {
     pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
@@ -178,8 +132,10 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
             }
         }
         drop(monitor);
-        let outcome = killed(&plain, false, samples);
-        rows.push(row("gdb-stub", "execute", KILLED, outcome, Some(SURVIVAL)));
+        for end in END {
+            let outcome = survived(&plain, false, end, samples);
+            rows.push(row("gdb-stub", "execute", end.name(), outcome, Some(SURVIVAL)));
+        }
     }
     drop(plain);
     let machine = match Machine::start(host, true) {
@@ -240,8 +196,11 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
             held = rows.last().and_then(median);
         }
     }
-    let outcome = killed(&machine, true, samples);
-    rows.push(row(by, "execute", KILLED, outcome, Some(SURVIVAL)));
+    drop(monitor);
+    for end in END {
+        let outcome = survived(&machine, true, end, samples);
+        rows.push(row(by, "execute", end.name(), outcome, Some(SURVIVAL)));
+    }
     Ok(rows)
 }
 
@@ -335,56 +294,4 @@ fn hooked(
         counts.filtered
     );
     Ok(measured)
-}
-
-fn print(style: &Style, rows: &[Row], warnings: Vec<String>) -> Result<()> {
-    let mut sheet = Sheet::with_keys(KEYS, SHOWN);
-    for row in rows {
-        let mut cells = Map::new();
-        cells.insert("host".into(), row.host.clone().into());
-        cells.insert("by".into(), row.by.into());
-        cells.insert("hook".into(), row.hook.into());
-        cells.insert("delivery".into(), row.delivery.into());
-        match &row.outcome {
-            Ok(summary) => {
-                cells.insert("samples".into(), summary.count.into());
-                cells.insert("min_ns".into(), whole(summary.min));
-                cells.insert("median_ns".into(), whole(summary.median));
-                cells.insert("max_ns".into(), whole(summary.max));
-                cells.insert("sd_ns".into(), whole(summary.sd));
-                if let Some((of, other, goal)) = row.against.filter(|(_, other, _)| *other > 0.0) {
-                    let own = match row.delivery {
-                        KILLED => summary.max,
-                        _ => summary.median,
-                    };
-                    let ratio = own / other;
-                    cells.insert("ratio".into(), ((ratio * 1000.0).round() / 1000.0).into());
-                    cells.insert("of".into(), of.into());
-                    if let Some(goal) = goal {
-                        cells.insert("goal".into(), goal.into());
-                        cells.insert("met".into(), (ratio <= goal).into());
-                    }
-                }
-            }
-            Err(problem) => {
-                cells.insert("problem".into(), problem.clone().into());
-            }
-        }
-        sheet.rows.push(cells);
-    }
-    sheet.warnings = warnings;
-    for row in rows {
-        if let Err(problem) = &row.outcome {
-            let (host, by, hook, delivery) = (&row.host, row.by, row.hook, row.delivery);
-            sheet.warnings.push(format!(
-                "not measured: {host}, {by}, {hook}, {delivery}: {problem}"
-            ));
-        }
-    }
-    style.print(&sheet)
-}
-
-/// Nanoseconds, as exactly as they are known.
-fn whole(nanoseconds: f64) -> serde_json::Value {
-    (nanoseconds.round() as u64).into()
 }

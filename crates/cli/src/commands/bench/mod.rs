@@ -1,9 +1,11 @@
 //! `vmsight bench`: what vmsight costs a guest, measured on this machine.
 
+mod connection;
 mod hooks;
 mod machine;
 mod survival;
 mod switches;
+mod table;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -34,7 +36,7 @@ enum What {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
-    /// A monitor that is going to be killed
+    /// A monitor that is going to fail its guest
     #[command(hide = true)]
     Hold(survival::Cmd),
     /// The least VMM, with its guest's memory in a file

@@ -1,31 +1,71 @@
-//! How long a guest stands still when the monitor that holds it is killed.
+//! How long a guest stands still when the monitor that holds it fails it.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use rustix::net::{Shutdown, shutdown};
+use rustix::process::{Pid, Signal, kill_process};
 use vmsight_arch::Gva;
+use vmsight_events::{agent, gdb};
 use vmsight_gauge::{Operation, Summary};
-use vmsight_hooks::{Delivery, Expiry, Hook};
+use vmsight_hooks::{Delivery, Expiry, Hook, Overflow};
 
+use super::connection;
 use super::machine::{self, Machine};
 
 /// Most tries of one row: each takes a process.
 const TRIES: u64 = 20;
-/// The longest wait for the guest to go on, and the deadline of the event with which it is held: it must not be what lets it go.
+/// The longest wait for the guest to go on, and half the deadline of the event with which it is held where that must not be what
+/// lets it go.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is looked whether the guest has gone on.
 const LOOK: Duration = Duration::from_micros(100);
+
+/// The deadline of a monitor that hangs: long enough for it to be stopped before.
+const DEADLINE: Duration = Duration::from_millis(100);
+/// From the last event for which there was room until the guest stands at the next one. A vCPU waits a second for room.
+const NEXT: Duration = Duration::from_millis(20);
 
 /// What the monitor says when its hook is armed, and when the guest stands at it.
 const ARMED: &str = "armed";
 const HELD: &str = "held";
 
-/// A monitor that holds the guest at its first event and does nothing more.
+/// How a monitor fails its guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum End {
+    /// It holds the guest, and is killed with -9.
+    Killed,
+    /// It holds the guest, and its connection is shut while it lives.
+    Cut,
+    /// It holds the guest, and gives no verdict. By an agent it is stopped besides; deadlines of the stub's backend are kept by the
+    /// monitor's own process, which has to live for that.
+    Hung,
+    /// It is told of what holds nobody and takes none of it, until there is no room for more; then it is killed with -9.
+    Full,
+}
+
+/// All of them.
+pub(super) const END: [End; 4] = [End::Killed, End::Cut, End::Hung, End::Full];
+
+impl End {
+    /// The name of its rows.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Killed => "killed",
+            Self::Cut => "cut",
+            Self::Hung => "hung",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// A monitor that holds the guest at its first event, or takes none, and does nothing more.
 #[derive(Args, Debug)]
 pub(super) struct Cmd {
     /// Where the agent in the VMM listens
@@ -37,6 +77,12 @@ pub(super) struct Cmd {
     /// The address of the instruction
     #[arg(long)]
     at: u64,
+    /// How long the guest is held, in milliseconds
+    #[arg(long)]
+    deadline: u64,
+    /// Hold nobody, and wait until so many events were told
+    #[arg(long, value_name = "EVENTS")]
+    fill: Option<u64>,
 }
 
 impl Cmd {
@@ -46,17 +92,32 @@ impl Cmd {
             (None, Some(pid)) => machine::by_stub(pid)?,
             (None, None) => bail!("a monitor of nothing"),
         };
-        let hook = Hook::execute(Gva(self.at)).delivered(Delivery::Held {
-            deadline: 2 * PATIENCE,
-            expiry: Expiry::Open,
-        });
-        let _guard = monitor.hook(&hook)?;
+        let delivery = match self.fill {
+            None => Delivery::Held {
+                deadline: Duration::from_millis(self.deadline),
+                expiry: Expiry::Open,
+            },
+            Some(_) => Delivery::Told {
+                overflow: Overflow::Block,
+            },
+        };
+        let guard = monitor.hook(&Hook::execute(Gva(self.at)).delivered(delivery))?;
         say(ARMED)?;
-        let held = monitor.next(PATIENCE)?.context("nothing happened")?;
+        let held = match self.fill {
+            None => Some(monitor.next(PATIENCE)?.context("nothing happened")?),
+            Some(events) => {
+                let end = Instant::now() + PATIENCE;
+                while guard.counts()?.told < events {
+                    ensure!(Instant::now() < end, "too little happened");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                None
+            }
+        };
         say(HELD)?;
         // Until it is killed.
         std::thread::sleep(4 * PATIENCE);
-        drop(held);
+        drop((held, guard));
         Ok(())
     }
 }
@@ -67,22 +128,57 @@ fn say(word: &str) -> Result<()> {
     out.flush().context("saying how far it is")
 }
 
-/// What it takes from kill -9 of a monitor that holds the guest until the guest has gone on, by the clock of the host. By the
-/// agent in the VMM, or by the gdb stub.
-pub(super) fn killed(machine: &Machine, agent: bool, samples: u64) -> Result<Summary> {
+/// How long the guest stands still, by the clock of the host, when its monitor fails it: by the agent in the VMM, or by the gdb stub.
+/// From what is done to the monitor until all calls of the guest are done; where nothing but the deadline lets the guest go, from
+/// the begin of its call, less the deadline.
+pub(super) fn survived(machine: &Machine, agent: bool, end: End, samples: u64) -> Result<Summary> {
     let tries = 0..samples.min(TRIES);
-    let took = tries.map(|_| one(machine, agent)).collect::<Result<Vec<_>>>()?;
+    let took = tries
+        .map(|_| one(machine, agent, end))
+        .collect::<Result<Vec<_>>>()?;
     Summary::of(&took).context("nothing was tried")
 }
 
-fn one(machine: &Machine, agent: bool) -> Result<f64> {
-    let mut monitor = Victim::start(machine, agent)?;
+fn one(machine: &Machine, agent: bool, end: End) -> Result<f64> {
+    let room = if agent {
+        agent::MOST_WAITING
+    } else {
+        gdb::MOST_WAITING
+    } as u64;
+    let mut monitor = Victim::start(machine, agent, end, room)?;
     monitor.until(ARMED)?;
-    machine.timer.begin(Operation::Call, 1)?;
+    let began = Instant::now();
+    let rounds = if end == End::Full { room + 1 } else { 1 };
+    machine.timer.begin(Operation::Call, rounds)?;
     monitor.until(HELD)?;
-    ensure!(!machine.timer.is_through()?, "the guest did not stand still");
-    let begin = Instant::now();
-    monitor.child.kill().context("killing the monitor")?;
+    if end == End::Full {
+        std::thread::sleep(NEXT);
+    }
+    let stands = || -> Result<Instant> {
+        ensure!(!machine.timer.is_through()?, "the guest did not stand still");
+        Ok(Instant::now())
+    };
+    let begin = match end {
+        End::Killed | End::Full => {
+            let begin = stands()?;
+            monitor.child.kill().context("killing the monitor")?;
+            begin
+        }
+        End::Cut => {
+            let connection = monitor.connection(machine, agent)?;
+            let begin = stands()?;
+            shutdown(&connection, Shutdown::Both).context("cutting a connection")?;
+            begin
+        }
+        End::Hung => {
+            if agent {
+                kill_process(Pid::from_child(&monitor.child), Signal::STOP)
+                    .context("stopping the monitor")?;
+            }
+            stands()?;
+            began + DEADLINE
+        }
+    };
     while !machine.timer.is_through()? {
         ensure!(begin.elapsed() < PATIENCE, "the guest did not go on");
         std::thread::sleep(LOOK);
@@ -90,25 +186,32 @@ fn one(machine: &Machine, agent: bool) -> Result<f64> {
     Ok(begin.elapsed().as_nanos() as f64)
 }
 
-/// The monitor that is to be killed. It is, at the latest when this is dropped.
+/// The monitor that fails its guest. It is killed, at the latest when this is dropped.
 struct Victim {
     child: Child,
     said: BufReader<std::process::ChildStdout>,
 }
 
 impl Victim {
-    fn start(machine: &Machine, agent: bool) -> Result<Self> {
+    fn start(machine: &Machine, agent: bool, end: End, room: u64) -> Result<Self> {
         let own = std::env::current_exe().context("finding this program")?;
         let reach: [OsString; 2] = match agent {
             true => ["--agent".into(), machine.socket().into()],
             false => ["--pid".into(), machine.pid().to_string().into()],
         };
-        let mut child = Command::new(&own)
+        let deadline = if end == End::Hung { DEADLINE } else { 2 * PATIENCE };
+        let mut command = Command::new(&own);
+        command
             .args(["bench", "child", "--"])
             .arg(&own)
             .args(["bench", "hold", "--at"])
             .arg(machine.timer.image().function.to_string())
-            .args(reach)
+            .args(["--deadline", &deadline.as_millis().to_string()])
+            .args(reach);
+        if end == End::Full {
+            command.args(["--fill", &room.to_string()]);
+        }
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -118,6 +221,16 @@ impl Victim {
         Ok(Self {
             child,
             said: BufReader::new(said),
+        })
+    }
+
+    /// Its connection to the agent, or to the stub that was opened for it.
+    fn connection(&self, machine: &Machine, agent: bool) -> Result<OwnedFd> {
+        let socket = machine.socket();
+        let stub = format!("/vmsight-gdb-{}-", self.child.id());
+        connection::of(&self.child, |path| match agent {
+            true => path == socket.as_os_str().as_encoded_bytes(),
+            false => String::from_utf8_lossy(path).contains(&stub),
         })
     }
 
