@@ -34,11 +34,12 @@ memory, an MSR or a port. The same round is done without a hook, with one whose 
 means that the vCPU waits for the handler's verdict, \"told\" that it goes on at once, \"filtered\" that a filter in the VMM puts it
 away, \"counted\" that nobody is told.
 
-Four rows say how long the guest stands still, by the host's clock, when its monitor fails it; the longest of twenty counts:
+Four rows say how long the guest stands still, by the host's clock, when its monitor fails it; the longest of twenty counts (through
+the stub, of five of \"full\"):
   killed  it holds the guest and is killed with -9
   cut     it holds the guest, and its connection is shut while it lives
-  hung    it holds the guest and gives no verdict: how long beyond the hook's deadline (the agent's monitor is stopped, too)
-  full    it takes no events and none may be lost: when it is killed with no more room (through the stub five times)
+  hung    it holds the guest and gives no verdict: how long beyond the hook's deadline
+  full    it takes no events, none may be lost, and there is no more room: it is killed with -9
 
 The guest runs in stock QEMU, and on /dev/kvm in a VMM that does nothing else. Floors: what the exit to that VMM costs (a port is
 written), and what it costs that two threads wake each other (two context switches). Where KVM itself runs in a VM, or on an
