@@ -96,7 +96,7 @@ impl OtherEnds {
             self.pipes
                 .get(&(fd.dev, fd.inode))
                 .map(|ends| ends.across(fd, owner))
-        } else if is_socket(fd) {
+        } else if holders::is_socket(fd) {
             let peer = self.unix_peers.get(&fd.inode);
             peer.and_then(|peer| self.sockets.get(peer)).cloned()
         } else {
@@ -104,11 +104,6 @@ impl OtherEnds {
         };
         peers.unwrap_or_default()
     }
-}
-
-/// Whether it is a socket: what else has its inode's number is a file of another file system.
-fn is_socket(fd: &Fd) -> bool {
-    fd.link.starts_with("socket:[")
 }
 
 /// The rows of one table of open files, that of a process or a thread's own.
@@ -141,7 +136,7 @@ impl Table<'_> {
             let seen: BTreeSet<String> = row.peers.iter().map(owner).collect();
             let own = format!("{}/{}/{}", self.pid, spelt(self.comm), fd.fd);
             out.same(format!("{at}, peers"), seen, other_ends.peers(fd, &own));
-            if is_socket(fd) {
+            if holders::is_socket(fd) {
                 let endpoint = row.endpoint.as_deref().map(str::trim_end);
                 match other_ends.endpoints.get(&fd.inode) {
                     Some(said) => out.same(format!("{at}, endpoint"), endpoint, Some(said.as_str())),

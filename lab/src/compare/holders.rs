@@ -24,7 +24,7 @@ fn tables(truth: &Truth) -> impl Iterator<Item = (&Process, &Text, &[Fd])> {
 pub(super) fn of_sockets(truth: &Truth) -> Owners {
     let mut owners = Owners::new();
     for (process, comm, fds) in tables(truth) {
-        for fd in fds.iter().filter(|f| f.link.starts_with("socket:[")) {
+        for fd in fds.iter().filter(|f| is_socket(f)) {
             owners
                 .entry(fd.inode)
                 .or_default()
@@ -60,7 +60,7 @@ pub(super) fn of_bpf(truth: &Truth) -> BTreeMap<(&'static str, u32), BTreeSet<St
 pub(super) fn uids_of_sockets(truth: &Truth) -> BTreeMap<u64, u32> {
     tables(truth)
         .flat_map(|(_, _, fds)| fds)
-        .filter(|f| f.link.starts_with("socket:["))
+        .filter(|f| is_socket(f))
         .map(|f| (f.inode, f.uid))
         .collect()
 }
@@ -106,6 +106,11 @@ impl Ends {
             .cloned()
             .collect()
     }
+}
+
+/// Whether it is a socket. What else has its inode's number is a file of another file system.
+pub(super) fn is_socket(fd: &Fd) -> bool {
+    fd.link.starts_with("socket:[")
 }
 
 /// Whether it is a pipe, named or not.

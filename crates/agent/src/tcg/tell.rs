@@ -116,11 +116,12 @@ impl<'a> Moment<'a> {
                 Pushed::Removed => return,
                 Pushed::Full => {}
             }
-            let drops = Delivery::Told {
+            let drop = Delivery::Told {
                 overflow: Overflow::Drop,
             };
-            let late = armed.hook.delivery != drops && start.elapsed() >= patience;
-            if late || armed.hook.delivery == drops || !self.front.is_running() {
+            let drops = armed.hook.delivery == drop;
+            let late = !drops && start.elapsed() >= patience;
+            if drops || late || !self.front.is_running() {
                 // Who has waited for long enough does not wait again at the next event: the hook comes out.
                 self.lose(session, armed, held || late);
                 return;

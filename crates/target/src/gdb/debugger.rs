@@ -577,9 +577,7 @@ impl Debugger {
         }
         Ok(())
     }
-}
 
-impl Debugger {
     /// Says what is to be said at the end over another connection, where this one is cut and the machine lives;
     /// whether it could.
     fn ends_over_another(&self) -> bool {
