@@ -58,4 +58,9 @@ cargo_tool() {
     cargo install --quiet --locked --root "$tools" "$crate@$version"
 }
 
+# Always the whole workspace with all its features, so that nothing is built twice: for each choice of packages that leaves a library
+# with other features, cargo builds that, and all that uses it, anew. Which tests run is chosen by their names.
+# shellcheck disable=SC2034
+whole=(cargo test --workspace --features vmsight-lab/volatility --locked)
+
 command -v cargo >/dev/null || die "needs Rust: cargo is not on the PATH"

@@ -485,7 +485,7 @@ fn wait(process: &mut Process, folder: &Path) -> Result<Truth> {
             if find(fresh, ready.as_bytes()).is_some() {
                 let json =
                     frame::unpack(&received).map_err(|e| anyhow::anyhow!("the truth came broken: {e:?}"))?;
-                return serde_json::from_slice(json).context("read the truth");
+                return serde_json::from_slice(&json).context("read the truth");
             }
         }
         let console = console(folder);

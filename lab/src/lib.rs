@@ -13,6 +13,7 @@
 //! in the [cache](cache::folder): kernels (see `lab/setup`) and initramfs images by the hash of what is in them.
 
 pub mod cache;
+pub mod chance;
 pub mod compare;
 pub mod connections;
 pub mod cpio;

@@ -164,7 +164,7 @@ fn truth_of_boot(guest: &Guest, boots: usize) -> Truth {
         let said = std::fs::read(guest.folder().join("truth.log")).unwrap();
         let ready = String::from_utf8_lossy(&said).matches(frame::READY).count();
         if ready >= boots {
-            return serde_json::from_slice(frame::unpack(&said).unwrap()).unwrap();
+            return serde_json::from_slice(&frame::unpack(&said).unwrap()).unwrap();
         }
         assert!(
             Instant::now() < deadline,

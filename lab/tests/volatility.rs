@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
@@ -17,7 +17,7 @@ use vmsight_symbols::kernel::{Hints, find};
 use vmsight_symbols::{Profile, export};
 
 /// A raw dump, the symbol table made for it, and the guest's truth: their files are in the folder.
-fn check(kernel: Kernel) -> TempDir {
+fn dumped(kernel: Kernel) -> TempDir {
     let guest = Guest::boot(&Spec::new(kernel)).unwrap_or_else(|e| panic!("{e:?}"));
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name);
@@ -34,6 +34,13 @@ fn check(kernel: Kernel) -> TempDir {
     let written = export::isf(&profile, table, Some(export::XZ_LEVEL)).unwrap();
     eprintln!("{kernel}: {written:?}");
 
+    folder
+}
+
+/// Every plugin agrees.
+fn check(kernel: Kernel) -> TempDir {
+    let folder = dumped(kernel);
+    let file = |name: &str| folder.path().join(name);
     let status = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("volatility/run"))
         .args([file("memory.raw"), file("kernel.json.xz"), file("truth.json")])
         .status()
@@ -64,17 +71,25 @@ fn check_written(folder: &Path) {
         write::write(&contents, format, &out, &go_on, &|_| {}).unwrap_or_else(|e| panic!("{format}: {e}"));
         path
     });
+    check_processes(folder, &written);
+}
+
+/// It lists the guest's processes in each of these dumps.
+fn check_processes(folder: &Path, dumps: &[PathBuf]) {
+    let file = |name: &str| folder.join(name);
     let status = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("volatility/processes"))
         .args([file("kernel.json.xz"), file("truth.json")])
-        .args(written)
+        .args(dumps)
         .status()
         .unwrap();
     assert!(status.success(), "{status}");
 }
 
+/// Its table is accepted. Each plugin takes a minute; two other kernels have them all.
 #[test]
-fn kernel_5_10() {
-    check(Kernel::V5_10);
+fn processes_of_kernel_5_10() {
+    let folder = dumped(Kernel::V5_10);
+    check_processes(folder.path(), &[folder.path().join("memory.raw")]);
 }
 
 #[test]

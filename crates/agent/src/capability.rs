@@ -67,6 +67,16 @@ impl Kernel {
                  mapped when it is hooked",
                 &[Continue, Skip, Return, SetRegisters, Inject, Pause, Step, Remove],
             );
+            if self.read_only {
+                add(
+                    Feature::Inside,
+                    "a jump to code of ours in the guest, which asks the filter and stops by an INT3",
+                    "where the instruction is a NOP, a call or a jump of 5 bytes (functions that can be traced begin with one), with one hook on \
+                     it; no texts, and of memory only what is current on a processor; the guest's kernel can find it and take it out, as any \
+                     INT3; what is put away is counted where the guest can write",
+                    &[Continue, Skip, Return, SetRegisters, Inject, Pause, Step, Remove],
+                );
+            }
             add(
                 Feature::Step,
                 "KVM_GUESTDBG_SINGLESTEP",
@@ -145,6 +155,7 @@ impl Kernel {
                     "KVM has no page that may be read and not executed; single instructions can be hooked"
                 }
                 Feature::Execute | Feature::Step | Feature::StepUntil | Feature::Interrupt => "this kernel's KVM has no guest debugging",
+                Feature::Inside => "this kernel's KVM has no guest debugging, or no read-only memory",
                 Feature::PhysicalWrite | Feature::VirtualWrite => "this kernel's KVM has no read-only memory",
                 Feature::MsrRead | Feature::MsrWrite => "this kernel's KVM does not filter MSRs (Linux 5.10 does)",
                 _ => "there is no means",

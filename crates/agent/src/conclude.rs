@@ -51,7 +51,12 @@ pub(crate) fn conclude(
         }
     };
     match pending.subject {
-        Subject::Execute { rip, patch, .. } => executed(agent, vcpu, own, rip, patch, &verdict, by, &unfit),
+        Subject::Execute {
+            rip, patch, resume, ..
+        } => {
+            let at = Executed { rip, patch, resume };
+            executed(agent, vcpu, own, at, &verdict, by, &unfit)
+        }
         Subject::Step { .. } => {
             match verdict {
                 Verdict::SetRegisters(registers) => {
@@ -183,13 +188,21 @@ fn allowed(registers: &Registers, index: u32, value: u64) -> bool {
     index != msr::EFER || !paging || (registers.efer ^ value) & control::EFER_LME == 0
 }
 
-#[allow(clippy::too_many_arguments)]
+/// An instruction that is about to be executed.
+#[derive(Clone, Copy, Debug)]
+struct Executed {
+    rip: u64,
+    /// The physical address of the INT3 on it.
+    patch: Option<u64>,
+    /// Where code of ours does it in its place.
+    resume: Option<u64>,
+}
+
 fn executed(
     agent: &'static Agent,
     vcpu: &Vcpu,
     own: &mut Own,
-    rip: u64,
-    patch: Option<u64>,
+    at: Executed,
     verdict: &Verdict,
     by: Option<Arc<Armed>>,
     unfit: &dyn Fn(VerdictKind),
@@ -197,6 +210,7 @@ fn executed(
     let Ok((mut regs, sregs)) = own.registers(vcpu) else {
         return Next::Again;
     };
+    let Executed { rip, patch, resume } = at;
     // The VMM has loaded another state meanwhile (a reset, a snapshot): nothing of this is true any more.
     if regs.rip != rip {
         return Next::Again;
@@ -242,6 +256,8 @@ fn executed(
     let mut done = false;
     if elsewhere {
         regs.rflags &= !RFLAGS_RF;
+    } else if let Some(resume) = resume {
+        regs.rip = resume;
     } else if patch.is_none() {
         done = beyond(agent, vcpu, own, &mut regs, &sregs);
     } else {

@@ -17,7 +17,7 @@ use crate::registers::from_kvm;
 use crate::sift::sift;
 use crate::slots::PAGE;
 use crate::step::{BREAKPOINT, DR6_STEP, RFLAGS_RF, clean, done_outside};
-use crate::table::{Armed, Table};
+use crate::table::{Armed, Inside, Table};
 use crate::vcpu::{Exit, Own, Vcpu};
 
 /// What the vCPU's thread does next.
@@ -129,7 +129,8 @@ pub(crate) fn handle(agent: &'static Agent, vcpu: &Vcpu, own: &mut Own, table: &
         }
         Exit::Unknown => {
             let place = agent.with_guest(|guest, _| guest.translate(&registers, registers.rip));
-            if !place.is_some_and(|gpa| table.patches.contains_key(&gpa)) {
+            let patched = place.is_some_and(|gpa| table.patches.contains_key(&gpa));
+            if !patched && !table.inside.contains_key(&registers.rip) {
                 return Next::ToVmm;
             }
             // Ours: the emulator has no INT3 (Linux, arch/x86/kvm/emulate.c), and KVM has #UD ready for the guest.
@@ -191,6 +192,9 @@ fn debug(
         return Next::ToVmm;
     }
     if exception == 3 {
+        if let Some(inside) = table.inside.get(&rip) {
+            return arrived(agent, vcpu, own, inside, registers);
+        }
         let place = agent.with_guest(|guest, _| guest.translate(&registers, rip));
         if let Some(gpa) = place
             && let Some(patched) = table.patches.get(&gpa)
@@ -269,6 +273,32 @@ fn debug(
     Next::Again
 }
 
+/// A filter in the guest wants the event. All is as it was at the instruction, and there the vCPU is to stand: whoever looks at it, or saves it,
+/// finds nothing of ours.
+fn arrived(
+    agent: &'static Agent,
+    vcpu: &Vcpu,
+    own: &mut Own,
+    inside: &Inside,
+    mut registers: Registers,
+) -> Next {
+    let (mut regs, _) = vcpu.synced();
+    regs.rip = inside.at;
+    registers.rip = inside.at;
+    // Where KVM refuses its own registers the guest comes back here.
+    if own.set_registers(vcpu, &regs).is_err() {
+        return Next::Again;
+    }
+    let told = in_scope(&inside.hooks, registers.cr3);
+    let subject = Subject::Execute {
+        rip: inside.at,
+        patch: None,
+        frame: None,
+        resume: Some(inside.resume),
+    };
+    begin(agent, vcpu, own, subject, registers, told)
+}
+
 /// The execution of the instruction at RIP, with what is on the stack where somebody wants to know of it as the
 /// begin of a handler.
 fn execution(agent: &Agent, registers: &Registers, patch: Option<u64>, told: &[Told]) -> Subject {
@@ -284,7 +314,12 @@ fn execution(agent: &Agent, registers: &Registers, patch: Option<u64>, told: &[T
             cr2: registers.cr2,
         }
     });
-    Subject::Execute { rip, patch, frame }
+    Subject::Execute {
+        rip,
+        patch,
+        frame,
+        resume: None,
+    }
 }
 
 /// An instruction was executed here, not by KVM: it counts as a step where steps are counted.
@@ -300,6 +335,10 @@ pub(crate) fn count_step(agent: &Agent, vcpu: &Vcpu, own: &mut Own) {
 
 /// A step was made. Whether it was the last: then its event is pending.
 fn stepped(agent: &Agent, vcpu: &Vcpu, own: &mut Own, registers: Registers) -> bool {
+    // Within our own code the guest has not come any further. The instruction that was replaced is done when it is left.
+    if agent.with_guest(|_, table| table.is_ours(registers.rip)) {
+        return false;
+    }
     let Some(stepping) = &mut own.stepping else {
         return false;
     };
@@ -378,7 +417,15 @@ fn begin(
 ) -> Next {
     let told = sift(agent, vcpu, &subject, &registers, told);
     // What nobody wants to know of is to cost as little as it can.
-    if told.is_empty() && matches!(subject, Subject::Execute { patch: None, .. }) {
+    let plain = matches!(
+        subject,
+        Subject::Execute {
+            patch: None,
+            resume: None,
+            ..
+        }
+    );
+    if told.is_empty() && plain {
         return pass(agent, vcpu, own);
     }
     own.pending = Some(Box::new(Pending::new(subject, registers, told)));

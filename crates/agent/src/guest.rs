@@ -7,6 +7,9 @@ use vmsight_arch::{Gpa, Gva, Registers};
 
 use crate::slots::Slot;
 
+/// Virtual addresses from here on belong to kernels.
+pub(crate) const UPPER_HALF: u64 = 1 << 63;
+
 /// Slots that say where memory lies.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Guest<'s> {

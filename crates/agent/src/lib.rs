@@ -18,8 +18,11 @@ mod errno;
 mod exits;
 mod filter;
 mod guest;
+mod inside;
 mod instruction;
 mod kvm;
+#[cfg(test)]
+mod nothing;
 mod own;
 mod pending;
 mod qemu;

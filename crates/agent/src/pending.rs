@@ -68,6 +68,8 @@ pub(crate) enum Subject {
         patch: Option<u64>,
         /// At the begin of a handler: what the processor has pushed, and CR2.
         frame: Option<Frame>,
+        /// Behind a filter in the guest: where its code does the instruction.
+        resume: Option<u64>,
     },
     Step {
         rip: u64,

@@ -119,7 +119,7 @@ fn prepare(agent: &Agent, vcpu: &Vcpu, own: &mut Own, table: &Table) -> bool {
     let past = own.past.is_some();
     let wanted = Applied {
         hardware: if past { [None; 4] } else { table.hardware },
-        software: !table.patches.is_empty(),
+        software: !table.patches.is_empty() || !table.inside.is_empty(),
         step: past || own.stepping.is_some(),
     };
     if own.debug != wanted {

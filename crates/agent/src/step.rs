@@ -36,16 +36,17 @@ pub(crate) enum Over {
     Exit(Arc<Table>),
 }
 
-/// The code at RIP as it is without our INT3s.
+/// The code at RIP as it is without our INT3s and jumps.
 pub(crate) fn code(guest: &Guest<'_>, table: &Table, registers: &Registers) -> ([u8; LONGEST], usize) {
     let mut bytes = [0; LONGEST];
     let len = guest.read_virtual(registers, registers.rip, &mut bytes);
-    for (i, byte) in bytes.iter_mut().enumerate().take(len) {
-        if u64::from(*byte) == BREAKPOINT
-            && let Some(gpa) = guest.translate(registers, registers.rip.wrapping_add(i as u64))
-            && let Some(patch) = table.patches.get(&gpa)
-        {
-            *byte = patch.original;
+    if !table.patches.is_empty() || !table.replaced.is_empty() {
+        for (i, byte) in bytes.iter_mut().enumerate().take(len) {
+            if let Some(gpa) = guest.translate(registers, registers.rip.wrapping_add(i as u64))
+                && let Some(original) = table.original(gpa)
+            {
+                *byte = original;
+            }
         }
     }
     (bytes, len)

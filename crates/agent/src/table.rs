@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vmsight_hooks::{Access, Counts, Hook, HookId, HookKind, Sieve};
 
 use crate::filter::Filter;
+use crate::inside::{JUMP, replaced};
 use crate::session::Session;
 use crate::slots::{Protection, Slot};
+use crate::tcg::Wanted;
 
 /// A hook that is armed, with what became of it.
 #[derive(Debug)]
@@ -21,10 +23,14 @@ pub(crate) struct Armed {
     pub(crate) handlers: Vec<(u64, u8)>,
     /// Its filter.
     pub(crate) sieve: Sieve,
+    /// What it takes to say whether it wants an event, where each register costs a call.
+    pub(crate) judged_by: Wanted,
     /// Set when its monitor was told that a verdict of it was not applied: once is enough.
     pub(crate) overruled: AtomicBool,
     /// Set when it is taken out: who waits with an event of it waits no longer.
     pub(crate) removed: AtomicBool,
+    /// How many were put away inside the guest, and how many had been when it was armed. It is the guest's word.
+    pub(crate) put_away: Option<(&'static AtomicU64, u64)>,
     pub(crate) occurred: AtomicU64,
     pub(crate) told: AtomicU64,
     pub(crate) dropped: AtomicU64,
@@ -33,14 +39,17 @@ pub(crate) struct Armed {
 
 impl Armed {
     pub(crate) fn new(id: HookId, session: Arc<Session>, hook: Hook) -> Self {
+        let sieve = Sieve::new(hook.filter.clone());
         Self {
             id,
             session,
             handlers: Vec::new(),
-            sieve: Sieve::new(hook.filter.clone()),
+            judged_by: Wanted::to_judge(hook.scope, sieve.looks()),
+            sieve,
             hook,
             overruled: AtomicBool::new(false),
             removed: AtomicBool::new(false),
+            put_away: None,
             occurred: AtomicU64::new(0),
             told: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
@@ -78,6 +87,11 @@ impl Armed {
             ..Counts::default()
         };
         self.sieve.count(&mut counts);
+        if let Some((counter, before)) = self.put_away {
+            let inside = get(counter).wrapping_sub(before);
+            counts.occurred = counts.occurred.saturating_add(inside);
+            counts.filtered = counts.filtered.saturating_add(inside);
+        }
         counts
     }
 }
@@ -104,6 +118,17 @@ pub(crate) struct Patched {
     pub(crate) hooks: Hooks,
 }
 
+/// An INT3 of ours behind a filter in the guest.
+#[derive(Clone, Debug)]
+pub(crate) struct Inside {
+    /// The instruction that is hooked.
+    pub(crate) at: u64,
+    /// Where our code does it.
+    pub(crate) resume: u64,
+    /// The one that it is of.
+    pub(crate) hooks: Hooks,
+}
+
 /// All of it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Table {
@@ -113,6 +138,12 @@ pub(crate) struct Table {
     pub(crate) execute: HashMap<u64, Hooks>,
     /// By physical address.
     pub(crate) patches: HashMap<u64, Patched>,
+    /// By virtual address.
+    pub(crate) inside: HashMap<u64, Inside>,
+    /// What stands where there are jumps, by physical address.
+    pub(crate) replaced: BTreeMap<u64, [u8; JUMP]>,
+    /// The virtual addresses of our own code in the guest, the end excluded.
+    pub(crate) window: Option<(u64, u64)>,
     pub(crate) msrs: HashMap<u32, Hooks>,
     pub(crate) vmm_filter: Filter,
     /// Why the VMM itself wants MSR accesses (KVM_MSR_EXIT_REASON_*).
@@ -129,6 +160,19 @@ pub(crate) struct Table {
 }
 
 impl Table {
+    /// What stands at a physical address without what is ours, where something is.
+    pub(crate) fn original(&self, gpa: u64) -> Option<u8> {
+        if let Some(patch) = self.patches.get(&gpa) {
+            return Some(patch.original);
+        }
+        replaced(&self.replaced, |bytes| *bytes, gpa)
+    }
+
+    /// Whether an address is in our own code in the guest.
+    pub(crate) fn is_ours(&self, rip: u64) -> bool {
+        self.window.is_some_and(|(from, to)| (from..to).contains(&rip))
+    }
+
     /// Hooks on these bytes.
     pub(crate) fn watching(&self, gpa: u64, len: u64, access: Access) -> impl Iterator<Item = &Span> {
         let end = gpa.saturating_add(len);

@@ -36,6 +36,8 @@ pub const CLOCK: u64 = 0x1_0010;
 pub(crate) const STACK: u64 = 0x1_f000;
 /// The word that is written, alone in its page.
 pub const WATCHED: u64 = 0x3_0000;
+/// Where its page tables have nothing: behind its memory, in the reach of the same table.
+pub const ROOM: u64 = MEMORY;
 /// Where the samples lie, in ticks of the time-stamp counter, 8 bytes each.
 pub const SAMPLES: u64 = 0x10_0000;
 /// How many there is room for.
@@ -84,10 +86,11 @@ impl Image {
         for table in [ROOT, POINTERS, DIRECTORY] {
             put(table, &[0; 4096]);
         }
-        put(ROOT, &(POINTERS | 0x23).to_le_bytes());
-        put(POINTERS, &(DIRECTORY | 0x23).to_le_bytes());
+        // Present, writable, for programs too, accessed; and dirty, a large page.
+        put(ROOT, &(POINTERS | 0x27).to_le_bytes());
+        put(POINTERS, &(DIRECTORY | 0x27).to_le_bytes());
         for piece in 0..MEMORY >> 21 {
-            put(DIRECTORY + 8 * piece, &(piece << 21 | 0xe3).to_le_bytes());
+            put(DIRECTORY + 8 * piece, &(piece << 21 | 0xe7).to_le_bytes());
         }
         let (code, [nothing, function, write, msr, port]) = long_mode()?;
         put(CODE, &code);
@@ -189,8 +192,8 @@ fn long_mode() -> Result<(Vec<u8>, [u64; 5]), IcedError> {
                 a.wrmsr()?;
             }
             4 => a.out(u32::from(PORT), al)?,
-            // A hook is on this one, and an agent does a NOP itself.
-            _ => a.nop_1(rax)?,
+            // A hook is on this one: a NOP of 5 bytes, as functions of a kernel begin with.
+            _ => a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?,
         }
         a.ret()?;
     }

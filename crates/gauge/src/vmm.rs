@@ -35,12 +35,22 @@ fn kvm(doing: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmmError {
     move |source| VmmError::Kvm { doing, source }
 }
 
+/// How the guest is privileged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Privilege {
+    /// As a kernel is.
+    Kernel,
+    /// As a program is, but that it may use ports. A KVM without processors that virtualize runs programs as they are, and has to
+    /// emulate what a kernel does. MSRs cannot be written then: [`Operation::Msr`](crate::Operation::Msr) ends the guest.
+    Program,
+}
+
 /// Runs the guest in `memory`, which is made as large as it must be, and returns only when that fails. The guest begins in
 /// 64-bit mode, as it does after its own first instructions: not every KVM runs code in real mode.
 ///
 /// # Errors
 /// Where there is no KVM, or it does not run the guest.
-pub fn run(memory: &File) -> Result<std::convert::Infallible, VmmError> {
+pub fn run(memory: &File, privilege: Privilege) -> Result<std::convert::Infallible, VmmError> {
     memory.set_len(MEMORY)?;
     let mut mapping = map(memory)?;
     let image = Image::assemble()?;
@@ -53,7 +63,7 @@ pub fn run(memory: &File) -> Result<std::convert::Infallible, VmmError> {
     let vm = system.create_vm().map_err(kvm("make a VM"))?;
     give(&vm, &mut mapping)?;
     let mut vcpu = vm.create_vcpu(0).map_err(kvm("make a vCPU"))?;
-    set_up(&vcpu)?;
+    set_up(&vcpu, privilege)?;
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(..) | VcpuExit::IoIn(..)) => {}
@@ -85,13 +95,18 @@ fn give(vm: &VmFd, mapping: &mut MmapMut) -> Result<(), VmmError> {
 }
 
 /// 64-bit mode with paging, at the guest's rounds.
-fn set_up(vcpu: &VcpuFd) -> Result<(), VmmError> {
+fn set_up(vcpu: &VcpuFd, privilege: Privilege) -> Result<(), VmmError> {
+    let level: u8 = match privilege {
+        Privilege::Kernel => 0,
+        Privilege::Program => 3,
+    };
     let mut sregs = vcpu.get_sregs().map_err(kvm("read registers"))?;
     let segment = |selector: u16, type_: u8, l: u8, db: u8| kvm_segment {
         limit: u32::MAX,
-        selector,
+        selector: selector | u16::from(level),
         type_,
         present: 1,
+        dpl: level,
         db,
         s: 1,
         l,
@@ -115,7 +130,8 @@ fn set_up(vcpu: &VcpuFd) -> Result<(), VmmError> {
     let regs = kvm_regs {
         rip: CODE,
         rsp: STACK,
-        rflags: 2,
+        // IOPL, and the bit that is always set.
+        rflags: u64::from(level) << 12 | 2,
         ..kvm_regs::default()
     };
     vcpu.set_regs(&regs).map_err(kvm("set registers"))

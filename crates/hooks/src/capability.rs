@@ -42,6 +42,8 @@ impl BackendKind {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FilterPlace {
+    /// Before the event: what nobody wants costs the guest some instructions.
+    Guest,
     /// Where the event happens: what nobody wants costs the guest an exit, and no more.
     Vmm,
     /// After the event has been brought to the monitor, as if there were none.
@@ -51,6 +53,7 @@ pub enum FilterPlace {
 impl fmt::Display for FilterPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Guest => "guest",
             Self::Vmm => "vmm",
             Self::Monitor => "monitor",
         })
@@ -90,6 +93,8 @@ macro_rules! features {
 features! {
     /// Execution of an instruction.
     Execute = "execute",
+    /// A filter of an execution that is judged in the guest, before there is an exit.
+    Inside = "filter inside",
     /// Reads of virtual memory.
     VirtualRead = "virtual read",
     /// Writes to virtual memory.

@@ -390,8 +390,8 @@ pub enum Expiry {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Overflow {
-    /// The vCPU waits for room. An agent has it wait a second; after that the hook is taken out, as one whose deadline has
-    /// passed. By the gdb stub it waits for as long as the monitor lives.
+    /// The vCPU waits for room, at most a second. After that the event is lost, and counted, and the hook is taken out, as one
+    /// whose deadline has passed; what it has told of before can still be read.
     #[default]
     Block,
     /// The event is lost, and counted.
@@ -441,6 +441,9 @@ pub struct Hook {
     /// Which of its occurrences are.
     #[serde(default, skip_serializing_if = "Filter::is_none")]
     pub filter: Filter,
+    /// Where in the guest's address space its filter may be put before the exit: see [`Self::inside`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inside: Option<Gva>,
 }
 
 impl Hook {
@@ -454,6 +457,7 @@ impl Hook {
                 expiry: Expiry::Open,
             },
             filter: Filter::none(),
+            inside: None,
         }
     }
 
@@ -500,6 +504,30 @@ impl Hook {
         self
     }
 
+    /// The same, with its scope and its filter's condition judged in the guest, before there is an exit: what is not wanted costs some
+    /// instructions. For the execution of a NOP, a call or a jump of 5 bytes or more.
+    ///
+    /// `room` is an address in reach of 2 GiB, a multiple of 2 MiB, from which on the guest has nothing mapped, nor will have: its entry
+    /// in the table above the last must be 0, and those above it be shared by all address spaces in which the instruction is
+    /// executed. All hooks of a VM have the same. It stays mapped until the machine is reset, and so does the code, as a thread may have
+    /// been interrupted in it; the instruction is put back when the hook is taken out.
+    ///
+    /// A guest that is saved (a snapshot, a migration) while a thread of it is in that code can go on from there only in the same process.
+    ///
+    /// Who asks for this knows the instruction: the stack pointer is one that may be written to, and where the filter looks at the
+    /// kernel's per-CPU data ([`Field::PerCpu`](crate::Field::PerCpu)), GS is the kernel's, and a word there that is followed points at memory.
+    #[must_use]
+    pub const fn inside(mut self, room: Gva) -> Self {
+        self.inside = Some(room);
+        self
+    }
+
+    /// What a backend must be able to do for this.
+    pub fn features(&self) -> Vec<Feature> {
+        let inside = self.inside.map(|_| Feature::Inside);
+        self.kind.features().into_iter().chain(inside).collect()
+    }
+
     /// Whether it makes sense at all, whoever is to arm it.
     ///
     /// # Errors
@@ -507,6 +535,10 @@ impl Hook {
     pub fn validate(&self) -> Result<(), HookError> {
         self.kind.validate()?;
         self.filter.validate()?;
+        let judged = self.filter.has_condition() || self.scope != Scope::All;
+        if self.inside.is_some() && !(judged && matches!(self.kind, HookKind::Execute { .. })) {
+            return Err(HookError::NothingInside);
+        }
         // An event above the rate happens. Who holds events wants to decide on each.
         if self.filter.rate().is_some() && !matches!(self.delivery, Delivery::Told { .. }) {
             return Err(HookError::RateOfNothingTold);
@@ -556,6 +588,9 @@ pub enum HookError {
     /// The first is behind the last.
     #[error("the first is behind the last")]
     Order,
+    /// A place for a filter that is none, or of what is no execution.
+    #[error("inside the guest, only the filter of an execution can be judged, and there must be one")]
+    NothingInside,
     /// A step hook without steps.
     #[error("a step hook takes at least one step")]
     NoSteps,

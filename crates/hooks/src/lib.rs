@@ -19,9 +19,9 @@ mod verdict;
 pub use capability::{BackendKind, Capability, Feature, FilterPlace, Lack};
 pub use event::{Counts, Detail, Event, Sequence, StepEnd};
 pub use filter::{
-    Arithmetic, Bucket, Buckets, Comparison, Condition, Field, Filter, FilterError, FilterMemory, Looks,
-    MOST_BUCKETS, MOST_BYTES, MOST_INSTRUCTIONS, MOST_READS, MOST_VALUES, Moment, Passage, Program, Rate,
-    Sieve, Tallied, Tally, TextMatch, Truth, Value,
+    Arithmetic, Bucket, Buckets, Comparison, Condition, Field, Filter, FilterError, FilterMemory,
+    Instruction, Looks, MOST_BUCKETS, MOST_BYTES, MOST_INSTRUCTIONS, MOST_READS, MOST_VALUES, Moment,
+    Passage, Program, Rate, Sieve, Tallied, Tally, TextMatch, Truth, Value,
 };
 pub use hook::{
     Access, ControlRegister, Delivery, Expiry, Hook, HookError, HookId, HookKind, MAX_RANGE, Overflow, Range,

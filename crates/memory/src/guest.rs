@@ -2,6 +2,7 @@
 
 use crate::batch::{self, ReadOp};
 use crate::fault;
+use crate::prefetch::prefetch;
 use crate::slot::{Backing, Slot};
 use crate::{MemoryError, Region, copy};
 use std::fmt;
@@ -187,6 +188,14 @@ impl GuestMemory {
         match self.inner.load::<u8>(gpa) {
             Some(value) => Ok(u8::from_le(value)),
             None => self.inner.read_array(gpa).map(u8::from_le_bytes),
+        }
+    }
+
+    /// Sends for the cache line at `gpa` and does not wait for it: see [`AddressSpace::prefetch`](crate::AddressSpace::prefetch).
+    #[inline]
+    pub fn prefetch(&self, gpa: Gpa) {
+        if let Some(ptr) = self.inner.mapped(gpa, 1) {
+            prefetch(ptr);
         }
     }
 

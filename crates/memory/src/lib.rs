@@ -13,6 +13,7 @@ mod fault;
 mod guest;
 mod mapping;
 mod pagemap;
+mod prefetch;
 mod process;
 mod region;
 mod scan;

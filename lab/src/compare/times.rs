@@ -33,10 +33,10 @@ pub(super) fn passed(kernel: &Kernel, truth: &Truth) -> u64 {
     ((since.max(0.0) + 10.0) * 100.0) as u64
 }
 
-/// Whether it may have run after the account: kernel threads, the first process, which waited for the account, and the one whose
-/// arguments were then paged out. The others stand still.
+/// Whether it may have run after the account: kernel threads, the first process, which waited for the account, the one whose arguments
+/// were then paged out, and the one that takes orders. The others stand still.
 pub(super) fn may_run(process: &Process) -> bool {
-    process.kthread || process.pid == 1 || process.comm == "paged-out"
+    process.kthread || process.pid == 1 || ["paged-out", "orders"].iter().any(|name| process.comm == *name)
 }
 
 /// The start by the wall clock: ticks since boot, added to a boot time that is cut to whole seconds and adjusted while the guest runs.

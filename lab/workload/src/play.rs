@@ -150,7 +150,7 @@ pub(crate) fn collect() -> Result<()> {
     let swap_out = args.next().context("no pid given")?.parse::<u32>()?;
     let truth = collect::truth((swap_out != 0).then_some(swap_out), args.collect())?;
     let json = serde_json::to_vec(&truth)?;
-    send(&frame::pack(&json))
+    send(&frame::pack(&json)?)
 }
 
 /// Writes to the second serial port.

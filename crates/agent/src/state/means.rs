@@ -5,6 +5,7 @@ use vmsight_arch::registers::control::EFER_LMA;
 use vmsight_hooks::{Access, Hook, HookKind, Range, Scope, Vectors};
 
 use super::State;
+use super::inside::Detour;
 use crate::agent::Agent;
 use crate::guest::Guest;
 use crate::kvm;
@@ -13,6 +14,8 @@ use crate::slots::{PAGE, Slot};
 
 /// Most pages that are watched at a time.
 const MOST_PAGES: usize = 1 << 16;
+/// The bit in which the roots of a process differ with page-table isolation (Linux, arch/x86/entry/calling.h).
+pub(super) const USER_ROOT: u64 = 1 << 12;
 /// Most vectors of one hook.
 const MOST_VECTORS: usize = 32;
 /// MSRs that cannot be written for the guest by the means that there are: KVM treats the host's writes of the
@@ -24,6 +27,8 @@ const UNWRITABLE: [u32; 3] = [0x10, 0x3b, 0x6e0];
 pub(super) enum Means {
     /// Breakpoints: one for the execution of an instruction, one for each vector of an interrupt.
     Breakpoints(Vec<Breakpoint>),
+    /// A jump to code of ours in the guest, which judges the hook's filter.
+    Detour(Detour),
     /// Pages: physical address, length, virtual address.
     Pages(Vec<(u64, u64, Option<u64>)>),
     /// What needs no place.
@@ -54,6 +59,13 @@ impl Means {
         match self {
             Self::Breakpoints(list) => list,
             _ => &[],
+        }
+    }
+
+    pub(super) const fn detour(&self) -> Option<&Detour> {
+        match self {
+            Self::Detour(detour) => Some(detour),
+            _ => None,
         }
     }
 
@@ -147,6 +159,10 @@ impl State {
         at: u64,
         scope: Scope,
     ) -> Result<Place, String> {
+        let alone = "another hook has its filter inside the guest there, and needs the instruction alone";
+        if self.is_replaced(|detour| at.wrapping_sub(detour.at)) {
+            return Err(alone.to_owned());
+        }
         let same = hardware.iter().position(|a| *a == Some(at));
         let free = hardware.iter().position(Option::is_none);
         if let Some(number) = same.or(free)
@@ -160,6 +176,9 @@ impl State {
         let gpa = self
             .translate(agent, at, scope)
             .ok_or("all hardware breakpoints are in use, and for an INT3 no page is mapped there")?;
+        if self.is_replaced(|detour| gpa.wrapping_sub(detour.gpa)) {
+            return Err(alone.to_owned());
+        }
         let slots: Vec<Slot> = self.slots.values().copied().collect();
         let slot = Guest::new(&slots)
             .slot(gpa, 1)
@@ -220,7 +239,7 @@ impl State {
     }
 
     /// Registers of all vCPUs, which are out of the guest.
-    fn registers(agent: &Agent) -> Vec<Registers> {
+    pub(super) fn registers(agent: &Agent) -> Vec<Registers> {
         let read = |v: &&'static crate::vcpu::Vcpu| {
             let sregs = kvm::get_sregs(v.fd).ok()?;
             Some(from_kvm(v.index, &kvm_bindings::kvm_regs::default(), &sregs))
@@ -230,8 +249,7 @@ impl State {
 
     /// Where a virtual address lies: by the scope's page tables, or by those of the first vCPU that has it mapped.
     /// With page-table isolation a vCPU in user mode has little of the kernel: then the kernel's own root is tried.
-    fn translate(&self, agent: &Agent, gva: u64, scope: Scope) -> Option<u64> {
-        const USER_ROOT: u64 = 1 << 12;
+    pub(super) fn translate(&self, agent: &Agent, gva: u64, scope: Scope) -> Option<u64> {
         let slots: Vec<Slot> = self.slots.values().copied().collect();
         let guest = Guest::new(&slots);
         Self::registers(agent).iter().find_map(|r| {

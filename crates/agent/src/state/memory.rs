@@ -9,7 +9,7 @@ use vmsight_hooks::{Access, HookKind};
 
 use super::State;
 use super::means::Means;
-use super::patches::{Patch, restore};
+use super::patches::Patch;
 use crate::agent::Agent;
 use crate::guest::Guest;
 use crate::kvm;
@@ -93,6 +93,7 @@ impl State {
         }
         let mut used: BTreeSet<u32> = self.slots.keys().copied().collect();
         used.extend(self.pieces.values().flatten().map(|(id, _)| *id));
+        used.extend(self.window.iter().flat_map(|window| window.ids()));
         // Numbers from the top down: VMMs count from the bottom.
         let space = slot.id & !0xffff;
         let mut next = agent.kernel.slots.min(0x8000);
@@ -139,7 +140,7 @@ impl State {
                 self.note(slot);
                 // Where a table names memory, it must not name what the VMM takes away next.
                 if !agent.table().slots.is_empty() {
-                    let slots = self.slots.values().copied().collect();
+                    let slots = self.all_slots();
                     agent.publish(self.table(slots, BTreeMap::new()));
                 }
             }
@@ -155,9 +156,10 @@ impl State {
         let leaves = |gpa: u64| old.is_some_and(|o| o.hva(gpa, 1).is_some());
         let there: Vec<(u64, Patch)> = self.patches.iter().map(|(g, p)| (*g, *p)).collect();
         for (gpa, patch) in there.into_iter().filter(|(gpa, _)| leaves(*gpa)) {
-            restore(&guest, gpa, patch, &self.patches);
+            self.restore(&guest, gpa, patch);
             self.patches.remove(&gpa);
         }
+        self.divert_no_more(&guest, leaves);
         let result = real();
         // errno is the caller's answer, and what follows would overwrite it.
         let error = io::Error::last_os_error();
@@ -184,6 +186,7 @@ impl State {
         let inside = |gpa: u64| slot.hva(gpa, 1).is_some();
         self.hooks.values().any(|(_, means)| match means {
             Means::Breakpoints(_) => means.int3s().any(inside),
+            Means::Detour(detour) => inside(detour.gpa),
             Means::Pages(parts) => parts.iter().any(|(gpa, ..)| inside(*gpa)),
             Means::Plain => false,
         })

@@ -4,6 +4,7 @@
 //! what they should be, and a new [`Table`] is published. So a vCPU never meets a hook of which its table does not
 //! know.
 
+mod inside;
 mod means;
 mod memory;
 mod msrs;
@@ -20,10 +21,12 @@ use vmsight_hooks::{Expiry, Hook, HookId, HookKind, Range};
 use crate::agent::{Agent, failed};
 use crate::filter::Filter;
 use crate::guest::Guest;
+use crate::inside::Window;
 use crate::pending::expiry;
 use crate::session::Session;
 use crate::slots::{Piece, Protection, Slot};
-use crate::table::{Armed, Patched, Span, Table};
+use crate::table::{Armed, Inside, Patched, Span, Table};
+use inside::Detour;
 use means::{Means, Place};
 use patches::Patch;
 
@@ -40,6 +43,10 @@ pub(crate) struct State {
     /// Hooks that the agent took out by itself, until the monitor takes note.
     ended: BTreeMap<HookId, Arc<Armed>>,
     patches: BTreeMap<u64, Patch>,
+    /// Where filters are judged in the guest, once one was to be.
+    window: Option<Window>,
+    /// Jumps that stand in memory, by their physical addresses.
+    detours: BTreeMap<u64, Detour>,
     vmm_filter: Filter,
     vmm_reasons: u32,
     /// Whether the filter in KVM is another than the VMM's.
@@ -65,6 +72,7 @@ impl State {
     pub(crate) fn debugs(&self) -> bool {
         self.hooks.values().any(|(armed, means)| {
             !means.breakpoints().is_empty()
+                || means.detour().is_some()
                 || matches!(
                     armed.hook.kind,
                     HookKind::Step { .. } | HookKind::StepUntil { .. }
@@ -84,7 +92,7 @@ impl State {
             why,
         };
         hook.validate().map_err(|e| limit(e.to_string()))?;
-        for feature in hook.kind.features() {
+        for feature in hook.features() {
             if !agent.kernel.can(feature) {
                 return Err(Refusal::Unsupported { feature });
             }
@@ -107,7 +115,13 @@ impl State {
         let stopped = agent.stop().ok_or_else(|| Refusal::Failed {
             why: "a vCPU did not come out of the guest".to_owned(),
         })?;
-        let means = self.means(agent, hook).map_err(limit)?;
+        let means = match hook.inside {
+            Some(room) => self.detour(agent, hook, room.0),
+            None => self.means(agent, hook),
+        };
+        let means = means.map_err(limit)?;
+        let counter = means.detour().zip(self.window.as_ref());
+        let counter = counter.map(|(detour, window)| window.counter(&detour.placed));
         self.last_id = self.last_id.wrapping_add(1);
         let id = HookId(self.last_id);
         let armed = Arc::new(Armed {
@@ -116,6 +130,7 @@ impl State {
                 .iter()
                 .filter_map(|b| Some((b.at, b.vector?)))
                 .collect(),
+            put_away: counter.map(|counter| (counter, counter.load(Ordering::Relaxed))),
             ..Armed::new(id, Arc::clone(session), hook.clone())
         });
         self.hooks.insert(id, (armed, means));
@@ -183,18 +198,22 @@ impl State {
                         ..
                     } | HookKind::Interrupt { .. }
                 );
-                means.int3s().next().is_some() || by_address
+                means.int3s().next().is_some() || means.detour().is_some() || by_address
             })
             .map(|(armed, _)| Arc::clone(armed))
             .collect();
         self.remove(agent, &gone.iter().map(|a| a.id).collect());
+        if let Some(window) = &mut self.window {
+            window.forget();
+        }
         gone
     }
 
     /// Makes KVM and the guest's memory what the hooks want, and publishes the table. All vCPUs are out of the guest.
     fn reconcile(&mut self, agent: &Agent) -> io::Result<()> {
-        let slots: Vec<Slot> = self.slots.values().copied().collect();
+        let slots = self.all_slots();
         self.patch(&Guest::new(&slots));
+        self.divert(&Guest::new(&slots));
         let pages = self.protections();
         let cut = self.cut(agent, &pages);
         let filtered = self.filter(agent);
@@ -211,6 +230,8 @@ impl State {
             vmm_reasons: self.vmm_reasons,
             pages,
             active: !self.hooks.is_empty(),
+            window: self.window.as_ref().and_then(Window::range),
+            replaced: self.detours.values().map(|d| (d.gpa, d.original)).collect(),
             ..Table::default()
         };
         for (gpa, patch) in &self.patches {
@@ -236,6 +257,14 @@ impl State {
                             }
                         }
                     }
+                }
+                (HookKind::Execute { at }, Means::Detour(detour)) => {
+                    let inside = Inside {
+                        at: at.0,
+                        resume: detour.placed.resume,
+                        hooks: vec![own()],
+                    };
+                    table.inside.insert(detour.placed.trap, inside);
                 }
                 (HookKind::Memory { access, .. }, Means::Pages(parts)) => {
                     table.spans.extend(parts.iter().map(|(gpa, len, gva)| Span {

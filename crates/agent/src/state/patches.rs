@@ -1,21 +1,24 @@
 //! INT3s in the guest's memory, and what stood there before.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::State;
 use crate::guest::Guest;
+use crate::inside::replaced;
 use crate::slots::Slot;
+use crate::step::BREAKPOINT;
 
-/// INT3.
-const BREAKPOINT: u8 = 0xcc;
+/// Bytes that are compared before one is put back.
+const LINE: usize = 64;
 
 /// An INT3 that stands in memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patch {
     pub(super) original: u8,
-    /// What stood around it, 8 bytes at the aligned address, with the original: where that changed, the page has
-    /// become something else, and nothing is put back.
-    around: u64,
+    /// What stood around it, at the aligned address, without what is ours. A kernel changes an instruction of its own here and there
+    /// (jump labels, ftrace): then it is the same code still. Where most of it is something else, so is the page, and nothing is
+    /// put back.
+    around: [u8; LINE],
 }
 
 impl State {
@@ -31,7 +34,7 @@ impl State {
         let there: Vec<(u64, Patch)> = self.patches.iter().map(|(gpa, p)| (*gpa, *p)).collect();
         for (gpa, patch) in there {
             if !wanted.contains(&gpa) {
-                restore(guest, gpa, patch, &self.patches);
+                self.restore(guest, gpa, patch);
                 self.patches.remove(&gpa);
             }
         }
@@ -39,34 +42,47 @@ impl State {
             if self.patches.contains_key(&gpa) {
                 continue;
             }
-            let (Some(original), Some(around)) = (guest.read(gpa, 1), around(guest, gpa, &self.patches))
-            else {
+            let (Some(original), Some(around)) = (guest.read(gpa, 1), self.around(guest, gpa)) else {
                 continue;
             };
-            if guest.write(gpa, 1, BREAKPOINT.into()) {
+            if guest.write(gpa, 1, BREAKPOINT) {
                 let original = original as u8;
                 self.patches.insert(gpa, Patch { original, around });
             }
         }
     }
-}
 
-/// The 8 aligned bytes around an address, with the originals of all INT3s in them.
-fn around(guest: &Guest<'_>, gpa: u64, patches: &BTreeMap<u64, Patch>) -> Option<u64> {
-    let start = gpa & !7;
-    let mut value = guest.read(start, 8)?;
-    for (at, patch) in patches.range(start..start + 8) {
-        let shift = 8 * (at - start);
-        value = value & !(0xff << shift) | u64::from(patch.original) << shift;
+    /// Puts the original byte back, if the page is still the one that was patched.
+    pub(super) fn restore(&self, guest: &Guest<'_>, gpa: u64, patch: Patch) {
+        if guest.read(gpa, 1) != Some(BREAKPOINT) {
+            return;
+        }
+        let Some(now) = self.around(guest, gpa) else {
+            return;
+        };
+        let same = now.iter().zip(&patch.around).filter(|(a, b)| a == b).count();
+        if 2 * same > LINE {
+            guest.write(gpa, 1, patch.original.into());
+        }
     }
-    Some(value)
-}
 
-/// Puts the original byte back, if the page is still the one that was patched.
-pub(super) fn restore(guest: &Guest<'_>, gpa: u64, patch: Patch, patches: &BTreeMap<u64, Patch>) {
-    let still = guest.read(gpa, 1) == Some(BREAKPOINT.into());
-    if still && around(guest, gpa, patches) == Some(patch.around) {
-        guest.write(gpa, 1, patch.original.into());
+    /// What stands at an address without what is ours, where something is.
+    fn original(&self, gpa: u64) -> Option<u8> {
+        let patch = self.patches.get(&gpa).map(|patch| patch.original);
+        patch.or_else(|| replaced(&self.detours, |detour| detour.original, gpa))
+    }
+
+    /// The bytes around an address as they are without our INT3s and jumps.
+    fn around(&self, guest: &Guest<'_>, gpa: u64) -> Option<[u8; LINE]> {
+        let start = gpa & !(LINE as u64 - 1);
+        let mut line = [0; LINE];
+        for (at, word) in (start..).step_by(8).zip(line.chunks_exact_mut(8)) {
+            word.copy_from_slice(&guest.read(at, 8)?.to_le_bytes());
+        }
+        for (at, byte) in (start..).zip(&mut line) {
+            *byte = self.original(at).unwrap_or(*byte);
+        }
+        Some(line)
     }
 }
 
@@ -142,12 +158,32 @@ mod tests {
         int3(&mut state, 2, 0x100);
         state.patch(&guest);
         // Code of somebody else, with an INT3 of his own at the same place; and one that is overwritten.
+        for word in 1..8 {
+            guest.write(0x80 + 8 * word, 8, 0x1122_3344_5566_7788);
+        }
         guest.write(0x80, 8, 0x1122_3344_5566_77cc);
         guest.write(0x100, 1, 0x90);
         state.hooks.clear();
         state.patch(&guest);
         assert_eq!(guest.read(0x80, 8), Some(0x1122_3344_5566_77cc));
         assert_eq!(guest.read(0x100, 1), Some(0x90));
+        drop(memory);
+    }
+
+    #[test]
+    fn code_that_its_kernel_changes_near_by_is_put_back() {
+        let (memory, slots) = memory();
+        let guest = Guest::new(&slots);
+        let mut state = State::default();
+        int3(&mut state, 1, 0x83);
+        state.patch(&guest);
+        // The call of a tracer in the guest, right behind it.
+        for (i, byte) in [0xe8, 1, 2, 3, 4].into_iter().enumerate() {
+            guest.write(0x84 + i as u64, 1, byte);
+        }
+        state.hooks.clear();
+        state.patch(&guest);
+        assert_eq!(guest.read(0x83, 6), Some(0x0403_0201_e810));
         drop(memory);
     }
 

@@ -2,8 +2,7 @@
 
 use vmsight_hooks::{Access, Capability, Feature, Hook, HookKind, Lack, Range, Scope, VerdictKind};
 
-/// Addresses from here on belong to kernels.
-const UPPER_HALF: u64 = 1 << 63;
+use crate::guest::UPPER_HALF;
 
 /// As much memory lies below the hole of every machine; there QEMU's own count of memory is the guest's. Before
 /// 8.2 a plugin is told the former (`plugins/api.c`, `qemu_plugin_hwaddr_phys_addr`).
@@ -116,6 +115,7 @@ pub(super) fn lacks(can: &[Capability], registers: bool) -> Vec<Lack> {
             Feature::PhysicalExecute => {
                 "a plugin is told virtual addresses of code only; virtual ones can be hooked"
             }
+            Feature::Inside => "a call in translated code costs less than a filter inside: it is asked here",
             Feature::Interrupt if registers => {
                 "where the gates are is not in what this QEMU's monitor prints"
             }

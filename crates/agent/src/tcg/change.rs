@@ -90,7 +90,7 @@ impl Front {
     /// Arms a hook. From the return on nothing passes it.
     pub(super) fn arm(&self, session: &Arc<Session>, hook: &Hook) -> Result<HookId, Refusal> {
         let capabilities = self.capabilities();
-        for feature in hook.kind.features() {
+        for feature in hook.features() {
             if !capabilities.iter().any(|c| c.feature == feature) {
                 return Err(Refusal::Unsupported { feature });
             }

@@ -6,6 +6,8 @@ use vmsight_arch::Registers;
 use vmsight_arch::registers::msr;
 use vmsight_hooks::{Access, ControlRegister, Detail, HookKind};
 
+use super::registers::{Wanted, Which};
+
 /// The longest instruction (SDM vol. 2A 2.3.11).
 pub(super) const LONGEST: usize = 15;
 /// CR0.TS, which CLTS clears.
@@ -144,6 +146,34 @@ fn string(out: bool, len: u8) -> Act {
 }
 
 impl Act {
+    /// The registers that it takes to say what it is as an event.
+    pub(super) fn wants(self) -> Wanted {
+        const RAX: Which = Which::Gpr(0);
+        const RCX: Which = Which::Gpr(1);
+        const RDX: Which = Which::Gpr(2);
+        let control = |register| match register {
+            ControlRegister::Cr0 => Wanted::of(&[Which::Cr0]),
+            ControlRegister::Cr3 => Wanted::of(&[Which::Cr3]),
+            ControlRegister::Cr4 => Wanted::of(&[Which::Cr4]),
+            _ => Wanted::of(&[]),
+        };
+        let msrs = [Which::Efer, Which::FsBase, Which::GsBase, Which::KernelGsBase];
+        match self {
+            Self::Write(register, source) => control(register).and(match source {
+                Source::Gpr(n) | Source::Lmsw(n) => Wanted::of(&[Which::Gpr(n.into())]),
+                Source::EdxEax => Wanted::of(&[RAX, RDX]),
+                Source::Without(_) | Source::Unknown => Wanted::of(&[]),
+            }),
+            Self::Read(register) => control(register),
+            Self::WriteMsr => Wanted::of(&msrs).and(Wanted::of(&[RAX, RCX, RDX])),
+            Self::ReadMsr => Wanted::of(&msrs).and(Wanted::of(&[RCX])),
+            Self::Port { .. } => Wanted::of(&[RAX, RDX]),
+            Self::Cpuid => Wanted::of(&[RAX, RCX]),
+            Self::Hypercall => Wanted::of(&[RAX]),
+            Self::DescriptorTable => Wanted::of(&[Which::Rip, Which::Efer]),
+        }
+    }
+
     /// What it is as an event; `None` where it takes registers to say, and there are none.
     pub(super) fn detail(self, rip: u64, registers: Option<&Registers>) -> Option<Detail> {
         Some(match self {

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use api::{Info, Plugin};
 use front::Front;
+pub(crate) use registers::Wanted;
 
 /// The version of the plugin interface that is asked for. QEMU takes one in a range of its own, which has
 /// nothing in common between 7.2 and 9.0, so it is set when the library is loaded, before QEMU reads it.

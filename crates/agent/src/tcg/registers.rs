@@ -15,6 +15,8 @@ use super::api::{self, Array, RegisterDescriptor, RegisterHandle};
 const EFER_LMA: u64 = 1 << 10;
 /// Most registers that are looked through.
 const MOST: usize = 1024;
+/// Places in [`Wanted`].
+const PLACES: usize = u32::BITS as usize;
 
 thread_local! {
     /// What registers are read into: made once for each thread.
@@ -23,7 +25,7 @@ thread_local! {
 
 /// Which register a handle is of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Which {
+pub(super) enum Which {
     Gpr(usize),
     Rip,
     Flags,
@@ -45,31 +47,45 @@ enum Which {
 
 /// Registers that are to be read: each costs a call into QEMU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Wanted(u64);
+pub(crate) struct Wanted(u32);
 
 impl Wanted {
-    const ALL: Self = Self(u64::MAX);
+    const ALL: Self = Self(u32::MAX);
 
     /// What it takes to say whether a hook with this scope, and a filter that looks at this, wants an event.
-    pub(super) fn to_judge(scope: Scope, looks: Looks) -> Self {
-        let mut wanted = 0;
-        let mut want = |which: &[Which]| wanted |= which.iter().fold(0, |bits, which| bits | which.bit());
+    pub(crate) fn to_judge(scope: Scope, looks: Looks) -> Self {
+        let mut wanted = Self(0);
         for n in (0..16).filter(|n| looks.at(Field::Register(Register::Gpr(*n)))) {
-            want(&[Which::Gpr(usize::from(n))]);
+            wanted = wanted.and(Self::of(&[Which::Gpr(n.into())]));
         }
         for (field, which) in FIELDS {
             if looks.at(*field) {
-                want(which);
+                wanted = wanted.and(Self::of(which));
             }
         }
-        if scope != Scope::All {
-            want(&[Which::Cr3]);
+        match scope {
+            Scope::All => wanted,
+            Scope::Dtb(_) => wanted.and(Self::of(&[Which::Cr3])),
         }
-        Self(wanted)
+    }
+
+    /// These.
+    pub(super) fn of(which: &[Which]) -> Self {
+        Self(which.iter().fold(0, |bits, which| bits | which.bit()))
+    }
+
+    /// These and those.
+    pub(super) const fn and(self, others: Self) -> Self {
+        Self(self.0 | others.0)
     }
 
     const fn has(self, which: Which) -> bool {
         self.0 & which.bit() != 0
+    }
+
+    /// Whether all of `others` are among them.
+    pub(super) const fn covers(self, others: Self) -> bool {
+        others.0 & !self.0 == 0
     }
 }
 
@@ -91,8 +107,12 @@ const FIELDS: &[(Field, &[Which])] = &[
 
 impl Which {
     /// Its place among [`Wanted`].
-    const fn bit(self) -> u64 {
-        let n = match self {
+    const fn bit(self) -> u32 {
+        1 << self.place()
+    }
+
+    const fn place(self) -> u32 {
+        match self {
             Self::Gpr(n) => n as u32 & 15,
             Self::Rip => 16,
             Self::Flags => 17,
@@ -110,8 +130,7 @@ impl Which {
             Self::Cr3 => 29,
             Self::Cr4 => 30,
             Self::Efer => 31,
-        };
-        1 << n
+        }
     }
 
     /// By the name of QEMU's `gdb-xml/i386-64bit.xml`.
@@ -141,9 +160,9 @@ impl Which {
     }
 }
 
-/// Handles of all registers, the same for all vCPUs.
-#[derive(Debug)]
-struct Handles(Vec<(Which, RegisterHandle)>);
+/// Handles of all registers, each in its place; the same for all vCPUs.
+#[derive(Debug, Default)]
+struct Handles([Option<(Which, RegisterHandle)>; PLACES]);
 
 // SAFETY: numbers in the shape of pointers, which only QEMU looks into.
 unsafe impl Send for Handles {}
@@ -167,14 +186,14 @@ impl Reader {
     }
 
     /// On a vCPU's thread.
-    fn handles(&self) -> &[(Which, RegisterHandle)] {
+    fn handles(&self) -> &[Option<(Which, RegisterHandle)>; PLACES] {
         let handles = self.handles.get_or_init(|| {
             // SAFETY: called on a vCPU's thread, as QEMU wants it.
             let list = unsafe { (self.api.list)() };
+            let mut found = Handles::default();
             if list.is_null() {
-                return Handles(Vec::new());
+                return found;
             }
-            let mut found = Vec::new();
             // SAFETY: an array of descriptors that QEMU made and leaves to its caller; their names live as long
             // as QEMU.
             unsafe {
@@ -185,13 +204,15 @@ impl Reader {
                         continue;
                     }
                     let name = CStr::from_ptr(descriptor.name).to_str().unwrap_or_default();
-                    if let Some(which) = Which::named(name) {
-                        found.push((which, descriptor.handle));
+                    if let Some(which) = Which::named(name)
+                        && let Some(place) = found.0.get_mut(which.place() as usize)
+                    {
+                        *place = Some((which, descriptor.handle));
                     }
                 }
                 (self.api.free_list)(list, 1);
             }
-            Handles(found)
+            found
         });
         &handles.0
     }
@@ -218,8 +239,8 @@ impl Reader {
     }
 
     fn one(&self, which: Which) -> Option<u64> {
-        let (_, handle) = self.handles().iter().find(|(w, _)| *w == which)?;
-        self.value(*handle)
+        let (_, handle) = (*self.handles().get(which.place() as usize)?)?;
+        self.value(handle)
     }
 
     /// Where the instruction that was translated at `translated` is being executed: see [`Self::read`].
@@ -250,14 +271,20 @@ impl Reader {
             ..Registers::default()
         };
         let r = &mut registers;
-        let handles = self.handles().iter();
-        for (which, handle) in handles.filter(|(which, _)| wanted.has(*which)) {
-            let Some(value) = self.value(*handle) else {
+        let handles = self.handles();
+        let mut left = wanted.0;
+        while left != 0 {
+            let place = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let Some((which, handle)) = handles.get(place).copied().flatten() else {
+                continue;
+            };
+            let Some(value) = self.value(handle) else {
                 continue;
             };
             match which {
                 Which::Gpr(n) => {
-                    if let Some(gpr) = r.gprs.get_mut(*n) {
+                    if let Some(gpr) = r.gprs.get_mut(n) {
                         *gpr = value;
                     }
                 }
@@ -298,13 +325,16 @@ fn executed_at(translated: u64, rip: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
     use std::ffi::{c_char, c_int, c_uint};
 
-    use vmsight_arch::paging::TableMemory;
-    use vmsight_arch::{Dtb, Gpa, Gva};
-    use vmsight_hooks::{Detail, FilterMemory, Moment, Value};
+    use vmsight_arch::registers::msr;
+    use vmsight_arch::{Dtb, Gva};
+    use vmsight_hooks::{Detail, Moment, Value};
 
+    use super::super::instruction::act;
     use super::*;
+    use crate::nothing::Nothing;
 
     const NAMES: [&CStr; 33] = [
         c"rax",
@@ -343,9 +373,10 @@ mod tests {
     ];
 
     thread_local! {
-        /// How many registers were read, and the privilege level.
+        /// How many registers were read; the privilege level; and RCX, where it is to be something.
         static READS: Cell<usize> = const { Cell::new(0) };
         static CPL: Cell<u64> = const { Cell::new(0) };
+        static RCX: Cell<u64> = const { Cell::new(0) };
     }
 
     unsafe extern "C" fn list() -> *mut Array {
@@ -395,6 +426,7 @@ mod tests {
         let value = match NAMES.get(handle.addr() - 1).and_then(|name| name.to_str().ok()) {
             Some("cs") => 0x10 | CPL.get(),
             Some("efer") => EFER_LMA,
+            Some("rcx") if RCX.get() != 0 => RCX.get(),
             _ => 0x1000 * handle.addr() as u64,
         };
         // SAFETY: what `new_bytes` has made, with room for 8 bytes.
@@ -415,24 +447,6 @@ mod tests {
                 free_list,
             },
             handles: OnceLock::new(),
-        }
-    }
-
-    struct Nothing;
-
-    impl TableMemory for Nothing {
-        fn entry_u64(&self, _: Gpa) -> Option<u64> {
-            None
-        }
-
-        fn entry_u32(&self, _: Gpa) -> Option<u32> {
-            None
-        }
-    }
-
-    impl FilterMemory for Nothing {
-        fn read_physical(&self, _: Gpa, _: &mut [u8]) -> bool {
-            false
         }
     }
 
@@ -494,6 +508,32 @@ mod tests {
             NAMES.len() - 1,
             "and all but those that no event has"
         );
+    }
+
+    #[test]
+    fn an_instruction_needs_no_more_than_it_wants() {
+        let reader = reader();
+        let here = Some(0x7fff_0000_0123);
+        let mut acts = HashSet::new();
+        for [first, second] in (0..=u16::MAX).map(u16::to_le_bytes) {
+            acts.extend(act(&[first, second]));
+            acts.extend(act(&[0x0f, first, second]));
+        }
+        for special in [0, msr::EFER, msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE] {
+            RCX.set(special.into());
+            let all = reader.all(0, here);
+            for act in &acts {
+                let few = reader.read(0, here, act.wants());
+                assert_eq!(
+                    act.detail(few.rip, Some(&few)),
+                    act.detail(all.rip, Some(&all)),
+                    "{act:?}"
+                );
+            }
+        }
+        RCX.set(0);
+        // Writes of CR0, CR3, CR4 and of six debug registers from eight registers each, and more.
+        assert!(acts.len() > 9 * 8, "{}", acts.len());
     }
 
     #[test]

@@ -13,9 +13,7 @@ use super::instruction::{Act, LONGEST, act, is_hooked};
 use super::interrupt;
 use super::table::{Site, Table, Watch};
 use super::tell::Moment;
-
-/// Addresses from here on belong to kernels.
-const UPPER_HALF: u64 = 1 << 63;
+use crate::guest::UPPER_HALF;
 
 /// A block is being translated.
 pub(super) extern "C" fn on_translation(_id: u64, block: Block) {
@@ -205,13 +203,12 @@ extern "C" fn on_instruction(vcpu: c_uint, site: *mut c_void) {
         let site = unsafe { *site.cast::<Site>() };
         let vcpu = front.vcpu(vcpu);
         let moment = Moment::new(front, vcpu, site.translated);
-        let registers = moment.registers();
-        let rip = registers.map_or(site.translated, |r| r.rip);
         if table.has_interrupts && site.act == Act::DescriptorTable {
             // There may be other gates in a moment: by the time all vCPUs are out of the guest it is done.
             front.change();
         }
-        let Some(detail) = site.act.detail(rip, registers) else {
+        let known = moment.with(site.act.wants(), |r| site.act.detail(r.rip, Some(r)));
+        let Some(detail) = known.unwrap_or_else(|| site.act.detail(site.translated, None)) else {
             return;
         };
         for armed in &table.instructions {

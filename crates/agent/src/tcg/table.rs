@@ -1,7 +1,7 @@
 //! What vCPUs look up: hooks by what they are on. It is replaced as a whole while no vCPU is in the guest, and
 //! never changed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,10 +10,9 @@ use vmsight_hooks::{Access, HookKind, Range};
 use super::instruction::Act;
 use super::interrupt::Handlers;
 use super::shadow::Shadow;
+use crate::guest::UPPER_HALF;
 use crate::table::{Armed, Hooks};
 
-/// Addresses from here on belong to kernels.
-const UPPER_HALF: u64 = 1 << 63;
 const PAGE_OFFSET: u64 = 0xfff;
 
 /// A hook with what belongs to it as long as it is armed.
@@ -53,7 +52,8 @@ pub(super) struct Site {
 /// All of it.
 #[derive(Debug, Default)]
 pub(super) struct Table {
-    pub(super) execute: HashMap<u64, Hooks>,
+    /// Looked up at each call: for the few hooks that there mostly are this is faster than hashing an address.
+    pub(super) execute: BTreeMap<u64, Hooks>,
     /// Where in their pages instructions of programs are hooked: whose page it is is known when they are executed.
     offsets: HashSet<u64>,
     pub(super) ranges: Vec<Watch>,
@@ -63,7 +63,7 @@ pub(super) struct Table {
     pub(super) instructions: Hooks,
     pub(super) steps: Vec<(u32, Hooked)>,
     /// By the address of the handler.
-    pub(super) interrupts: HashMap<u64, Vec<(u8, Arc<Armed>)>>,
+    pub(super) interrupts: BTreeMap<u64, Vec<(u8, Arc<Armed>)>>,
     /// Whether it matters which gates the guest has.
     pub(super) has_interrupts: bool,
     /// Instructions that translated code has pointers to. They go with the code.

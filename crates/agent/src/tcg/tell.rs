@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use vmsight_arch::Registers;
 use vmsight_channel::{Answer, Producer, Record, Spin};
-use vmsight_hooks::{self as hooks, Delivery, Detail, Event, Looks, Overflow, Passage, Scope, Verdict};
+use vmsight_hooks::{self as hooks, Delivery, Detail, Event, Overflow, Passage, Scope, Verdict};
 
 use super::front::{Front, Place};
 use super::registers::{Reader, Wanted};
@@ -33,6 +33,8 @@ pub(super) struct Moment<'a> {
     /// Where its instruction was translated.
     translated: u64,
     all: OnceCell<Option<Registers>>,
+    /// What was wanted first: mostly nobody wants any others.
+    few: OnceCell<(Wanted, Registers)>,
 }
 
 enum Pushed {
@@ -49,6 +51,7 @@ impl<'a> Moment<'a> {
             vcpu,
             translated,
             all: OnceCell::new(),
+            few: OnceCell::new(),
         }
     }
 
@@ -60,15 +63,18 @@ impl<'a> Moment<'a> {
             .as_ref()
     }
 
-    /// At least those that are wanted.
-    fn with<T>(&self, wanted: Wanted, look: impl FnOnce(&Registers) -> T) -> Option<T> {
-        match self.all.get() {
-            Some(all) => all.as_ref().map(look),
-            None => {
-                let reader = self.front.registers.as_ref()?;
-                Some(look(&reader.read(self.vcpu, Some(self.translated), wanted)))
-            }
+    /// At least those that are wanted; `None` where QEMU does not give them.
+    pub(super) fn with<T>(&self, wanted: Wanted, look: impl FnOnce(&Registers) -> T) -> Option<T> {
+        if let Some(all) = self.all.get() {
+            return all.as_ref().map(look);
         }
+        let reader = self.front.registers.as_ref()?;
+        let read = || reader.read(self.vcpu, Some(self.translated), wanted);
+        let (has, few) = self.few.get_or_init(|| (wanted, read()));
+        Some(match has.covers(wanted) {
+            true => look(few),
+            false => look(&read()),
+        })
     }
 
     /// Whether a hook's scope is that of the vCPU. A hook with a scope is armed only where there are registers.
@@ -76,7 +82,7 @@ impl<'a> Moment<'a> {
         let scope = armed.hook.scope;
         scope == Scope::All
             || self
-                .with(Wanted::to_judge(scope, Looks::default()), |r| scope.covers(r.cr3))
+                .with(armed.judged_by, |r| scope.covers(r.cr3))
                 .unwrap_or(false)
     }
 
@@ -142,8 +148,7 @@ impl<'a> Moment<'a> {
         if armed.sieve.is_open() {
             return true;
         }
-        let wanted = Wanted::to_judge(Scope::All, armed.sieve.looks());
-        let passage = self.with(wanted, |registers| {
+        let passage = self.with(armed.judged_by, |registers| {
             let moment = hooks::Moment { registers, detail };
             armed.sieve.pass(moment, self.front, Instant::now)
         });

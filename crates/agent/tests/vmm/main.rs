@@ -10,6 +10,7 @@ mod access;
 mod ends;
 mod execute;
 mod filters;
+mod inside;
 mod interrupts;
 mod life;
 mod monitors;

@@ -336,13 +336,7 @@ const FUNCTIONS: &[&str] = &[
 
 fn types() -> Types {
     let mut builder = Builder::new();
-    let int = |name, size| Def::Int {
-        name,
-        size,
-        signed: false,
-        is_char: false,
-        is_bool: false,
-    };
+    let int = |name, size| Def::int(name, size, false);
     let byte = builder.add(&int("unsigned char", 1));
     let u32 = builder.add(&int("unsigned int", 4));
     let word = builder.add(&int("unsigned long", 8));

@@ -8,7 +8,8 @@
 //! "nothing cached" is a run with an empty profile cache, which it fills, as a user's first run on a kernel does. The floors
 //! are processes that map the same dump until as much of it is in their page tables as vmsight had. What a page of it costs
 //! depends on how the page cache holds it, so the largest listing is run with that known, too. "in a program" is the same
-//! by the libraries, in this process: attaching, finding the kernel, and the list as values, without a process and a table.
+//! by the libraries, in this process: from attaching to the list as values, without the start of a process and a table. These rows
+//! are the goal's own words, "from attach to a full process list".
 
 #![allow(
     clippy::unwrap_used,
@@ -19,6 +20,7 @@
 mod checks;
 mod floor;
 mod guest;
+mod listing;
 mod pieces;
 mod run;
 mod table;
@@ -28,13 +30,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use vmsight_linux::{AttachOptions, Kernel, ProcessFields};
 use vmsight_memory::{GuestMemory, dump};
 use vmsight_symbols::Profile;
-use vmsight_symbols::cache::Cache as Profiles;
 use vmsight_symbols::kernel::{Found, Hints, find};
 
 use guest::Guest;
+use listing::{Listing, Source};
 use pieces::Pieces;
 use run::{Peak, Run, timed, watched};
 use table::{Table, Times, verdict};
@@ -160,44 +161,6 @@ fn vmsight() -> Command {
     Command::new(env!("CARGO_BIN_EXE_vmsight"))
 }
 
-/// From the file of a dump to the list of processes as values.
-struct Listing {
-    name: String,
-    dump: PathBuf,
-    cached: bool,
-    goal: Option<f64>,
-    times: Vec<Duration>,
-}
-
-impl Listing {
-    fn new(name: &str, dump: &Path, cached: bool, goal: Option<f64>) -> Listing {
-        Listing {
-            name: format!("in a program: {name}"),
-            dump: dump.to_owned(),
-            cached,
-            goal,
-            times: Vec::new(),
-        }
-    }
-
-    fn round(&mut self, cache: &Cache) {
-        if !self.cached {
-            let _ = std::fs::remove_dir_all(&cache.new);
-        }
-        let start = Instant::now();
-        let memory = dump::open(&self.dump, None).unwrap().memory;
-        let profiles = if self.cached { &cache.kept } else { &cache.new };
-        let options = AttachOptions {
-            cache: Profiles::open(profiles).unwrap(),
-            ..AttachOptions::default()
-        };
-        let kernel = Kernel::attach(memory, options).unwrap();
-        let listing = kernel.processes(ProcessFields::default()).unwrap();
-        self.times.push(start.elapsed());
-        assert!(listing.rows.len() > 50);
-    }
-}
-
 /// From a kernel that was found to its symbols and types.
 struct Parse {
     memory: GuestMemory,
@@ -224,24 +187,40 @@ impl Parse {
     }
 }
 
-/// The listing with its dump in the page cache in small and in large pieces, next to a floor that has the same.
-fn by_pieces(case: &Case, cache: &Cache, own: u64, rounds: usize, table: &Table) {
+/// The listing with its dump in the page cache in small and in large pieces, next to a floor that has the same. In large pieces,
+/// where it is not the page cache that takes the time, also by the libraries, and how much longer that takes than `without`.
+fn by_pieces(case: &Case, cache: &Cache, own: u64, rounds: usize, table: &Table, without: &Times) {
     let file = Path::new(&case.target);
     for (pieces, what) in [(Pieces::Small, "pages of 4 KiB"), (Pieces::Large, "large pieces")] {
         pieces::read_anew(file, pieces);
         let bytes = watched(&mut case.command(cache)).mapped.saturating_sub(own);
         let (mut runs, mut floors) = (Vec::new(), Vec::new());
+        let name = format!("10,000 processes more, dump in {what}");
+        let mut listing = Listing::new(&name, Source::Dump(file.to_owned()), true, None).of_at_least(10_000);
         for _ in 0..rounds {
             floors.push(timed(&mut floor::command(file, bytes)).wall);
             runs.push(timed(&mut case.command(cache)));
+            if pieces == Pieces::Large {
+                listing.round(cache);
+            }
         }
         let floors = Times::new(floors);
-        let name = format!("floor, dump in {what}: {:.0} MB mapped", bytes as f64 / 1e6);
-        table.row(&name, &floors, None, None, None);
+        let floor_name = format!("floor, dump in {what}: {:.0} MB mapped", bytes as f64 / 1e6);
+        table.row(&floor_name, &floors, None, None, None);
         let walls = Times::new(runs.iter().map(|run| run.wall));
         let cpu = Times::new(runs.iter().map(|run| run.cpu)).median();
-        let name = format!("10,000 processes more, dump in {what}");
         table.row(&name, &walls, Some(cpu), None, Some(floors.median()));
+        if pieces == Pieces::Large {
+            let with = listing.times();
+            table.row(&listing.name, &with, None, None, None);
+            table.derived(
+                "in a program: the same, difference to the 1 GiB dump",
+                with.best() - without.best(),
+                with.median() - without.median(),
+                Some(PROCESSES),
+                "",
+            );
+        }
     }
 }
 
@@ -320,13 +299,23 @@ fn main() {
         let case: &Case = &cases[index];
         watched(&mut case.command(&cache)).mapped.saturating_sub(own)
     });
+    let of_small = || Source::Dump(small.clone());
     let mut listings = vec![
-        Listing::new("1 GiB dump, nothing cached", &small, false, Some(COLD)),
-        Listing::new("1 GiB dump, profile cached", &small, true, Some(CACHED)),
+        Listing::new("1 GiB dump, nothing cached", of_small(), false, Some(COLD)),
+        Listing::new("1 GiB dump, profile cached", of_small(), true, Some(CACHED)),
     ];
     if let Some(many) = many {
-        let dump = PathBuf::from(&cases[many].target);
-        listings.push(Listing::new("10,000 processes more", &dump, true, None));
+        let dump = Source::Dump(PathBuf::from(&cases[many].target));
+        listings.push(Listing::new("10,000 processes more", dump, true, None).of_at_least(10_000));
+    }
+    if let [shared, private] = guests.as_slice() {
+        for (what, target) in [
+            ("running, shared, by QMP", shared.by_qmp()),
+            ("running, private, by pid", private.by_pid()),
+        ] {
+            let name = format!("{what}, profile cached");
+            listings.push(Listing::new(&name, Source::Running(target), true, Some(CACHED)));
+        }
     }
     let many_mapped = many.map(|many| {
         watched(&mut cases[many].command(&cache))
@@ -392,8 +381,7 @@ fn main() {
         );
     }
     for listing in &listings {
-        let times = Times::new(listing.times.iter().copied());
-        table.row(&listing.name, &times, None, listing.goal, None);
+        table.row(&listing.name, &listing.times(), None, listing.goal, None);
     }
     table.row(
         "kallsyms and BTF, from memory to profile",
@@ -403,7 +391,7 @@ fn main() {
         None,
     );
     if let Some(many) = many {
-        let listed = |index: usize| Times::new(listings[index].times.iter().copied());
+        let listed = |index: usize| listings[index].times();
         for (name, with, without, goal) in [
             ("", cases[many].wall(), cases[1].wall(), Some(PROCESSES)),
             (
@@ -430,7 +418,7 @@ fn main() {
         }
     }
     if let Some(many) = many {
-        by_pieces(&cases[many], &cache, own, rounds, &table);
+        by_pieces(&cases[many], &cache, own, rounds, &table, &listings[1].times());
     }
     if let Some(large) = large {
         for (index, what) in ["nothing cached", "profile cached"].into_iter().enumerate() {

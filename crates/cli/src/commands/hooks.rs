@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Map, Value};
 use vmsight_events::survey;
-use vmsight_hooks::Feature;
+use vmsight_hooks::{Feature, FilterPlace};
 
 use crate::{Outcome, args::Global, output::Sheet, session::Session};
 
@@ -21,7 +21,8 @@ Backends:
 The guest is not stopped for this. A stub that a debugger holds is found out when it is opened. Verdicts are what can be done at an
 event: continue; skip the instruction; deny it (a write is undone or dropped); return from the function at once; change registers or
 data; pause the VM; step; remove the hook. FILTERS says where it is decided which events are wanted (--pid, --syscalls NAME): in the
-VMM, where they happen, or in this process, to which each is brought first.")]
+guest, before there is an event (\"filter inside\": trace --inside), in the VMM, where they happen, or in this process, to which each
+is brought first.")]
 pub(crate) struct Cmd {
     /// What to look into
     target: String,
@@ -70,7 +71,11 @@ impl Cmd {
                 row.insert("available".into(), survey.obstacle.is_none().into());
                 row.insert("mechanism".into(), capability.mechanism.clone().into());
                 row.insert("verdicts".into(), verdicts.join(" ").into());
-                row.insert("filters".into(), survey.backend.filters().to_string().into());
+                let filters = match feature {
+                    Feature::Inside => FilterPlace::Guest,
+                    _ => survey.backend.filters(),
+                };
+                row.insert("filters".into(), filters.to_string().into());
                 let limits = &capability.limits;
                 let limits = (!limits.is_empty()).then(|| limits.clone());
                 row.insert("limits".into(), limits.map_or(Value::Null, Value::from));

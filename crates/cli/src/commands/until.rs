@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGTSTP};
 use vmsight_events::{EventError, Monitor, Occurrence, OpenOptions, open};
 use vmsight_hooks::BackendKind;
 
@@ -42,6 +42,14 @@ pub(crate) fn on_interrupt() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
+/// A flag that Ctrl-Z sets, from now on, instead of stopping the program: the guest may be waiting for it, and by the gdb stub there is
+/// nobody else to let it go on.
+fn on_suspend() -> Result<Arc<AtomicBool>> {
+    let asked = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGTSTP, asked.clone())?;
+    Ok(asked)
+}
+
 /// For clap: a backend by its name.
 pub(crate) fn backend(text: &str) -> Result<BackendKind, String> {
     let all = [BackendKind::GdbStub, BackendKind::AgentKvm, BackendKind::AgentTcg];
@@ -52,7 +60,7 @@ pub(crate) fn backend(text: &str) -> Result<BackendKind, String> {
 }
 
 impl Until {
-    /// From now on Ctrl-C and SIGTERM end the waiting and not the program.
+    /// From now on Ctrl-C and SIGTERM end the waiting and not the program, and Ctrl-Z does not stop it.
     pub(crate) fn begin(&self) -> Result<Waiting> {
         let end = match self.seconds {
             Some(s) if s.is_finite() && (0.0..=1e9).contains(&s) => {
@@ -63,6 +71,7 @@ impl Until {
         };
         Ok(Waiting {
             stop: on_interrupt()?,
+            suspend: on_suspend()?,
             end,
         })
     }
@@ -80,6 +89,7 @@ impl Until {
 /// A wait that has begun.
 pub(crate) struct Waiting {
     stop: Arc<AtomicBool>,
+    suspend: Arc<AtomicBool>,
     end: Option<Instant>,
 }
 
@@ -87,6 +97,10 @@ impl Waiting {
     /// The next event; `None` when it is time to end, or the VM has ended.
     pub(crate) fn next(&self, session: &Session, monitor: &Monitor) -> Result<Option<Occurrence>> {
         while !self.stop.load(Ordering::Relaxed) {
+            if self.suspend.swap(false, Ordering::Relaxed) {
+                let style = session.style();
+                style.warn("not suspended: the guest would wait for this program; Ctrl-C ends it");
+            }
             let wait = match self.end {
                 Some(end) => end.saturating_duration_since(Instant::now()).min(PATIENCE),
                 None => PATIENCE,

@@ -172,6 +172,20 @@ fn what_happens_is_shown_and_counted_and_leaves_no_trace() {
             .iter()
             .all(|e| e["event"] == "execute" && e["pid"] == account.pid)
     );
+    // Whose calls they are is asked before they are events: five of another process are none.
+    let prepared = guest.orders().unwrap().prepare(Work::GetPid { count: 3 });
+    let prepared = prepared.unwrap();
+    let pid = prepared.pid();
+    let text = pid.to_string();
+    let own = ["trace", t, "--hook", "__x64_sys_getpid", "--pid", &text];
+    let running = start(&[&own[..], &["--count", "3", "-o", "json"]].concat());
+    guest.order(Work::GetPid { count: 5 }).unwrap();
+    prepared.go().unwrap();
+    let events: Vec<Value> = serde_json::from_str(&running.finish(0)).unwrap();
+    assert_eq!(events.len(), 3);
+    assert!(events.iter().all(|e| e["pid"] == pid), "{events:?}");
+    let err = ends_with(2, &[&own[..], &["--inside"]].concat());
+    assert!(err.contains("agent-kvm"), "{err}");
     let events = rows(&["trace", t, "--write", "jiffies", "--count", "3", "-q"]);
     let values: Vec<_> = events
         .iter()
@@ -238,6 +252,31 @@ fn a_guest_survives_the_death_of_its_monitor() {
         assert!(killed.elapsed() < Duration::from_secs(30), "round {round}");
         is_well(&guest);
     }
+}
+
+/// Ctrl-Z would have the guest wait at its next event for as long as somebody is away.
+#[test]
+fn a_monitor_is_not_suspended_by_its_terminal() {
+    let (guest, t) = boot();
+    let args = [
+        "trace",
+        &t,
+        "--hook",
+        "__x64_sys_getpid",
+        "--count",
+        "3",
+        "-o",
+        "json",
+    ];
+    let mut running = start(&args);
+    running.signal("-TSTP");
+    let mut said = String::new();
+    running.err.read_line(&mut said).unwrap();
+    assert!(said.contains("not suspended"), "{said}");
+    guest.order(Work::GetPid { count: 3 }).unwrap();
+    let events: Vec<Value> = serde_json::from_str(&running.finish(0)).unwrap();
+    assert_eq!(events.len(), 3);
+    is_well(&guest);
 }
 
 #[test]

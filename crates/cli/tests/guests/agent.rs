@@ -13,6 +13,7 @@ use vmsight_arch::Gva;
 use vmsight_events::Monitor;
 use vmsight_events::agent::AgentBackend;
 use vmsight_hooks::{Access, Delivery, Detail, Hook, HookKind, Overflow, Verdict};
+use vmsight_lab::chance::patiently;
 use vmsight_lab::{Kernel, nested};
 
 use crate::support::{number, objects};
@@ -75,17 +76,6 @@ impl Qmp {
                 return line;
             }
         }
-    }
-}
-
-fn patiently<T>(mut what: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(300);
-    loop {
-        if let Some(got) = what() {
-            return got;
-        }
-        assert!(Instant::now() < end, "it never came");
-        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

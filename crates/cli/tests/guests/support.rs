@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Map, Value};
 use vmsight_lab::{Format, Guest, Kernel, Memory, Spec};
@@ -73,15 +73,11 @@ pub(crate) fn number(value: &Value) -> u64 {
     }
 }
 
-/// A guest that is there as long as a test uses it.
-fn shared(slot: &'static Mutex<Weak<Guest>>, spec: &Spec) -> Arc<Guest> {
+/// A guest that stays for all tests of this process, and ends with it. Whoever changes it puts that back.
+fn shared(slot: &'static Mutex<Option<Arc<Guest>>>, spec: &Spec) -> Arc<Guest> {
     let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(guest) = slot.upgrade() {
-        return guest;
-    }
-    let guest = Arc::new(Guest::boot(spec).unwrap_or_else(|e| panic!("{e:?}")));
-    *slot = Arc::downgrade(&guest);
-    guest
+    slot.get_or_insert_with(|| Arc::new(Guest::boot(spec).unwrap_or_else(|e| panic!("{e:?}"))))
+        .clone()
 }
 
 /// A Debian 12 guest with a QMP socket, and the turn to use it: QEMU serves one client at a time.
@@ -92,7 +88,7 @@ pub(crate) struct Prepared {
 }
 
 pub(crate) fn prepared() -> Prepared {
-    static GUEST: Mutex<Weak<Guest>> = Mutex::new(Weak::new());
+    static GUEST: Mutex<Option<Arc<Guest>>> = Mutex::new(None);
     static TURN: Mutex<()> = Mutex::new(());
     let guest = shared(&GUEST, &Spec::new(Kernel::V6_1));
     let target = format!("qmp:{}", guest.qmp_path().unwrap().display());
@@ -119,7 +115,7 @@ pub(crate) struct Unprepared {
 }
 
 pub(crate) fn unprepared() -> Unprepared {
-    static GUEST: Mutex<Weak<Guest>> = Mutex::new(Weak::new());
+    static GUEST: Mutex<Option<Arc<Guest>>> = Mutex::new(None);
     let spec = Spec {
         memory: Memory::Private,
         qmp: false,

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -12,6 +12,7 @@ use vmsight_arch::{Gpa, Gva};
 use vmsight_events::agent::AgentBackend;
 use vmsight_events::{Monitor, Occurrence};
 use vmsight_hooks::{Access, Delivery, Detail, Expiry, Hook, HookKind, Range, Verdict};
+use vmsight_lab::chance::patiently;
 use vmsight_lab::orders::{DEADLINE, checksum};
 use vmsight_lab::qmp::Qmp;
 use vmsight_lab::truth::frame;
@@ -64,6 +65,8 @@ fn monitors() {
     say("judged by an INT3");
     written(&orders);
     say("a page was watched");
+    asked_inside(&orders, function);
+    say("a filter was asked inside the guest");
     let account = orders.order(Work::Compute { rounds: 1000 }).unwrap();
     assert_eq!(account.checksum, Some(checksum(1000)), "the guest is well");
 }
@@ -72,17 +75,6 @@ fn monitors() {
 fn say(what: &str) {
     let uptime = fs::read_to_string("/proc/uptime").unwrap();
     println!("vtx: {} s: {what}", uptime.split(' ').next().unwrap());
-}
-
-fn patiently<T>(mut what: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(300);
-    loop {
-        if let Some(got) = what() {
-            return got;
-        }
-        assert!(Instant::now() < end, "it never came");
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 fn is_up() -> Option<()> {
@@ -128,7 +120,7 @@ struct Trace {
 impl Trace {
     const ROWS: &str = "/out/trace.jsonl";
 
-    fn start() -> Self {
+    fn start(what: &[&str]) -> Self {
         let mut child = Command::new("vmsight")
             .args([
                 "trace",
@@ -138,14 +130,8 @@ impl Trace {
                 "--backend",
                 "agent-kvm",
             ])
-            .args([
-                "--syscalls",
-                "getpid",
-                "--hook",
-                "__x64_sys_getpid",
-                "-o",
-                "jsonl",
-            ])
+            .args(what)
+            .args(["--hook", "__x64_sys_getpid", "-o", "jsonl"])
             .stdin(Stdio::null())
             .stdout(File::create(Self::ROWS).unwrap())
             .stderr(Stdio::piped())
@@ -184,7 +170,7 @@ impl Trace {
 /// Each call is told at its begin, in the function that carries it out, and with its result. Of many more calls the monitor sees the
 /// first: killed then, it leaves a guest that goes on without hooks. The function's address.
 fn traced_and_killed(orders: &Orders) -> Gva {
-    let mut trace = Trace::start();
+    let mut trace = Trace::start(&["--syscalls", "getpid"]);
     say("vmsight trace has its hooks in");
     let before = exits();
     let account = orders.order(Work::GetPid { count: CALLS }).unwrap();
@@ -295,6 +281,32 @@ fn judged(orders: &Orders, function: Gva, elsewhere: &[Gva]) {
     assert!(monitor.next(Duration::ZERO).unwrap().is_none());
     assert_eq!(code(function), untouched);
     drop(elsewhere);
+}
+
+/// Calls of another process than the one that is asked for do not leave the guest; its own do, each once. With the monitor killed the
+/// kernel's code is what it was.
+fn asked_inside(orders: &Orders, function: Gva) {
+    let untouched = code(function);
+    let prepared = orders.prepare(Work::GetPid { count: CALLS }).unwrap();
+    let pid = prepared.pid();
+    let mut trace = Trace::start(&["--inside", "--pid", &pid.to_string()]);
+    // Nobody's call is told, and there is no exit for it.
+    unhooked(orders);
+    assert_eq!(fs::read(Trace::ROWS).unwrap(), b"");
+    let before = exits();
+    called(&prepared.go().unwrap(), CALLS, 0);
+    let exits = exits() - before;
+    assert!(exits >= CALLS, "{exits} exits");
+    trace.wait_for(CALLS);
+    let rows = trace.kill();
+    unhooked(orders);
+    let own = |row: &&Value| row["pid"] == pid && row["event"] == "execute";
+    assert_eq!(rows.iter().filter(own).count() as u64, CALLS);
+    assert_eq!(rows.len() as u64, CALLS);
+    let rip = rows[0]["args"]["rip"].as_str().unwrap();
+    let rip = u64::from_str_radix(rip.strip_prefix("0x").unwrap(), 16).unwrap();
+    assert!([0, 4].contains(&rip.wrapping_sub(function.0)), "{rip:#x}");
+    assert_eq!(code(function), untouched);
 }
 
 /// Each write to a page of a process is told before it happens, with what was there and what will be.

@@ -208,7 +208,7 @@ fn others(backend: BackendKind, feature: Feature) -> &'static [BackendKind] {
         (BackendKind::AgentTcg, Feature::Step | Feature::StepUntil) => &[BackendKind::GdbStub],
         (
             BackendKind::AgentTcg,
-            Feature::MsrRead | Feature::MsrWrite | Feature::Port | Feature::Interrupt,
+            Feature::MsrRead | Feature::MsrWrite | Feature::Port | Feature::Interrupt | Feature::Inside,
         ) => &[BackendKind::AgentKvm],
         // A newer QEMU's can more: see its capabilities.
         (BackendKind::AgentTcg, _) => &[],

@@ -186,9 +186,16 @@ impl Worker {
         Err(failure.map_or(EventError::Gone, of_stub))
     }
 
+    /// Takes a hook out, and its events that nobody has taken.
     pub(super) fn disarm(&mut self, id: HookId) -> Result<(), EventError> {
+        self.unhook(id)?;
+        self.queue.forget(id);
+        Ok(())
+    }
+
+    /// Takes a hook out; what it has told of stays.
+    pub(super) fn unhook(&mut self, id: HookId) -> Result<(), EventError> {
         if !self.table.hooks.contains_key(&id) {
-            self.queue.forget(id);
             return Ok(());
         }
         let places: Vec<Place> = self
@@ -214,7 +221,6 @@ impl Worker {
             occasion.steps.retain(|run| run.hook != id);
             occasion.waiting.take_if(|waiting| waiting.event.hook == id);
         }
-        self.queue.forget(id);
         Ok(())
     }
 }

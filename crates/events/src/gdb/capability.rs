@@ -120,6 +120,7 @@ pub(super) fn instead(feature: Feature) -> &'static [BackendKind] {
         | Feature::MsrRead
         | Feature::Interrupt
         | Feature::Port => &[BackendKind::AgentKvm, BackendKind::AgentTcg],
+        Feature::Inside => &[BackendKind::AgentKvm],
         Feature::VirtualExecute
         | Feature::ControlWrite
         | Feature::ControlRead

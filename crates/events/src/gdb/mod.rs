@@ -25,8 +25,8 @@
 //! **A connection that is cut** (by somebody who shuts it, or a network that fails) leaves breakpoints in and the VM as it
 //! stands: QEMU does nothing about it. So another one is made, and ends as this one would have.
 //!
-//! **Deadlines are kept here,** by that one thread. A program that is stopped as a whole (SIGSTOP) keeps none: what it holds
-//! waits until it goes on or is killed.
+//! **Deadlines are kept here,** by that one thread, and so is the second that the VM stands still for room in the queue. A program
+//! that is stopped as a whole (SIGSTOP) keeps none: what it holds waits until it goes on or is killed.
 //!
 //! **What is not seen**: that the owner pauses a VM which stands at a hook already; it goes on with the verdict. An
 //! owner who lets it go on there lets the other vCPUs run until the held one meets its breakpoint again. Who is
@@ -41,6 +41,7 @@ mod queue;
 mod step;
 mod table;
 mod verdict;
+mod wait;
 mod watch;
 mod worker;
 
@@ -174,7 +175,7 @@ impl Backend for GdbBackend {
     fn arm(&self, hook: &Hook) -> Result<HookId, EventError> {
         hook.validate()?;
         let table = self.capabilities();
-        for feature in hook.kind.features() {
+        for feature in hook.features() {
             if !table.iter().any(|capability| capability.feature == feature) {
                 return Err(EventError::Unsupported {
                     backend: self.kind(),

@@ -8,12 +8,11 @@ use vmsight_arch::{Gva, Registers};
 use vmsight_hooks::{
     Delivery, Detail, Event, Expiry, HookId, HookKind, Moment, Overflow, Passage, Sequence, StepEnd, Verdict,
 };
-use vmsight_target::gdb::{Accelerator, Cause, Stop, Waited};
+use vmsight_target::gdb::Accelerator;
 
 use super::filter::Standing;
-use super::of_stub;
-use super::watch::Hit;
-use super::worker::{LOOK, Worker};
+use super::wait::ROOM;
+use super::worker::Worker;
 use crate::EventError;
 
 /// A deadline that is none.
@@ -85,7 +84,7 @@ pub(super) struct Waiting {
     pub(super) event: Event,
     pub(super) undo: Option<Undo>,
     deadline: Instant,
-    expiry: Expiry,
+    pub(super) expiry: Expiry,
 }
 
 impl Occasion {
@@ -147,45 +146,21 @@ impl Worker {
         };
         if let Some(deadline) = occasion.waiting.as_ref().map(|w| w.deadline) {
             self.occasions.push_front(occasion);
-            match self.debug.wait(Some(deadline)).map_err(of_stub)? {
-                // Its owner let it go on behind our back.
-                Waited::Stop(stop) => self.resumed_behind(&stop)?,
-                Waited::Woken => {}
-                Waited::TimedOut => self.expire()?,
-            }
-            return Ok(());
+            return self.wait_for_verdict(deadline);
         }
         let done = match occasion.tell.pop_front() {
             Some(tell) => match self.tell(&mut occasion, tell)? {
                 None => false,
                 Some(tell) => {
-                    // No room: until somebody fetches an event, or a command comes.
                     occasion.tell.push_front(tell);
                     self.occasions.push_front(occasion);
-                    self.debug.wait(Some(Instant::now() + LOOK)).map_err(of_stub)?;
-                    return Ok(());
+                    return self.wait_for_room();
                 }
             },
             None => self.finish(&mut occasion)?,
         };
         if !done {
             self.occasions.push_front(occasion);
-        }
-        Ok(())
-    }
-
-    /// Somebody resumed the VM while it stood for an occasion. A breakpoint is met again; a watchpoint's access is
-    /// done.
-    pub(super) fn resumed_behind(&mut self, stop: &Stop) -> Result<(), EventError> {
-        tracing::debug!(?stop, "the VM was let go on while it stood at a hook");
-        if let Cause::Watch { kind, address } = stop.cause {
-            let registers = self.debug.registers(stop.vcpu).map_err(of_stub)?;
-            let occasions = self.accesses(&[Hit {
-                registers,
-                kind,
-                address,
-            }])?;
-            self.occasions.extend(occasions);
         }
         Ok(())
     }
@@ -222,13 +197,18 @@ impl Worker {
                 if self.queue.has_room() {
                     self.queue.count(id, |c| c.occurred += occurred);
                     self.queue.push(event);
-                } else if overflow == Overflow::Block {
+                } else if overflow == Overflow::Block && self.queue.waited() < ROOM {
                     return Ok(Some(Tell { passed: true, ..tell }));
                 } else {
                     self.queue.count(id, |c| {
                         c.occurred += occurred;
                         c.dropped += 1;
                     });
+                    if overflow == Overflow::Block {
+                        // Of the occasions the hook is taken out of all but this one.
+                        occasion.steps.retain(|run| run.hook != id);
+                        self.expired(id, Expiry::Open, "no room for an event came in time")?;
+                    }
                 }
             }
             Delivery::Held { deadline, expiry } => {
@@ -335,24 +315,6 @@ impl Worker {
             self.meet(occasion);
         }
         Ok(occasion.tell.is_empty() && occasion.steps.is_empty())
-    }
-
-    /// No verdict came.
-    pub(super) fn expire(&mut self) -> Result<(), EventError> {
-        let Some(waiting) = self.occasions.front_mut().and_then(|o| o.waiting.take()) else {
-            return Ok(());
-        };
-        let id = waiting.event.hook;
-        self.queue.withdraw(waiting.event.sequence);
-        self.queue.count(id, |c| c.expired += 1);
-        tracing::warn!(hook = id.0, "no verdict came in time");
-        match waiting.expiry {
-            Expiry::Open => self.disarm(id),
-            Expiry::Closed => {
-                self.pause = true;
-                Ok(())
-            }
-        }
     }
 
     pub(super) fn answer(&mut self, sequence: Sequence, verdict: &Verdict) -> Result<(), EventError> {

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmsight_hooks::{Counts, Event, HookId, Sequence, Sieve, Tallied};
 use vmsight_target::gdb::Waker;
@@ -53,6 +53,8 @@ struct State {
     last: Sequence,
     /// The other thread waits for room.
     waits: bool,
+    /// Since when an event has waited for room, where there has been none from then on.
+    full_since: Option<Instant>,
 }
 
 impl Queue {
@@ -70,6 +72,7 @@ impl Queue {
         let wakes = state.wakes;
         loop {
             if let Some(event) = state.events.pop_front() {
+                state.full_since = None;
                 if std::mem::take(&mut state.waits) {
                     self.waker.wake();
                 }
@@ -103,6 +106,13 @@ impl Queue {
         !state.waits
     }
 
+    /// How long events have waited for room, from when the first did: the guest waits once for a monitor that takes none, however many
+    /// hooks it meets.
+    pub(super) fn waited(&self) -> Duration {
+        let mut state = self.state();
+        state.full_since.get_or_insert_with(Instant::now).elapsed()
+    }
+
     /// Puts an event in and gives it its number.
     pub(super) fn push(&self, mut event: Event) -> Sequence {
         let mut state = self.state();
@@ -118,6 +128,9 @@ impl Queue {
     pub(super) fn forget(&self, hook: HookId) {
         let mut state = self.state();
         state.events.retain(|event| event.hook != hook);
+        if state.events.len() < CAPACITY {
+            state.full_since = None;
+        }
         if let Some(sieve) = state.sieves.remove(&hook) {
             sieve.count(state.counts.entry(hook).or_default());
         }

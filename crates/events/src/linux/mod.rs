@@ -8,6 +8,7 @@ mod error;
 mod filter;
 mod guard;
 mod lifecycle;
+mod place;
 mod site;
 mod syscall;
 mod whose;
@@ -17,6 +18,7 @@ pub use error::TraceError;
 pub use filter::current_pid;
 pub use guard::{Guard, Incident, Judgement, Rule, RuleError};
 pub use lifecycle::{Lifecycle, LifecycleRecord, LifecycleTrace};
+pub use place::{Inside, calls_of, inside};
 pub use site::{SyscallSite, syscall_sites};
 pub use syscall::{
     Argument, SyscallCount, SyscallCounter, SyscallCounts, SyscallRecord, SyscallTrace, Value,

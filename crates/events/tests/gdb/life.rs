@@ -490,32 +490,6 @@ fn what_its_owner_does_while_a_vcpu_is_held_changes_nothing() {
 }
 
 #[test]
-fn a_full_queue_holds_the_guest_or_loses_events_and_says_so() {
-    let vm = Machine::start(1);
-    let monitor = vm.monitor();
-    let at = Hook::execute(Gva(vm.guest.function));
-    let told = |overflow| at.clone().delivered(Delivery::Told { overflow });
-    let hook = monitor.hook(&told(Overflow::Block)).unwrap();
-    vm.work(0, 10_000);
-    vm.wait_for(|m| hook.counts().unwrap().told == 4096 && m.word(0, CALLS) == 4096);
-    for _ in 0..10 {
-        assert_eq!(next(&monitor).event().hook, hook.id());
-    }
-    vm.wait_for(|_| hook.counts().unwrap().told == 4106);
-    drop(hook);
-    vm.wait_for(|m| m.is_done(0, 1));
-    assert!(
-        monitor.next(Duration::ZERO).unwrap().is_none(),
-        "with the hook went its events"
-    );
-    let hook = monitor.hook(&told(Overflow::Drop)).unwrap();
-    vm.work(0, 5000);
-    vm.wait_for(|m| m.is_done(0, 2));
-    let counts = hook.counts().unwrap();
-    assert_eq!((counts.occurred, counts.told, counts.dropped), (5000, 4096, 904));
-}
-
-#[test]
 fn a_stub_that_does_not_answer_is_given_up_and_the_guest_goes_on() {
     let vm = Machine::start(1);
     let signal = |name: &str| {

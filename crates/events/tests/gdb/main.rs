@@ -11,4 +11,5 @@ mod guest;
 mod life;
 mod machine;
 mod memory;
+mod queue;
 mod step;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vmsight_arch::Gva;
 use vmsight_events::{EventError, HookGuard, Monitor, OpenOptions, open};
 use vmsight_hooks::{Delivery, Hook, Overflow, Verdict};
+use vmsight_lab::chance::Dice;
 use vmsight_lab::orders::checksum;
 use vmsight_lab::{Kernel, Work};
 use vmsight_target::{AttachOptions, Target, TargetSpec};
@@ -32,18 +33,6 @@ const DATA: &str = "jiffies_64";
 /// A guest that stood still for so long would have been forgotten. It is to be 100 ms; how long it took is printed.
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// Xorshift: the same numbers from the same seed.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
-    }
-}
-
 #[test]
 fn hooks_at_random_and_monitors_that_are_killed() {
     if let Ok(text) = std::env::var("VMSIGHT_TEST_TORTURER") {
@@ -55,7 +44,7 @@ fn hooks_at_random_and_monitors_that_are_killed() {
         std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
-    let seed = number("VMSIGHT_TORTURE_SEED", now) | 1;
+    let seed = number("VMSIGHT_TORTURE_SEED", now);
     println!("VMSIGHT_TORTURE_SEED={seed}");
     let end = Instant::now() + Duration::from_secs(number("VMSIGHT_TORTURE_SECONDS", SECONDS));
     let watched = Watched::boot(Kernel::V6_1, false);
@@ -69,7 +58,7 @@ fn hooks_at_random_and_monitors_that_are_killed() {
             .map(|(cpu, done)| {
                 let (watched, stop) = (&watched, &stop);
                 scope.spawn(move || {
-                    let mut dice = Dice(seed.wrapping_mul(3 + u64::from(cpu)) | 1);
+                    let mut dice = Dice::new(seed.wrapping_mul(3 + u64::from(cpu)));
                     while !stop.load(Ordering::Relaxed) {
                         work(watched, cpu, dice.roll(6));
                         done.fetch_add(1, Ordering::Relaxed);
@@ -77,7 +66,7 @@ fn hooks_at_random_and_monitors_that_are_killed() {
                 })
             })
             .collect();
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let mut killed = 0;
         while Instant::now() < end && !workers.iter().any(|worker| worker.is_finished()) {
             kill_one(&watched, &mut dice);
@@ -155,12 +144,7 @@ fn kill_one(watched: &Watched, dice: &mut Dice) {
         places.push(watched.symbol(name).0.to_string());
     }
     let qmp = watched.guest.qmp_path().unwrap();
-    let asked = format!(
-        "{} {} {}",
-        qmp.display(),
-        dice.roll(u64::MAX) | 1,
-        places.join(" ")
-    );
+    let asked = format!("{} {} {}", qmp.display(), dice.roll(u64::MAX), places.join(" "));
     let mut child = Torturer(
         Command::new(std::env::current_exe().unwrap())
             .args([
@@ -215,7 +199,7 @@ impl Drop for Torturer {
 
 /// The monitor that is to be killed.
 fn torturer(qmp: &str, seed: u64, places: &[u64]) {
-    let mut dice = Dice(seed);
+    let mut dice = Dice::new(seed);
     let spec = TargetSpec::Qmp(qmp.into());
     // The one before may have been killed a moment ago, and its stub be on its way out.
     let target = patiently(|| vmsight_target::attach(&spec, &AttachOptions::default()));

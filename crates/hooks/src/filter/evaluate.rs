@@ -15,6 +15,8 @@ const USER_ROOT: u64 = 1 << 12;
 const PAGE: u64 = 4096;
 /// A text of 255 bytes and its zero.
 const LONGEST: usize = 256;
+/// As many values as most programs have at a time.
+const FEW: usize = 3;
 
 /// Guest memory, as it is at the moment of the event.
 pub trait FilterMemory: TableMemory {
@@ -104,21 +106,19 @@ impl Item {
 }
 
 /// What a program has at a time: as much as was verified that it needs.
-struct Items {
-    items: [Item; MOST_VALUES],
+struct Items<const MOST: usize> {
+    items: [Item; MOST],
     len: usize,
 }
 
-impl Default for Items {
-    fn default() -> Self {
+impl<const MOST: usize> Items<MOST> {
+    const fn new() -> Self {
         Self {
-            items: [Item::NOTHING; MOST_VALUES],
+            items: [Item::NOTHING; MOST],
             len: 0,
         }
     }
-}
 
-impl Items {
     fn push(&mut self, item: Item) {
         if let Some(place) = self.items.get_mut(self.len) {
             *place = item;
@@ -141,17 +141,29 @@ impl Items {
 impl Program {
     /// Whether a condition holds. Of a program of a value it is unknown.
     pub fn truth(&self, moment: Moment<'_>, memory: &impl FilterMemory) -> Truth {
-        run(self.instructions(), moment, memory).truth()
+        self.run(moment, memory).truth()
     }
 
     /// What a value is. Of a program of a condition it is `None`.
     pub fn number(&self, moment: Moment<'_>, memory: &impl FilterMemory) -> Option<u64> {
-        run(self.instructions(), moment, memory).number()
+        self.run(moment, memory).number()
+    }
+
+    /// To make room for more values than a program has costs more than to run most of them.
+    fn run(&self, moment: Moment<'_>, memory: &impl FilterMemory) -> Item {
+        match self.most_values() {
+            0..=FEW => run::<FEW>(self.instructions(), moment, memory),
+            _ => run::<MOST_VALUES>(self.instructions(), moment, memory),
+        }
     }
 }
 
-fn run(instructions: &[Instruction], moment: Moment<'_>, memory: &impl FilterMemory) -> Item {
-    let mut items = Items::default();
+fn run<const MOST: usize>(
+    instructions: &[Instruction],
+    moment: Moment<'_>,
+    memory: &impl FilterMemory,
+) -> Item {
+    let mut items = Items::<MOST>::new();
     let mut at = 0;
     // Forward only: at most as many rounds as there are instructions.
     while let Some(instruction) = instructions.get(at) {

@@ -19,7 +19,7 @@ mod verify;
 pub use evaluate::{FilterMemory, Moment, Truth};
 pub use expression::{Arithmetic, Comparison, Condition, Field, TextMatch, Value};
 pub use looks::Looks;
-pub use program::{MOST_BYTES, MOST_INSTRUCTIONS, MOST_READS, MOST_VALUES, Program};
+pub use program::{Instruction, MOST_BYTES, MOST_INSTRUCTIONS, MOST_READS, MOST_VALUES, Program};
 pub use sieve::{Passage, Sieve};
 pub use tally::{Bucket, Buckets, MOST_BUCKETS, Tallied, Tally};
 
@@ -72,6 +72,11 @@ impl Filter {
     /// Whether it says more of an event than how many are wanted.
     pub const fn has_condition(&self) -> bool {
         self.condition.is_some()
+    }
+
+    /// The condition that it has.
+    pub const fn condition(&self) -> Option<&Program> {
+        self.condition.as_ref()
     }
 
     /// Only those for which a condition holds.

@@ -20,7 +20,7 @@ pub const MOST_READS: usize = 16;
 
 /// One instruction.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) enum Instruction {
+pub enum Instruction {
     /// A number.
     Constant(u64),
     /// What the vCPU or the event holds.
@@ -64,13 +64,16 @@ pub(super) enum Yields {
 pub struct Program {
     instructions: Vec<Instruction>,
     yields: Yields,
+    most_values: usize,
 }
 
 impl Program {
     pub(super) fn new(instructions: Vec<Instruction>) -> Result<Self, FilterError> {
+        let (yields, most_values) = verify(&instructions)?;
         let program = Self {
-            yields: verify(&instructions)?,
             instructions,
+            yields,
+            most_values,
         };
         let bytes = program.to_bytes().len();
         match bytes <= MOST_BYTES {
@@ -112,8 +115,14 @@ impl Program {
         bytes
     }
 
-    pub(super) fn instructions(&self) -> &[Instruction] {
+    /// Its instructions, in their order.
+    pub fn instructions(&self) -> &[Instruction] {
         &self.instructions
+    }
+
+    /// How many values it has at most at a time.
+    pub(super) fn most_values(&self) -> usize {
+        self.most_values
     }
 
     pub(super) fn yields(&self) -> Yields {

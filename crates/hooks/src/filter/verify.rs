@@ -8,11 +8,11 @@ use crate::verdict::Register;
 /// The kinds of the values that there are, the last one last.
 type Kinds = Vec<Yields>;
 
-/// What a program ends with.
+/// What a program ends with, and how many values it has at most at a time.
 ///
 /// # Errors
 /// Where it may not run.
-pub(super) fn verify(instructions: &[Instruction]) -> Result<Yields, FilterError> {
+pub(super) fn verify(instructions: &[Instruction]) -> Result<(Yields, usize), FilterError> {
     if instructions.len() > MOST_INSTRUCTIONS {
         return Err(FilterError::TooLong);
     }
@@ -23,11 +23,13 @@ pub(super) fn verify(instructions: &[Instruction]) -> Result<Yields, FilterError
     // What those who skip to a place have; the last place is the end.
     let mut arrivals: Vec<Option<Kinds>> = vec![None; instructions.len() + 1];
     let mut kinds = Kinds::new();
+    let mut most = 0;
     for (at, instruction) in instructions.iter().enumerate() {
         meet(at, &kinds, arrivals.get(at))?;
         let malformed = |what| FilterError::Malformed { at, what };
         let target = step(instruction, &mut kinds).map_err(malformed)?;
-        if kinds.len() > MOST_VALUES {
+        most = most.max(kinds.len());
+        if most > MOST_VALUES {
             return Err(malformed("too many values at a time"));
         }
         let Some(count) = target else { continue };
@@ -41,7 +43,7 @@ pub(super) fn verify(instructions: &[Instruction]) -> Result<Yields, FilterError
     }
     meet(instructions.len(), &kinds, arrivals.last())?;
     match kinds.as_slice() {
-        [one] => Ok(*one),
+        [one] => Ok((*one, most)),
         _ => Err(FilterError::Malformed {
             at: instructions.len(),
             what: "it does not end with one value",

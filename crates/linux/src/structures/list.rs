@@ -1,5 +1,8 @@
 //! `struct list_head`: circular, doubly linked (include/linux/list.h).
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
 use vmsight_arch::Gva;
 use vmsight_memory::{AddressSpace, ReadError};
 
@@ -21,6 +24,50 @@ pub struct ListWalk {
 /// remembered only from the first disagreement on: an honest list pays nothing for the detection.
 pub fn walk(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
     walk_links(head, limit, |at| links(space, at))
+}
+
+/// [`walk`] of a list that may have very many elements.
+///
+/// Each element is known only when the one before it was read, so that nearly all of the time is waiting: for memory, and where a dump is
+/// mapped for the first time, for the system. Of a long list another thread therefore touches the elements from the last one on.
+pub fn walk_long(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let mut read = 0usize;
+        let out = walk_links(head, limit, |at| {
+            read += 1;
+            if read == LONG && is_worth_touching(space) {
+                // Without the thread, it takes longer and is as right.
+                let _ = thread::Builder::new().spawn_scoped(scope, || touch(space, head, limit, &over));
+            }
+            links(space, at)
+        });
+        over.store(true, Ordering::Relaxed);
+        out
+    })
+}
+
+/// From so many elements on a thread costs less than it saves.
+const LONG: usize = 512;
+
+/// In memory that must be asked for, what one thread has asked for another must ask for again.
+fn is_worth_touching(space: &AddressSpace) -> bool {
+    space.memory().is_all_mapped() && thread::available_parallelism().is_ok_and(|n| n.get() > 1)
+}
+
+/// Follows `prev` from `head` until the walk in the other direction is over. What is found this way is not believed, only read: it is then
+/// mapped, and in the cache of the processors.
+fn touch(space: &AddressSpace, head: Gva, limit: usize, over: &AtomicBool) {
+    let mut at = head;
+    for _ in 0..limit {
+        if over.load(Ordering::Relaxed) {
+            break;
+        }
+        match space.read_u64(at.wrapping_add(8)) {
+            Ok(prev) if prev != head.0 => at = Gva(prev),
+            _ => break,
+        }
+    }
 }
 
 /// `next` and `prev` of the `list_head` at `at`.

@@ -3,7 +3,8 @@
 //! What a row needs lies in half a dozen structures and as many page tables, each known only when the one before it was read. Row by
 //! row, each of them would be waited for alone: for memory that no cache of the processor holds, and in the memory of another
 //! process for a system call. Read for many rows together, those waits are one. (The structures themselves are read in a batch only
-//! where memory must be asked for: see [`Spans::read_all`](crate::layout::Spans::read_all).)
+//! where memory must be asked for: see [`Spans::read_all`](crate::layout::Spans::read_all). Where it is mapped, their cache lines are sent
+//! for, of all processes of a group, before the first is read.)
 //!
 //! Only reading is done here. What a row says of what could not be read is for the row to say.
 
@@ -49,7 +50,11 @@ pub(super) struct Group {
     /// Index of the first.
     pub(super) start: usize,
     pub(super) len: usize,
-    pub(super) slots: Vec<Ahead>,
+    #[expect(
+        clippy::vec_box,
+        reason = "each changes places with the one whose row is made"
+    )]
+    pub(super) slots: Vec<Box<Ahead>>,
     /// Large pages of the kernel's in which tables of processes lie: physical address by the number of its stretch.
     pub(super) stretches: FxHashMap<u64, Gpa>,
 }
@@ -61,6 +66,9 @@ pub(super) const STRETCH: u32 = 21;
 /// that of the read, within a page. Buffers that could not be filled are emptied.
 pub(super) fn arguments(memory: &GuestMemory, mode: PagingMode, wanted: &mut [(Dtb, Gva, &mut Vec<u8>)]) {
     let pages = pages(memory, mode, wanted.iter().map(|(root, gva, _)| (*root, *gva)));
+    if memory.is_all_mapped() {
+        pages.iter().flatten().for_each(|&page| memory.prefetch(page));
+    }
     let mut there = Vec::with_capacity(pages.len());
     for ((_, _, bytes), page) in wanted.iter_mut().zip(pages) {
         match page {
@@ -93,12 +101,16 @@ fn pages(
     let mut walks: Vec<Option<Cursor>> = wanted.map(|(root, gva)| Cursor::new(mode, root, gva)).collect();
     let mut found = vec![None; walks.len()];
     let size = usize::from(mode.entry_size());
+    let mapped = memory.is_all_mapped();
+    let mut entries: Vec<Option<u64>> = Vec::with_capacity(walks.len());
     for _ in 0..mode.levels() {
-        let mut entries: Vec<Option<u64>> = Vec::with_capacity(walks.len());
-        if memory.is_all_mapped() {
-            entries.extend(walks.iter().map(|walk| match size {
-                4 => memory.entry_u32((*walk)?.entry_gpa()).map(u64::from),
-                _ => memory.entry_u64((*walk)?.entry_gpa()),
+        entries.clear();
+        if mapped {
+            let places = || walks.iter().map(|walk| walk.as_ref().map(Cursor::entry_gpa));
+            places().flatten().for_each(|place| memory.prefetch(place));
+            entries.extend(places().map(|place| match size {
+                4 => memory.entry_u32(place?).map(u64::from),
+                _ => memory.entry_u64(place?),
             }));
         } else {
             let mut bytes = vec![[0u8; 8]; walks.len()];
@@ -118,7 +130,7 @@ fn pages(
                 is_read.then(|| u64::from_le_bytes(*bytes))
             }));
         }
-        for ((walk, entry), found) in walks.iter_mut().zip(entries).zip(&mut found) {
+        for ((walk, entry), found) in walks.iter_mut().zip(&entries).zip(&mut found) {
             let Some(cursor) = walk else { continue };
             match entry.map(|value| cursor.feed(value)) {
                 Some(Progress::Table) => {}

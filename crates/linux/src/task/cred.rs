@@ -59,6 +59,21 @@ impl CredReader {
         self.spans.read_all(self.kernel.space(), objects);
     }
 
+    /// Sends for the credentials at `at`.
+    #[inline]
+    pub(crate) fn prefetch(&self, at: Gva) {
+        self.spans.prefetch(self.kernel.space(), at);
+    }
+
+    /// Sends for the beginning of the supplementary groups of the credentials in `buffer`.
+    #[inline]
+    pub(crate) fn prefetch_groups(&self, buffer: &Buffer) {
+        let groups = self.cred.group_info.of(buffer);
+        self.kernel
+            .space()
+            .prefetch(self.group_info.ngroups.at(groups), &[0]);
+    }
+
     /// The supplementary groups of the credentials in `buffer`.
     pub(crate) fn groups(&self, buffer: &Buffer) -> Result<Vec<u32>, ReadError> {
         let at = self.cred.group_info.of(buffer);

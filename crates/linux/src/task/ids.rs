@@ -54,6 +54,12 @@ impl PidReader {
             .wrapping_add(u64::from(level) * self.upid.size)
     }
 
+    /// Sends for the number in the root namespace.
+    #[inline]
+    pub(crate) fn prefetch(&self, pid: Gva) {
+        self.kernel.space().prefetch(self.upid_at(pid, 0), &[0]);
+    }
+
     /// The number in the root namespace.
     pub(crate) fn root_number(&self, pid: Gva) -> Result<i32, ReadError> {
         self.upid.nr.read(self.kernel.space(), self.upid_at(pid, 0))

@@ -24,7 +24,7 @@ use super::tty::TtyReader;
 use super::walk;
 use crate::budget::{Budget, Own, ROWS};
 use crate::clock::Clock;
-use crate::layout::{Extent, Spans};
+use crate::layout::{Buffer, Extent, Spans};
 use crate::listing::Listing;
 use crate::{Kernel, LinuxError};
 
@@ -176,8 +176,8 @@ pub(crate) struct Scratch<'b> {
     budgets: &'b Budgets,
     times: TimesCache,
     group: Group,
-    /// Of the process whose row is made.
-    ahead: Ahead,
+    /// Of the process whose row is made. Boxed, as those of the group: they change places.
+    ahead: Box<Ahead>,
     ttys: FxHashMap<u64, String>,
     namespaces: NamespaceCache,
     places: PlaceCache,
@@ -221,7 +221,7 @@ impl ProcessReader {
             task_spans,
             names,
             signal: if needs_signal {
-                Some(SignalReader::new(kernel)?)
+                Some(SignalReader::new(kernel, fields)?)
             } else {
                 None
             },
@@ -266,7 +266,7 @@ impl ProcessReader {
             budgets,
             times: TimesCache::default(),
             group: Group::default(),
-            ahead: self.room(),
+            ahead: Box::new(self.room()),
             ttys: FxHashMap::default(),
             namespaces: NamespaceCache::default(),
             places: PlaceCache::default(),
@@ -338,15 +338,36 @@ impl ProcessReader {
     fn read_ahead(&self, tasks: &[Gva], group: &mut Group) {
         group.len = tasks.len();
         if group.slots.len() < tasks.len() {
-            group.slots.resize_with(tasks.len(), || self.room());
+            group.slots.resize_with(tasks.len(), || Box::new(self.room()));
         }
         let slots = group.slots.get_mut(..tasks.len()).unwrap_or_default();
         let space = self.kernel.space();
         let layout = &self.task;
+        tasks
+            .iter()
+            .for_each(|&task| self.task_spans.prefetch(space, task));
         let of_tasks = tasks.iter().zip(slots.iter_mut());
         self.task_spans
             .read_all(space, of_tasks.map(|(&task, slot)| (task, &mut slot.task)));
-        let read = |slot: &&mut Ahead| slot.task.error.is_none();
+        let read = |slot: &&mut Box<Ahead>| slot.task.error.is_none();
+        // Kernel threads have no memory of their own.
+        let user = |slot: &&mut Box<Ahead>| {
+            let task = &slot.task.buffer;
+            read(slot) && !layout.mm.of(task).is_null() && layout.flags.of(task) & state::PF_KTHREAD == 0
+        };
+        for slot in slots.iter_mut().filter(read) {
+            let task = &slot.task.buffer;
+            space.prefetch(layout.tgid.at(layout.real_parent.of(task)), &[0]);
+            if let Some(reader) = &self.signal {
+                reader.spans.prefetch(space, layout.signal.of(task));
+            }
+            if let Some(reader) = &self.cred {
+                reader.prefetch(layout.cred.of(task));
+            }
+            if let Some(reader) = self.mm.as_ref().filter(|_| user(&slot)) {
+                reader.spans.prefetch(space, layout.mm.of(&slot.task.buffer));
+            }
+        }
         if let Some(reader) = &self.signal {
             let objects = slots
                 .iter_mut()
@@ -362,12 +383,17 @@ impl ProcessReader {
                     .map(|slot| (layout.cred.of(&slot.task.buffer), &mut slot.cred)),
             );
         }
+        for slot in slots.iter_mut().filter(read) {
+            if let (Some(reader), Some(pids)) = (&self.signal, &self.pids) {
+                for index in [reader.sid, reader.pgrp] {
+                    pids.prefetch(reader.pid_at(&slot.signal.buffer, index));
+                }
+            }
+            if let Some(reader) = &self.cred {
+                reader.prefetch_groups(&slot.cred.buffer);
+            }
+        }
         let Some(reader) = &self.mm else { return };
-        // Kernel threads have none of their own.
-        let user = |slot: &&mut Ahead| {
-            let task = &slot.task.buffer;
-            read(slot) && !layout.mm.of(task).is_null() && layout.flags.of(task) & state::PF_KTHREAD == 0
-        };
         let objects = slots
             .iter_mut()
             .filter(user)
@@ -401,17 +427,25 @@ impl ProcessReader {
 }
 
 impl SignalReader {
-    fn new(kernel: &Kernel) -> Result<Self, LinuxError> {
+    /// The `struct pid` that `signal` has at `index` of its array.
+    fn pid_at(&self, signal: &Buffer, index: usize) -> Gva {
+        let pids = self.layout.pids.of(signal);
+        pids.get(index * 8..index * 8 + 8).map_or(Gva(0), |bytes| {
+            Gva(u64::from_le_bytes(bytes.try_into().unwrap_or_default()))
+        })
+    }
+
+    fn new(kernel: &Kernel, fields: ProcessFields) -> Result<Self, LinuxError> {
         let layout: Arc<SignalLayout> = kernel.layout()?;
         let extents = [
             layout.nr_threads.extent(),
             layout.pids.extent(),
             layout.tty.extent(),
             layout.oom_score_adj.extent(),
-            layout.utime.extent(),
-            layout.stime.extent(),
-            layout.runtime.extent(),
         ];
+        let times = [&layout.utime, &layout.stime, &layout.runtime].map(|field| field.extent());
+        let times = times.iter().filter(|_| fields.contains(ProcessFields::TIMES));
+        let extents = extents.iter().chain(times).copied();
         let spans = Spans::covering("signal_struct", kernel.release(), extents)?;
         // `enum pid_type` has had this order since 4.19.
         let index = |name, usual| {

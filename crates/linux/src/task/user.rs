@@ -1,5 +1,6 @@
 //! A process's own memory, read from outside: its arguments and its environment lie there.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
@@ -27,6 +28,18 @@ fn weight(byte: u8) -> usize {
     }
 }
 
+/// [`weight`] of all of them: counted many at a time.
+fn weights(bytes: &[u8]) -> usize {
+    bytes.len() + 31 * count(bytes, |b| b == 0) + 3 * count(bytes, |b| b >= 0x80)
+}
+
+/// How many bytes are so.
+fn count(bytes: &[u8], is: impl Fn(u8) -> bool) -> usize {
+    // So many fit in a byte, and a processor adds up bytes sixteen at a time.
+    let of = |chunk: &[u8]| chunk.iter().fold(0u8, |n, &b| n.wrapping_add(u8::from(is(b))));
+    bytes.chunks(255).map(|chunk| usize::from(of(chunk))).sum()
+}
+
 /// One look into a process's memory. Unlike an [`AddressSpace`] it owns nothing and remembers no walk: what a listing reads of each
 /// process lies in a page or two, and making a cache for it would cost more than the walks that it saves.
 #[derive(Clone, Copy, Debug)]
@@ -38,14 +51,17 @@ pub(crate) struct UserMemory<'k> {
     ahead: (Gva, &'k [u8]),
 }
 
-impl UserMemory<'_> {
+impl<'k> UserMemory<'k> {
+    /// The `len` bytes at `gva`, if they were read before.
+    fn known(&self, gva: Gva, len: usize) -> Option<&'k [u8]> {
+        let (start, ahead) = self.ahead;
+        let from = usize::try_from(gva.0.wrapping_sub(start.0)).ok()?;
+        ahead.get(from..from.checked_add(len)?)
+    }
+
     /// Reads `buf.len()` bytes at `gva`. Pages that the process has taken its own rights to away are read like others.
     pub(crate) fn read(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
-        let (start, ahead) = self.ahead;
-        let known = usize::try_from(gva.0.wrapping_sub(start.0))
-            .ok()
-            .and_then(|from| ahead.get(from..from.checked_add(buf.len())?));
-        if let Some(known) = known {
+        if let Some(known) = self.known(gva, buf.len()) {
             buf.copy_from_slice(known);
             return Ok(());
         }
@@ -135,14 +151,14 @@ impl Kernel {
 
 /// NUL-separated strings out of user memory.
 #[derive(Debug, Default)]
-pub(crate) struct Strings {
+pub(crate) struct Strings<'k> {
     /// The bytes that could be read, from the start; `None` where not even the first could.
-    pub(crate) bytes: Option<Vec<u8>>,
+    pub(crate) bytes: Option<Cow<'k, [u8]>>,
     /// Why they are not all.
     pub(crate) problem: Option<Problem>,
 }
 
-impl Strings {
+impl Strings<'_> {
     /// The strings as a list.
     pub(crate) fn split(&self) -> Option<Vec<String>> {
         self.bytes.as_deref().map(split)
@@ -150,13 +166,13 @@ impl Strings {
 }
 
 /// Reads `start..end`, at most as much as `share` has room for. What follows an unreadable page is left out and said.
-pub(crate) fn strings(
-    space: &UserMemory<'_>,
+pub(crate) fn strings<'k>(
+    space: &UserMemory<'k>,
     start: u64,
     end: u64,
     field: &'static str,
     share: &mut Share<'_>,
-) -> Strings {
+) -> Strings<'k> {
     let claimed = if start == 0 { 0 } else { end.saturating_sub(start) };
     // No byte costs less than one, so more than is left need not be read.
     let room = share.bytes_left() as u64;
@@ -170,7 +186,7 @@ pub(crate) fn strings(
     }
     let read = bytes.len();
     let kept = affordable(&bytes, share);
-    bytes.truncate(kept);
+    truncate(&mut bytes, kept);
     let reason = match hole {
         _ if kept == 0 && claimed > 0 => Some(NO_ROOM.to_owned()),
         _ if kept < read => Some(format!(
@@ -195,19 +211,30 @@ pub(crate) fn strings(
 }
 
 /// The bytes from `start` on up to the first that cannot be read, `len` at most, and why that could not.
-fn read_to_hole(space: &UserMemory<'_>, start: Gva, len: usize) -> (Vec<u8>, Option<ReadError>) {
+fn read_to_hole<'k>(space: &UserMemory<'k>, start: Gva, len: usize) -> (Cow<'k, [u8]>, Option<ReadError>) {
+    if let Some(known) = space.known(start, len) {
+        return (Cow::Borrowed(known), None);
+    }
     let mut bytes = vec![0; len];
     let Err(error) = space.read(start, &mut bytes) else {
-        return (bytes, None);
+        return (Cow::Owned(bytes), None);
     };
     // Pages are read in order: what comes before the hole is there.
     bytes.truncate(usize::try_from(error.gva.0.wrapping_sub(start.0)).map_or(0, |done| done.min(len)));
-    (bytes, Some(error))
+    (Cow::Owned(bytes), Some(error))
+}
+
+/// Leaves the first `len` of the bytes, or all.
+fn truncate(bytes: &mut Cow<'_, [u8]>, len: usize) {
+    match bytes {
+        Cow::Borrowed(bytes) => *bytes = bytes.get(..len).unwrap_or(bytes),
+        Cow::Owned(bytes) => bytes.truncate(len),
+    }
 }
 
 /// How many of `bytes`, from the first on, `share` has room for; takes that much.
 fn affordable(bytes: &[u8], share: &mut Share<'_>) -> usize {
-    let cost = bytes.iter().copied().map(weight).sum();
+    let cost = weights(bytes);
     let mut granted = share.some_bytes(cost);
     if granted == cost {
         return bytes.len();
@@ -226,12 +253,12 @@ fn affordable(bytes: &[u8], share: &mut Share<'_>) -> usize {
 ///
 /// A process may write a title of its own over its arguments, and on over its environment (setproctitle). The kernel takes it for one
 /// when the byte before `arg_end` is not NUL, and then shows the text up to the first NUL (`get_mm_cmdline` in fs/proc/base.c).
-pub(crate) fn command_line(
-    space: &UserMemory<'_>,
+pub(crate) fn command_line<'k>(
+    space: &UserMemory<'k>,
     mm: &MmLayout,
     buffer: &Buffer,
     share: &mut Share<'_>,
-) -> Strings {
+) -> Strings<'k> {
     let (start, end) = (mm.arg_start.of(buffer), mm.arg_end.of(buffer));
     let (env_start, env_end) = (mm.env_start.of(buffer), mm.env_end.of(buffer));
     let mut read = strings(space, start, end, "cmdline", share);
@@ -240,11 +267,13 @@ pub(crate) fn command_line(
         && bytes.last().is_some_and(|&b| b != 0)
     {
         match bytes.iter().position(|&b| b == 0) {
-            Some(nul) => bytes.truncate(nul),
+            Some(nul) => truncate(bytes, nul),
             None if env_start == end && env_end > env_start => {
                 let more = strings(space, end, env_end, "cmdline", share);
                 let title = more.bytes.unwrap_or_default();
-                bytes.extend_from_slice(title.split(|&b| b == 0).next().unwrap_or(&[]));
+                bytes
+                    .to_mut()
+                    .extend_from_slice(title.split(|&b| b == 0).next().unwrap_or(&[]));
                 read.problem = more.problem;
             }
             None => {}
@@ -259,5 +288,38 @@ fn split(bytes: &[u8]) -> Vec<String> {
     if bytes.is_empty() {
         return Vec::new();
     }
-    bytes.split(|&b| b == 0).map(crate::text::guest_text).collect()
+    // Counted first, for a list that grows costs more; and looked at as text all at once, for nearly always they are.
+    let mut strings = Vec::with_capacity(1 + count(bytes, |b| b == 0));
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.split('\0').for_each(|text| strings.push(text.to_owned())),
+        Err(_) => bytes
+            .split(|&b| b == 0)
+            .for_each(|text| strings.push(crate::text::guest_text(text))),
+    }
+    strings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strings_end_at_nul_whatever_else_is_in_them() {
+        let all = |bytes: &[u8]| split(bytes);
+        assert_eq!(all(b""), [""; 0]);
+        assert_eq!(all(b"\0"), [""; 0]);
+        assert_eq!(all(b"one"), ["one"]);
+        assert_eq!(all(b"one\0\0two\0"), ["one", "", "two"]);
+        assert_eq!(all("z\u{fc}g\0\u{1f427}\0".as_bytes()), ["z\u{fc}g", "\u{1f427}"]);
+        assert_eq!(all(b"z\xc3\0\xbcg\0plain\0"), ["z\\xc3", "\\xbcg", "plain"]);
+    }
+
+    #[test]
+    fn many_bytes_weigh_what_each_weighs() {
+        for len in [0, 1, 15, 16, 254, 255, 256, 1000] {
+            let bytes: Vec<u8> = (0..len).map(|i: usize| (i * 7 % 256) as u8).collect();
+            assert_eq!(weights(&bytes), bytes.iter().map(|&b| weight(b)).sum::<usize>());
+            assert_eq!(weights(&vec![0; len]), 32 * len);
+        }
+    }
 }

@@ -26,7 +26,7 @@ pub(crate) struct TaskList {
 impl TaskList {
     /// Follows the list once.
     fn read(kernel: &Kernel, layout: &TaskLayout, init: Gva) -> Self {
-        let out = list::walk(kernel.space(), layout.tasks.at(init), MAX_OBJECTS);
+        let out = list::walk_long(kernel.space(), layout.tasks.at(init), MAX_OBJECTS);
         let tasks = out
             .walk
             .items

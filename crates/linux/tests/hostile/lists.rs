@@ -110,6 +110,37 @@ fn a_cyclic_task_list_shows_every_task_once_and_says_so() {
 }
 
 #[test]
+fn a_long_list_is_what_its_forward_links_say_wherever_the_others_lead() {
+    // So long that a second thread goes through it from the end.
+    const MANY: i32 = 1500;
+    let mut guest = Guest::new(64);
+    let init = guest.init;
+    let all: Vec<u64> = (1..=MANY).map(|pid| guest.process(pid, "p", init)).collect();
+    let (head, middle, last) = (tasks(init), tasks(all[700]), tasks(all[1499]));
+    for (at, lie) in [
+        (head, 0xdead_0000_0000_0000),
+        (head, 0),
+        (head, middle),
+        (last, last),
+        (last, 0xdead_0000_0000_0000),
+        (middle, last),
+    ] {
+        let truth = guest.get(at + 8);
+        guest.put(at + 8, lie);
+        let listing = list(&guest.kernel());
+        guest.put(at + 8, truth);
+        assert!(listing.rows.iter().map(|row| row.pid).eq(1..=MANY));
+        assert!(listing.rows.iter().all(|row| row.problems.is_empty()));
+        // The head's own backward link is nobody's business.
+        let told = listing
+            .warnings
+            .iter()
+            .any(|w| w.contains("the backward links of 1 tasks"));
+        assert_eq!(told, at != head, "{:?}", listing.warnings);
+    }
+}
+
+#[test]
 fn a_task_that_points_at_itself_ends_the_list() {
     let (mut guest, [a, ..]) = three();
     guest.put(tasks(a), tasks(a));

@@ -56,13 +56,7 @@ impl TypeMaker {
             ints: BTreeMap::new(),
         };
         for (size, name) in [(1, "char"), (2, "short"), (4, "int"), (8, "unsigned long")] {
-            let def = Def::Int {
-                name,
-                size: size as u32,
-                signed: false,
-                is_char: false,
-                is_bool: false,
-            };
+            let def = Def::int(name, size as u32, false);
             maker.ints.insert(size, maker.builder.add(&def));
         }
         for (name, size, members) in STRUCTS {

@@ -266,13 +266,7 @@ fn types() -> Types {
     let mut builder = Builder::new();
     let mut ints: BTreeMap<u64, TypeId> = BTreeMap::new();
     for (bytes, name) in [(1u32, "char"), (2, "short"), (4, "int"), (8, "unsigned long")] {
-        let def = Def::Int {
-            name,
-            size: bytes,
-            signed: false,
-            is_char: false,
-            is_bool: false,
-        };
+        let def = Def::int(name, bytes, false);
         ints.insert(u64::from(bytes), builder.add(&def));
     }
     let member_type = |builder: &mut Builder, bytes: u64| match ints.get(&bytes) {

@@ -6,6 +6,7 @@ use vmsight_arch::paging::{Cursor, Progress, TableMemory};
 use super::hot::Place;
 use super::mapped::Mapped;
 use super::{AddressSpace, Backend, Inner, ReadError};
+use crate::prefetch::prefetch;
 
 /// One read of a batch.
 #[derive(Debug)]
@@ -44,22 +45,33 @@ impl AddressSpace {
             Backend::Remote(cache) => self.inner.read_batch_remote(cache, ops),
         }
     }
+
+    /// Sends for the cache lines that lie `offsets` behind `gva`, in the same page, and does not wait for them: reads that come when
+    /// others have been sent for as well find them in the processor's cache.
+    ///
+    /// A hint: nothing is read, nothing is proven, and nothing happens where the walk is not remembered or memory must be asked for.
+    #[inline]
+    pub fn prefetch(&self, gva: Gva, offsets: &[u32]) {
+        let (Backend::Mapped(mapped) | Backend::MappedFive(mapped)) = &self.inner.backend else {
+            return;
+        };
+        let place = mapped.hot.get(gva.0).and_then(|hit| hit.usual(gva.0));
+        let ptr = match place {
+            Some(Place::Here(ptr)) => Some(ptr),
+            Some(Place::At(gpa, _)) => mapped.window(&self.inner.memory, gpa, 1),
+            None => None,
+        };
+        if let Some(ptr) = ptr {
+            // Whatever lies beyond the page: to ask for it does no harm.
+            offsets
+                .iter()
+                .for_each(|&offset| prefetch(ptr.wrapping_add(offset as usize)));
+        }
+    }
 }
 
 /// Walks taken in lock-step: more than the processor can have misses under way.
 const LANES: usize = 64;
-
-/// Asks the processor to fetch the cache line at `ptr`, where it can be asked.
-#[inline(always)]
-fn prefetch(ptr: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch has no effect on what the program sees, whatever the address; SSE is part of x86-64.
-    unsafe {
-        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(ptr.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = ptr;
-}
 
 impl Inner {
     /// Up to [`LANES`] reads in mapped memory. First the last entries of all are sent for, then the bytes of all; what

@@ -13,27 +13,9 @@ const BANNER: &str = "Linux version 6.1.0-test (me@there) (gcc) #1 SMP";
 /// A kernel of a few types and symbols.
 fn profile() -> Profile {
     let mut b = Builder::new();
-    let int = b.add(&Def::Int {
-        name: "int",
-        size: 4,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
-    let uint = b.add(&Def::Int {
-        name: "unsigned int",
-        size: 4,
-        signed: false,
-        is_char: false,
-        is_bool: false,
-    });
-    let char = b.add(&Def::Int {
-        name: "char",
-        size: 1,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
+    let int = b.add(&Def::int("int", 4, true));
+    let uint = b.add(&Def::int("unsigned int", 4, false));
+    let char = b.add(&Def::int("char", 1, true));
     let bool = b.add(&Def::Int {
         name: "_Bool",
         size: 1,

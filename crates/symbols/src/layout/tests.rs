@@ -62,20 +62,8 @@ fn every_row_names_a_path_to_itself() {
 #[test]
 fn holes_and_padding_are_told() {
     let mut b = Builder::new();
-    let byte = b.add(&Def::Int {
-        name: "char",
-        size: 1,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
-    let long = b.add(&Def::Int {
-        name: "long",
-        size: 8,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
+    let byte = b.add(&Def::int("char", 1, true));
+    let long = b.add(&Def::int("long", 8, true));
     let member = |name, type_id, bit_offset| MemberDef {
         name,
         type_id,

@@ -154,6 +154,19 @@ pub enum Def<'a> {
     },
 }
 
+impl<'a> Def<'a> {
+    /// An integer that is neither a character nor a `bool`.
+    pub const fn int(name: &'a str, size: u32, signed: bool) -> Self {
+        Self::Int {
+            name,
+            size,
+            signed,
+            is_char: false,
+            is_bool: false,
+        }
+    }
+}
+
 /// Collects types and writes them as BTF.
 ///
 /// Ids are given in the order of asking, and a type may be [reserved](Builder::reserve) before it is known, since C's

@@ -109,13 +109,7 @@ pub(crate) fn write(builder: &mut Builder, plans: &[Plan]) -> Vec<TypeId> {
     for (&own, plan) in ids.iter().zip(plans) {
         match plan {
             Plan::Int(name, size, signed) => {
-                let def = Def::Int {
-                    name,
-                    size: *size,
-                    signed: *signed,
-                    is_char: false,
-                    is_bool: false,
-                };
+                let def = Def::int(name, *size, *signed);
                 builder.define(own, &def);
             }
             Plan::Float(name, size) => builder.define(own, &Def::Float { name, size: *size }),
@@ -473,13 +467,7 @@ fn a_distilled_base_is_found_again_in_the_kernel() {
     let kernel = tests::sample();
     // What resolve_btfids makes: what is held by value keeps its size, what is pointed to its name alone.
     let mut distilled = Builder::new();
-    let int = distilled.add(&Def::Int {
-        name: "int",
-        size: 4,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
+    let int = distilled.add(&Def::int("int", 4, true));
     let head = distilled.add(&Def::Struct {
         name: "list_head",
         size: 16,
@@ -552,13 +540,7 @@ fn a_distilled_base_is_found_again_in_the_kernel() {
 fn old_bitfields_have_integer_types_of_their_width() {
     // Before Linux 5.0: an integer of 3 bits at bit 5 of 4 bytes, in a struct without the flag for bitfields.
     let mut b = Builder::new();
-    let plain = b.add(&Def::Int {
-        name: "int",
-        size: 4,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
+    let plain = b.add(&Def::int("int", 4, true));
     let narrow = b.reserve();
     b.raw(
         narrow,
@@ -595,13 +577,7 @@ fn kinds_from_the_future_are_stepped_over() {
     let mut b = Builder::new();
     let future = b.reserve();
     b.raw(future, b"novel", 42 << 24 | 2, 0, &[0; 20]);
-    let after = b.add(&Def::Int {
-        name: "int",
-        size: 4,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
+    let after = b.add(&Def::int("int", 4, true));
     let plain = b.into_bytes().unwrap();
     assert_eq!(
         Types::from_btf(plain.clone()).err(),

@@ -4,34 +4,10 @@ use super::*;
 /// and what it takes.
 pub(crate) fn sample() -> Types {
     let mut b = Builder::new();
-    let int = b.add(&Def::Int {
-        name: "int",
-        size: 4,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
-    let uint = b.add(&Def::Int {
-        name: "unsigned int",
-        size: 4,
-        signed: false,
-        is_char: false,
-        is_bool: false,
-    });
-    let char = b.add(&Def::Int {
-        name: "char",
-        size: 1,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
-    b.add(&Def::Int {
-        name: "unsigned long",
-        size: 8,
-        signed: false,
-        is_char: false,
-        is_bool: false,
-    });
+    let int = b.add(&Def::int("int", 4, true));
+    let uint = b.add(&Def::int("unsigned int", 4, false));
+    let char = b.add(&Def::int("char", 1, true));
+    b.add(&Def::int("unsigned long", 8, false));
     let node = b.reserve();
     let next = b.add(&Def::Ptr(node));
     let member = |name, type_id, bit_offset| MemberDef {
@@ -407,13 +383,7 @@ fn broken_blobs_are_refused_with_the_reason() {
 fn names_end_where_no_kernel_s_is_longer() {
     let mut b = Builder::new();
     for i in 0..3000 {
-        b.add(&Def::Int {
-            name: &format!("type_{i}"),
-            size: 4,
-            signed: false,
-            is_char: false,
-            is_bool: false,
-        });
+        b.add(&Def::int(&format!("type_{i}"), 4, false));
     }
     let mut btf = b.into_bytes().unwrap();
     let header = Header::parse(&btf).unwrap();
@@ -434,13 +404,7 @@ fn names_end_where_no_kernel_s_is_longer() {
 #[test]
 fn one_lookup_has_one_budget() {
     let mut b = Builder::new();
-    let int = b.add(&Def::Int {
-        name: "int",
-        size: 4,
-        signed: true,
-        is_char: false,
-        is_bool: false,
-    });
+    let int = b.add(&Def::int("int", 4, true));
     let member = |name| MemberDef {
         name,
         type_id: int,

@@ -157,13 +157,7 @@ impl Kernel {
 /// Types that the tests ask for.
 pub fn btf(many: bool) -> Vec<u8> {
     let mut b = Builder::new();
-    let int = |name| Def::Int {
-        name,
-        size: 8,
-        signed: false,
-        is_char: false,
-        is_bool: false,
-    };
+    let int = |name| Def::int(name, 8, false);
     let long = b.add(&int("long unsigned int"));
     let member = |name, type_id: TypeId, bytes: u64| MemberDef {
         name,

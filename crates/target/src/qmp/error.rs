@@ -105,8 +105,12 @@ impl QmpError {
             let clients = peers::clients_of(me, &path.to_string_lossy())
                 .ok()
                 .filter(|c| !c.is_empty())?;
-            let born = |holder: &Holder| me.is_starting(Process { pid: holder.pid });
-            if !clients.iter().all(born) || Instant::now() >= deadline {
+            // One that has ended since they were looked through holds nothing any more.
+            let passes = |holder: &Holder| {
+                let holder = Process { pid: holder.pid };
+                me.is_starting(holder) || holder.is_gone()
+            };
+            if !clients.iter().all(passes) || Instant::now() >= deadline {
                 break clients;
             }
             std::thread::sleep(Duration::from_millis(2));

@@ -44,7 +44,8 @@ global_asm!(
     "je 3b",
     "jmp 9f",
     "vmsight_function:",
-    "nop dword ptr [rax + rax + 0]",
+    // NOP DWORD PTR [RAX + RAX + 0] in 5 bytes, as a kernel has it.
+    ".byte 0x0f, 0x1f, 0x44, 0, 0",
     "vmsight_nop:",
     "xchg ax, ax",
     "vmsight_push:",

@@ -204,9 +204,14 @@ impl Machine {
 
     /// Whether the guest's code is what it was.
     pub(crate) fn code_is_clean(&self) -> bool {
+        self.code_now() == code()
+    }
+
+    /// The guest's code as it is in its memory.
+    pub(crate) fn code_now(&self) -> Vec<u8> {
         let mut bytes = vec![0; code().len()];
         self.memory.read_exact_at(&mut bytes, CODE).unwrap();
-        bytes == code()
+        bytes
     }
 
     /// Ends the VMM in good order.

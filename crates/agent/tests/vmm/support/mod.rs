@@ -7,7 +7,7 @@ mod scene;
 mod vmm;
 
 pub(crate) use bare::Bare;
-pub(crate) use guest::{GuestKind, PORT, RESULTS, WATCHED, labels};
+pub(crate) use guest::{CODE, GuestKind, PORT, RESULTS, WATCHED, labels};
 pub(crate) use machine::{Machine, monitor_if_asked};
 pub(crate) use scene::Scene;
 pub(crate) use vmm::{SLOT, vmm_if_asked};

@@ -8,10 +8,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use vmsight_arch::{Gpa, Gva};
 use vmsight_events::Monitor;
-use vmsight_gauge::image::{MOST, PORT, WATCHED};
+use vmsight_gauge::image::{MOST, PORT, ROOM, WATCHED};
+use vmsight_gauge::vmm::Privilege;
 use vmsight_gauge::{Operation, Summary};
 use vmsight_hooks::{Access, Delivery, Expiry, Hook, HookKind, Overflow, Range, Register, Verdict};
-use vmsight_hooks::{Filter, Value};
+use vmsight_hooks::{BackendKind, Feature, Filter, Value};
 
 use super::machine::{self, Host, Machine};
 use super::survival::{END, survived};
@@ -32,7 +33,7 @@ const SURVIVAL: (&str, f64, Option<f64>) = ("100 ms", 1e8, Some(1.0));
 A guest of our own, of some hundred bytes, times itself by its time-stamp counter: a round calls a function, writes a word of
 memory, an MSR or a port. The same round is done without a hook, with one whose handler does nothing, and by each backend. \"held\"
 means that the vCPU waits for the handler's verdict, \"told\" that it goes on at once, \"filtered\" that a filter in the VMM puts it
-away, \"counted\" that nobody is told.
+away, \"inside\" that one in the guest does, before there is an exit; \"counted\" that nobody is told.
 
 Four rows say how long the guest stands still, by the host's clock, when its monitor fails it; the longest of twenty counts (through
 the stub, of five of \"full\"):
@@ -42,8 +43,11 @@ the stub, of five of \"full\"):
   full    it takes no events, none may be lost, and there is no more room: it is killed with -9
 
 The guest runs in stock QEMU, and on /dev/kvm in a VMM that does nothing else. Floors: what the exit to that VMM costs (a port is
-written), and what it costs that two threads wake each other (two context switches). Where KVM itself runs in a VM, or on an
-emulated processor, its figures are those of that machine and not of hardware.")]
+written), and what it costs that two threads wake each other (two context switches): both on one processor, and each on a processor
+of its own. A held event is compared with the latter, where there are two: the vCPU's thread and the monitor's run at the same time,
+and each is woken from the other's processor. Where KVM itself runs in a VM, or on an emulated processor, its figures are those of
+that machine and not of hardware. There it may emulate a kernel's code and run a program's as it is: the guest in the VMM is measured
+as both.")]
 pub(crate) struct Cmd {
     /// Rounds of each row
     #[arg(long, value_name = "N", default_value_t = 1000)]
@@ -65,18 +69,26 @@ impl Cmd {
         let style = global.style();
         let progress = Progress::spinner(style.quiet, "measuring");
         let mut rows = Vec::new();
-        let switches = two_switches(self.samples)?;
-        rows.push(Row {
-            host: "this program".to_owned(),
-            by: "-",
-            hook: "two context switches",
-            delivery: "-",
-            outcome: Ok(switches),
-            against: None,
-        });
+        let mut switches = None;
+        for (place, outcome) in two_switches(self.samples) {
+            rows.push(Row {
+                host: "this program".to_owned(),
+                by: "-",
+                hook: place.row(),
+                delivery: "-",
+                outcome: outcome.map_err(|error| format!("{error:#}")),
+                against: None,
+            });
+            // Those of two processors come last.
+            switches = rows
+                .last()
+                .and_then(median)
+                .map(|took| (place.name(), took))
+                .or(switches);
+        }
         let mut warnings = Vec::new();
         for host in self.hosts() {
-            match measure(&host, self.samples, switches.median) {
+            match measure(&host, self.samples, switches) {
                 Ok(measured) => rows.extend(measured),
                 Err(error) => warnings.push(format!("no guest in {host}: {error:#}")),
             }
@@ -95,15 +107,16 @@ impl Cmd {
                 accelerator: accelerator.to_owned(),
             })
         };
-        let least = kvm.then_some(Host::Vmm);
+        let both = [Privilege::Kernel, Privilege::Program];
+        let least = both.into_iter().filter(|_| kvm).map(Host::Vmm);
         let by_kvm = qemu("kvm").filter(|_| kvm);
         let by_tcg = qemu("tcg").filter(|_| wanted("tcg"));
-        least.into_iter().chain(by_kvm).chain(by_tcg).collect()
+        least.chain(by_kvm).chain(by_tcg).collect()
     }
 }
 
-/// Everything about one host.
-fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
+/// Everything about one host. `switches` is what two context switches take where a held event has its own, and what that is called.
+fn measure(host: &Host, samples: u64, switches: Option<(&'static str, f64)>) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let name = host.to_string();
     let plain = Machine::start(host, false)?;
@@ -139,7 +152,7 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
         }
         drop(monitor);
         for end in END {
-            let outcome = survived(&plain, false, end, samples);
+            let outcome = survived(&plain, false, Operation::Call, end, samples);
             rows.push(row("gdb-stub", "execute", end.name(), outcome, Some(SURVIVAL)));
         }
     }
@@ -162,7 +175,8 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
     for (hook, operation) in [("none (call)", Operation::Call), ("none (port)", Operation::Port)] {
         rows.push(row(by, hook, "-", rounds(&machine, operation, samples), None));
     }
-    let mut held = None;
+    let program = matches!(host, Host::Vmm(Privilege::Program));
+    let (mut held, mut port_held) = (None, None);
     for (hook, delivery, operation) in [
         ("execute", "held", Operation::Call),
         ("execute", "told", Operation::Call),
@@ -174,38 +188,68 @@ fn measure(host: &Host, samples: u64, switches: f64) -> Result<Vec<Row>> {
         ("port", "held", Operation::Port),
         ("port", "filtered", Operation::Port),
         ("port", "counted", Operation::Port),
+        ("execute", "inside", Operation::Call),
     ] {
+        let wanted = match delivery {
+            "inside" => monitor
+                .capabilities()
+                .iter()
+                .any(|c| c.feature == Feature::Inside),
+            // What makes a difference to a program: the rest is the VMM's, and the same.
+            _ => !program || matches!(hook, "execute" | "port") && matches!(delivery, "held" | "filtered"),
+        };
+        if !wanted {
+            continue;
+        }
         let how = match delivery {
             "held" => HELD,
             "told" => Delivery::Told {
                 overflow: Overflow::Block,
             },
-            "filtered" => HELD,
+            "filtered" | "inside" => HELD,
             _ => Delivery::Counted,
         };
         let mut asked = asked(&machine, hook).delivered(how);
-        if delivery == "filtered" {
+        if matches!(delivery, "filtered" | "inside") {
             asked = asked.filtered(nothing()?);
+        }
+        if delivery == "inside" {
+            asked = asked.inside(Gva(ROOM));
         }
         let outcome = hooked(&machine, &monitor, &asked, operation, samples);
         let against = match (hook, delivery) {
-            ("execute", "held") => {
-                stub.map(|stub| ("gdb-stub", stub, Some(0.1)))
-                    .or(Some(("two switches", switches, Some(3.0))))
+            ("execute", "held") => stub
+                .map(|stub| ("gdb-stub", stub, Some(0.1)))
+                .or(switches.map(|(name, took)| (name, took, Some(3.0)))),
+            // Where each event is an exit none costs a tenth: there the filter inside is to.
+            ("execute", "filtered") if by == BackendKind::AgentKvm.name() => {
+                held.map(|held| ("held", held, None))
             }
             ("execute", "filtered") => held.map(|held| ("held", held, Some(0.1))),
+            ("execute", "inside") => match held {
+                Some(held) => Some(("held", held, Some(0.1))),
+                None => port_held.map(|held| ("port held", held, Some(0.1))),
+            },
             ("execute", _) => held.map(|held| ("held", held, None)),
             _ => exit.map(|exit| ("exit", exit, None)),
         };
         rows.push(row(by, hook, delivery, outcome, against));
-        if (hook, delivery) == ("execute", "held") {
-            held = rows.last().and_then(median);
+        match (hook, delivery) {
+            ("execute", "held") => held = rows.last().and_then(median),
+            ("port", "held") => port_held = rows.last().and_then(median),
+            _ => {}
         }
     }
+    // An agent that QEMU gives no registers cannot hook the function.
+    let executes = held.is_some();
     drop(monitor);
-    for end in END {
-        let outcome = survived(&machine, true, end, samples);
-        rows.push(row(by, "execute", end.name(), outcome, Some(SURVIVAL)));
+    let (hook, operation) = match executes {
+        true => ("execute", Operation::Call),
+        false => ("virtual write", Operation::Write),
+    };
+    for end in END.into_iter().filter(|_| !program) {
+        let outcome = survived(&machine, true, operation, end, samples);
+        rows.push(row(by, hook, end.name(), outcome, Some(SURVIVAL)));
     }
     Ok(rows)
 }

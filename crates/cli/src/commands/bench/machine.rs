@@ -13,6 +13,7 @@ use vmsight_events::gdb::{self, GdbOptions};
 use vmsight_events::{EventError, Monitor};
 use vmsight_gauge::Timer;
 use vmsight_gauge::image::{Image, MEMORY};
+use vmsight_gauge::vmm::Privilege;
 use vmsight_target::{AttachOptions, TargetSpec, attach};
 
 /// The longest wait for a machine to run, and for it to answer.
@@ -22,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub(super) enum Host {
     /// The VMM of some lines, on this machine's KVM.
-    Vmm,
+    Vmm(Privilege),
     /// Stock QEMU.
     Qemu { program: PathBuf, accelerator: String },
 }
@@ -30,7 +31,8 @@ pub(super) enum Host {
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Vmm => f.write_str("least VMM, kvm"),
+            Self::Vmm(Privilege::Kernel) => f.write_str("least VMM, kvm"),
+            Self::Vmm(Privilege::Program) => f.write_str("least VMM, kvm, as a program"),
             Self::Qemu { program, accelerator } => {
                 write!(f, "{}, {accelerator}", program.display())
             }
@@ -69,8 +71,11 @@ impl Machine {
             command.arg(socket(folder.path())).arg("--");
         }
         match host {
-            Host::Vmm => {
+            Host::Vmm(privilege) => {
                 command.arg(&own).args(["bench", "vmm"]).arg(&path);
+                if *privilege == Privilege::Program {
+                    command.arg("--program");
+                }
             }
             Host::Qemu { program, accelerator } => {
                 let firmware = folder.path().join("firmware");

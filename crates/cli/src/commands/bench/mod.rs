@@ -16,6 +16,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use rustix::process::{Signal, set_parent_process_death_signal};
+use vmsight_gauge::vmm::Privilege;
 
 use crate::{Outcome, args::Global};
 
@@ -41,7 +42,12 @@ enum What {
     Hold(survival::Cmd),
     /// The least VMM, with its guest's memory in a file
     #[command(hide = true)]
-    Vmm { memory: PathBuf },
+    Vmm {
+        memory: PathBuf,
+        /// The guest is a program's code, not a kernel's
+        #[arg(long)]
+        program: bool,
+    },
 }
 
 impl Cmd {
@@ -55,13 +61,17 @@ impl Cmd {
                 Err(error).with_context(|| format!("starting {}", program.display()))
             }
             What::Hold(cmd) => cmd.run().map(|()| Outcome::Fine),
-            What::Vmm { memory } => {
+            What::Vmm { memory, program } => {
+                let privilege = match program {
+                    true => Privilege::Program,
+                    false => Privilege::Kernel,
+                };
                 let file = File::options()
                     .read(true)
                     .write(true)
                     .open(memory)
                     .with_context(|| format!("opening {}", memory.display()))?;
-                let error = vmsight_gauge::vmm::run(&file).unwrap_err();
+                let error = vmsight_gauge::vmm::run(&file, privilege).unwrap_err();
                 Err(error).context("running a guest in the least VMM")
             }
         }

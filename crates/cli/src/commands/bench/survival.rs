@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -13,6 +13,7 @@ use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Pid, Signal, kill_process};
 use vmsight_arch::Gva;
 use vmsight_events::{agent, gdb};
+use vmsight_gauge::image::WATCHED;
 use vmsight_gauge::{Operation, Summary};
 use vmsight_hooks::{Delivery, Expiry, Hook, Overflow};
 
@@ -34,7 +35,8 @@ const DEADLINE: Duration = Duration::from_millis(100);
 /// From the last event for which there was room until the guest stands at the next one. A vCPU waits a second for room.
 const NEXT: Duration = Duration::from_millis(20);
 
-/// What the monitor says when its hook is armed, and when the guest stands at it.
+/// What the monitor says when its hook is armed, and when the guest stands at it: with the time of the event, if it holds one, in
+/// nanoseconds since 1970.
 const ARMED: &str = "armed";
 const HELD: &str = "held";
 
@@ -76,9 +78,12 @@ pub(super) struct Cmd {
     /// The QEMU whose gdb stub it is by
     #[arg(long, conflicts_with = "agent", required_unless_present = "agent")]
     pid: Option<u32>,
-    /// The address of the instruction
+    /// The address of the instruction, or of the word
     #[arg(long)]
     at: u64,
+    /// It is a word that is written
+    #[arg(long)]
+    write: bool,
     /// How long the guest is held, in milliseconds
     #[arg(long)]
     deadline: u64,
@@ -103,7 +108,11 @@ impl Cmd {
                 overflow: Overflow::Block,
             },
         };
-        let guard = monitor.hook(&Hook::execute(Gva(self.at)).delivered(delivery))?;
+        let hook = match self.write {
+            true => Hook::write(Gva(self.at), 8),
+            false => Hook::execute(Gva(self.at)),
+        };
+        let guard = monitor.hook(&hook.delivered(delivery))?;
         say(ARMED)?;
         let held = match self.fill {
             None => Some(monitor.next(PATIENCE)?.context("nothing happened")?),
@@ -117,7 +126,16 @@ impl Cmd {
                 None
             }
         };
-        say(HELD)?;
+        match &held {
+            Some(held) => {
+                let since = held.event().time.duration_since(UNIX_EPOCH);
+                say(&format!(
+                    "{HELD} {}",
+                    since.context("asking the time")?.as_nanos()
+                ))?;
+            }
+            None => say(HELD)?,
+        }
         // Until it is killed.
         std::thread::sleep(4 * PATIENCE);
         drop((held, guard));
@@ -132,32 +150,37 @@ fn say(word: &str) -> Result<()> {
 }
 
 /// How long the guest stands still, by the clock of the host, when its monitor fails it: by the agent in the VMM, or by the gdb stub.
-/// From what is done to the monitor until all calls of the guest are done; where nothing but the deadline lets the guest go, from
-/// the begin of its call, less the deadline.
-pub(super) fn survived(machine: &Machine, agent: bool, end: End, samples: u64) -> Result<Summary> {
+/// From what is done to the monitor until all rounds of the guest are done; where nothing but the deadline lets the guest go, from
+/// the deadline.
+pub(super) fn survived(
+    machine: &Machine,
+    agent: bool,
+    operation: Operation,
+    end: End,
+    samples: u64,
+) -> Result<Summary> {
     let most = match (end, agent) {
         (End::Full, false) => LONG_TRIES,
         _ => TRIES,
     };
     let tries = 0..samples.min(most);
     let took = tries
-        .map(|_| one(machine, agent, end))
+        .map(|_| one(machine, agent, operation, end))
         .collect::<Result<Vec<_>>>()?;
     Summary::of(&took).context("nothing was tried")
 }
 
-fn one(machine: &Machine, agent: bool, end: End) -> Result<f64> {
+fn one(machine: &Machine, agent: bool, operation: Operation, end: End) -> Result<f64> {
     let room = if agent {
         agent::MOST_WAITING
     } else {
         gdb::MOST_WAITING
     } as u64;
-    let mut monitor = Victim::start(machine, agent, end, room)?;
+    let mut monitor = Victim::start(machine, agent, operation, end, room)?;
     monitor.until(ARMED)?;
-    let began = Instant::now();
     let rounds = if end == End::Full { room + 1 } else { 1 };
-    machine.timer.begin(Operation::Call, rounds)?;
-    monitor.until(HELD)?;
+    machine.timer.begin(operation, rounds)?;
+    let since = monitor.until(HELD)?;
     if end == End::Full {
         std::thread::sleep(NEXT);
     }
@@ -182,8 +205,11 @@ fn one(machine: &Machine, agent: bool, end: End) -> Result<f64> {
                 kill_process(Pid::from_child(&monitor.child), Signal::STOP)
                     .context("stopping the monitor")?;
             }
-            stands()?;
-            began + DEADLINE
+            let now = stands()?;
+            let since = since.parse().context("listening to a monitor")?;
+            let held = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_nanos(since));
+            // It may have passed by now.
+            now + DEADLINE - held.context("asking the time")?
         }
     };
     while !machine.timer.is_through()? {
@@ -200,11 +226,17 @@ struct Victim {
 }
 
 impl Victim {
-    fn start(machine: &Machine, agent: bool, end: End, room: u64) -> Result<Self> {
+    fn start(machine: &Machine, agent: bool, operation: Operation, end: End, room: u64) -> Result<Self> {
         let own = std::env::current_exe().context("finding this program")?;
         let reach: [OsString; 2] = match agent {
             true => ["--agent".into(), machine.socket().into()],
             false => ["--pid".into(), machine.pid().to_string().into()],
+        };
+        let write = operation == Operation::Write;
+        let at = if write {
+            WATCHED
+        } else {
+            machine.timer.image().function
         };
         let deadline = if end == End::Hung { DEADLINE } else { 2 * PATIENCE };
         let mut command = Command::new(&own);
@@ -212,9 +244,12 @@ impl Victim {
             .args(["bench", "child", "--"])
             .arg(&own)
             .args(["bench", "hold", "--at"])
-            .arg(machine.timer.image().function.to_string())
+            .arg(at.to_string())
             .args(["--deadline", &deadline.as_millis().to_string()])
             .args(reach);
+        if write {
+            command.arg("--write");
+        }
         if end == End::Full {
             command.args(["--fill", &room.to_string()]);
         }
@@ -241,12 +276,12 @@ impl Victim {
         })
     }
 
-    /// Waits until it says so; it ends where it cannot.
-    fn until(&mut self, word: &str) -> Result<()> {
+    /// Waits until it says so, and gives what else it says; it ends where it cannot.
+    fn until(&mut self, word: &str) -> Result<String> {
         let mut line = String::new();
         self.said.read_line(&mut line).context("listening to a monitor")?;
-        if line.trim_end() == word {
-            return Ok(());
+        if let Some(rest) = line.strip_prefix(word) {
+            return Ok(rest.trim().to_owned());
         }
         let _ = self.child.kill();
         let mut why = String::new();

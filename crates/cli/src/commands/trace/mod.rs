@@ -30,13 +30,18 @@ Examples:
   vmsight trace web1 --syscalls --tally --for 10       how often each, without holding the guest
   vmsight trace web1 --exec --modules -o jsonl         programs and modules, one JSON object a line
   vmsight trace web1 --hook commit_creds               every call of a kernel function
+  vmsight trace web1 --hook vfs_read --pid 8 --inside  one process's; those of others make no exit
   vmsight trace web1 --write sys_call_table,4096       who writes there, and what
 
 The guest stands still at each event until it has been read; `vmsight hooks TARGET` says by what means. What is traced ends
 with Ctrl-C, and the guest goes on without hooks, also if vmsight is killed. Times are the host's, and those of system
 calls include what the hooks cost. A system call that was under way when tracing began is not shown. Where a backend cannot hook
 control registers themselves, --cr hooks the instructions of the kernel and its loaded modules that write them: code that is
-loaded later is not seen.")]
+loaded later is not seen.
+
+--inside takes an agent under KVM (see `vmsight hooks`). The function's first instruction becomes a jump to code that vmsight adds to the
+guest, which the guest's kernel can find and go around, as it can any breakpoint. The instruction is put back at the end; the room
+for the code stays mapped, in a place that the kernel does not use, until the machine is reset.")]
 pub(crate) struct Cmd {
     /// What to look into: a running VM
     target: String,
@@ -73,6 +78,9 @@ pub(crate) struct Cmd {
     /// And their children, from now on
     #[arg(long, requires = "pid", help_heading = "Whose")]
     follow: bool,
+    /// Ask for --pid in the guest, before there is an exit: calls of a --hook by others cost some instructions
+    #[arg(long, requires_all = ["pid", "hook"], conflicts_with = "tally", help_heading = "How")]
+    inside: bool,
     /// Count instead of showing: what, how often, how long
     #[arg(short = 'c', long, help_heading = "How")]
     summary: bool,
@@ -162,7 +170,7 @@ impl Cmd {
         let mut traces = Traces {
             syscalls: None,
             lifecycle: None,
-            plain: PlainTrace::new(kernel, &self.pid),
+            plain: PlainTrace::new(kernel, &self.pid, self.inside),
         };
         if let Some(names) = &self.syscalls {
             let mut trace = self.syscall_trace(kernel, names)?;
@@ -189,7 +197,7 @@ impl Cmd {
             }
         }
         for (kind, name) in self.plain(session)? {
-            traces.plain.arm(monitor, kind, name, delivery)?;
+            traces.plain.arm(kernel, monitor, kind, name, delivery)?;
         }
         if !self.cr.is_empty() {
             let registers = plain::control_registers(&self.cr)?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use vmsight_arch::registers::msr;
 use vmsight_arch::{Gva, Registers};
-use vmsight_events::linux::ControlTrace;
+use vmsight_events::linux::{self, ControlTrace};
 use vmsight_events::{Armed, Monitor, Occurrence};
 use vmsight_hooks::{Access, ControlRegister, Delivery, Detail, Feature, Hook, HookKind, Range};
 use vmsight_linux::{Current, CurrentReader, Kernel};
@@ -128,16 +128,19 @@ pub(super) struct PlainRecord {
 pub(super) struct PlainTrace {
     current: Option<CurrentReader>,
     pids: Vec<i32>,
+    /// Whether they are asked for in the guest.
+    inside: bool,
     hooks: Armed<String>,
     control: Option<ControlTrace>,
 }
 
 impl PlainTrace {
-    pub(super) fn new(kernel: &Kernel, pids: &[i32]) -> Self {
+    pub(super) fn new(kernel: &Kernel, pids: &[i32], inside: bool) -> Self {
         Self {
             // Only for who did it: without it, events are shown all the same.
             current: kernel.current().ok(),
             pids: pids.to_vec(),
+            inside,
             hooks: Armed::default(),
             control: None,
         }
@@ -145,16 +148,38 @@ impl PlainTrace {
 
     pub(super) fn arm(
         &mut self,
+        kernel: &Kernel,
         monitor: &Monitor,
         kind: HookKind,
         name: String,
         delivery: Delivery,
     ) -> Result<()> {
-        let hook = Hook::new(kind).delivered(delivery);
+        let hook = self.hook(kernel, kind)?.delivered(delivery);
         let named = name.clone();
         self.hooks
             .arm(monitor, &hook, name)
             .with_context(|| format!("hooking {named}"))
+    }
+
+    /// The hook, with the processes that are wanted where it can ask for them itself. Where it cannot they are looked at here.
+    fn hook(&self, kernel: &Kernel, kind: HookKind) -> Result<Hook> {
+        let hook = Hook::new(kind);
+        let HookKind::Execute { at } = kind else {
+            return Ok(hook);
+        };
+        let filter = self
+            .current
+            .as_ref()
+            .and_then(|reader| linux::calls_of(kernel, reader, at, &self.pids));
+        Ok(match (filter, self.inside) {
+            (Some(filter), true) => {
+                let inside = linux::inside(kernel, at)?;
+                Hook::execute(inside.at).filtered(filter).inside(inside.room)
+            }
+            (Some(filter), false) => hook.filtered(filter),
+            (None, true) => bail!("whose call of {at} it is cannot be asked inside the guest"),
+            (None, false) => hook,
+        })
     }
 
     /// Follows writes of control registers: by the backend where it can, else by the kernel's instructions for it.
@@ -168,7 +193,7 @@ impl PlainTrace {
         if hooks_control(monitor) {
             for register in registers {
                 let (kind, name) = control_hook(register);
-                self.arm(monitor, kind, name, delivery)?;
+                self.arm(kernel, monitor, kind, name, delivery)?;
             }
             return Ok(());
         }

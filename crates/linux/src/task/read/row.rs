@@ -155,12 +155,6 @@ impl ProcessReader {
         if self.has(ProcessFields::SIGNAL) {
             row.threads = Some(layout.nr_threads.of(signal));
             row.oom_score_adj = Some(layout.oom_score_adj.of(signal));
-            let pids = layout.pids.of(signal);
-            let pid_at = |index: usize| {
-                pids.get(index * 8..index * 8 + 8).map_or(Gva(0), |b| {
-                    Gva(u64::from_le_bytes(b.try_into().unwrap_or_default()))
-                })
-            };
             let mut number = |field, pid: Gva, row: &mut Process| {
                 if pid.is_null() {
                     return None;
@@ -179,8 +173,8 @@ impl ProcessReader {
                     }
                 }
             };
-            row.sid = number("sid", pid_at(reader.sid), row);
-            row.pgrp = number("pgrp", pid_at(reader.pgrp), row);
+            row.sid = number("sid", reader.pid_at(signal, reader.sid), row);
+            row.pgrp = number("pgrp", reader.pid_at(signal, reader.pgrp), row);
             let tty = layout.tty.of(signal);
             if !tty.is_null() {
                 match reader.tty.name(tty, &mut scratch.ttys) {
