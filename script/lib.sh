@@ -63,4 +63,8 @@ cargo_tool() {
 # shellcheck disable=SC2034
 whole=(cargo test --workspace --features vmsight-lab/volatility --locked)
 
+# Everything of this workspace that is compiled after this is linted as it is compiled, as `cargo clippy` would, which would compile
+# all once more.
+lint_what_is_built() { export RUSTC_WORKSPACE_WRAPPER=clippy-driver CLIPPY_ARGS=-Dwarnings__CLIPPY_HACKERY__; }
+
 command -v cargo >/dev/null || die "needs Rust: cargo is not on the PATH"

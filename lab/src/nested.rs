@@ -134,7 +134,7 @@ fn host<T>(
     script: &str,
     read: impl Fn(&Path) -> Result<T>,
 ) -> Result<T> {
-    let kvm = Kernel::V6_1.fetch()?;
+    let kvm = Kernel::V6_1Cloud.fetch()?;
     let guest = kernel.map(Kernel::fetch).transpose()?;
     let folder = folder::Folder::make(2048, false)?;
     let at = |name: &str| folder.path().join(name);

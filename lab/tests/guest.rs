@@ -30,7 +30,7 @@ fn wait_until_gone(pid: u32) {
 
 #[test]
 fn dumps_hold_the_memory_and_the_guest_goes_on() {
-    let guest = Guest::boot(&idle(Spec::new(Kernel::V6_1))).unwrap_or_else(|e| panic!("{e:?}"));
+    let guest = Guest::boot(&idle(Spec::new(Kernel::V6_1Cloud))).unwrap_or_else(|e| panic!("{e:?}"));
     let (raw, elf) = (guest.folder().join("dump.raw"), guest.folder().join("dump.elf"));
     let live = guest
         .paused(|qmp| {
@@ -67,7 +67,7 @@ fn dumps_hold_the_memory_and_the_guest_goes_on() {
 
 #[test]
 fn an_unprepared_guest_offers_nothing() {
-    let guest = Guest::boot(&idle(Spec::unprepared(Kernel::V6_1))).unwrap_or_else(|e| panic!("{e:?}"));
+    let guest = Guest::boot(&idle(Spec::unprepared(Kernel::V6_1Cloud))).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!((guest.qmp_path(), guest.memory_path()), (None, None));
     let refusal = guest
         .dump(Format::Raw, Path::new("never"))
@@ -85,7 +85,7 @@ fn sleepers_are_there_and_counted_apart() {
     let spec = Spec {
         memory: Memory::Memfd,
         vcpus: 2,
-        ..idle(Spec::new(Kernel::V6_1))
+        ..idle(Spec::new(Kernel::V6_1Cloud))
     }
     .sleepers(1000);
     let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
@@ -97,7 +97,7 @@ fn sleepers_are_there_and_counted_apart() {
 
 #[test]
 fn a_guest_that_fails_to_boot_shows_its_console() {
-    let mut spec = Spec::new(Kernel::V6_1);
+    let mut spec = Spec::new(Kernel::V6_1Cloud);
     spec.kernel_args
         .push("rdinit=/not/there root=/dev/nothing".to_owned());
     let error = format!("{:#}", Guest::boot(&spec).unwrap_err());
@@ -106,7 +106,7 @@ fn a_guest_that_fails_to_boot_shows_its_console() {
 
 #[test]
 fn a_qemu_that_does_not_start_says_why() {
-    let mut spec = Spec::new(Kernel::V6_1);
+    let mut spec = Spec::new(Kernel::V6_1Cloud);
     spec.qemu_args.push("-no-such-option".to_owned());
     let error = format!("{:#}", Guest::boot(&spec).unwrap_err());
     assert!(error.contains("no-such-option"), "{error}");
@@ -133,7 +133,7 @@ fn a_guest_dies_with_whoever_started_it() {
     wait_until_gone(pid);
     // What is left of it goes when the next one starts.
     let left = PathBuf::from(facts["console"].as_str().unwrap());
-    let mut next = Spec::new(Kernel::V6_1);
+    let mut next = Spec::new(Kernel::V6_1Cloud);
     next.qemu_args.push("-no-such-option".to_owned());
     Guest::boot(&next).unwrap_err();
     assert!(!left.exists(), "{} is still there", left.display());

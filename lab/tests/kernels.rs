@@ -177,7 +177,7 @@ fn truth_of_boot(guest: &Guest, boots: usize) -> Truth {
 
 #[test]
 fn after_a_reset_the_kernel_that_runs_is_chosen() {
-    let guest = boot(Kernel::V6_1, &["vmsight.idle"]);
+    let guest = boot(Kernel::V6_1Cloud, &["vmsight.idle"]);
     let mut qmp = guest.qmp().unwrap();
     // The lab's guests end where they would reboot, unless told otherwise.
     qmp.execute("set-action", json!({ "reboot": "reset" })).unwrap();

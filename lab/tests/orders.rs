@@ -37,7 +37,7 @@ fn a_guest_does_what_it_is_told() {
     let spec = Spec {
         memory: Memory::Memfd,
         vcpus: 2,
-        ..Spec::new(Kernel::V6_1).idle().orders()
+        ..Spec::new(Kernel::V6_12).idle().orders()
     };
     let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
     assert!(
@@ -396,7 +396,7 @@ fn refusals(guest: &Guest) {
 
 #[test]
 fn the_workload_stands_still_beside_it() {
-    let guest = Guest::boot(&Spec::new(Kernel::V6_1).orders()).unwrap_or_else(|e| panic!("{e:?}"));
+    let guest = Guest::boot(&Spec::new(Kernel::V6_12).orders()).unwrap_or_else(|e| panic!("{e:?}"));
     // From the command line, as people and scripts give orders.
     let output = Command::new(env!("CARGO_BIN_EXE_vmsight-lab"))
         .arg("order")
@@ -427,7 +427,7 @@ fn the_workload_stands_still_beside_it() {
 
 #[test]
 fn a_guest_that_was_not_asked_to_takes_none() {
-    let guest = Guest::boot(&Spec::new(Kernel::V6_1).idle()).unwrap_or_else(|e| panic!("{e:?}"));
+    let guest = Guest::boot(&Spec::new(Kernel::V6_12).idle()).unwrap_or_else(|e| panic!("{e:?}"));
     assert!(
         guest
             .order(Work::Ping)

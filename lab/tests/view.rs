@@ -364,7 +364,7 @@ fn netlink_fd(truth: &mut Truth) -> &mut Fd {
 /// A comparison that cannot fail is none: each wrong value in the guest's account is noticed, and nothing else with it.
 #[test]
 fn each_comparison_notices_one_wrong_value() {
-    let guest = Guest::boot(&Spec::new(Kernel::V6_1)).unwrap_or_else(|e| panic!("{e:?}"));
+    let guest = Guest::boot(&Spec::new(Kernel::V6_1Cloud)).unwrap_or_else(|e| panic!("{e:?}"));
     let file = guest.folder().join("memory.elf");
     guest.dump(Format::Elf, &file).unwrap_or_else(|e| panic!("{e:?}"));
     let kernel = attach("a dump", &dump::open(&file, None).unwrap().memory);

@@ -49,7 +49,7 @@ fn initrd(kernel: &vmsight_lab::kernel::Fetched) -> Vec<u8> {
 
 #[test]
 fn an_unmodified_debian_boots_works_and_restarts() {
-    let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}"));
+    let kernel = Kernel::V6_1Cloud.fetch().unwrap_or_else(|e| panic!("{e:?}"));
     let image =
         Image::new(fs::read(kernel.vmlinuz()).unwrap(), "console=ttyS0 quiet").initrd(initrd(&kernel));
     let _lock = Lock::wait("bochs").unwrap();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::ffi::CStr;
 use std::fs;
 use std::time::Duration;
 
@@ -14,7 +15,9 @@ use vmsight_lab::cpio::Archive;
 use vmsight_sim_image::bochs::WITH_VMX;
 use vmsight_sim_image::{Image, Machine, Program};
 use vmsight_sim_policy::{KernelImage, Wanted, policy};
-use vmsight_sim_witness::{MODULE, NAME, PROGRAM, REFUSED, SETUID, TOLD, TOLD_ARGUMENT, UNKNOWN_MODULE};
+use vmsight_sim_witness::{
+    MODULE, NAME, PROGRAM, REFUSED, SETUID, TOLD, TOLD_ARGUMENT, UNKNOWN_MODULE, UNKNOWN_ON,
+};
 
 /// For a machine that has others to run too; alone it takes two minutes.
 const LIMIT: Duration = Duration::from_secs(900);
@@ -98,9 +101,14 @@ fn texts<const N: usize>(words: [&dyn ToString; N]) -> Vec<String> {
     words.iter().map(|w| w.to_string()).collect()
 }
 
+/// A file's name in the archive that the guest's root is made of.
+fn path(name: &'static CStr) -> &'static str {
+    name.to_str().unwrap().trim_start_matches('/')
+}
+
 #[test]
 fn the_monitor_tells_what_the_guest_did() {
-    let kernel = Kernel::V6_1.fetch().unwrap_or_else(|e| panic!("{e:?}"));
+    let kernel = Kernel::V6_12.fetch().unwrap_or_else(|e| panic!("{e:?}"));
     let vmlinuz = fs::read(kernel.vmlinuz()).unwrap();
     let module = kernel
         .modules(&[("dummy", "")])
@@ -114,12 +122,13 @@ fn the_monitor_tells_what_the_guest_did() {
 
     let witness = Program::Witness.bytes().unwrap_or_else(|e| panic!("{e:?}"));
     let mut archive = Archive::new();
-    let path = |name: &'static std::ffi::CStr| name.to_str().unwrap().trim_start_matches('/');
     archive.file("init", 0o755, &witness);
     archive.file(path(PROGRAM), 0o755, &witness);
     archive.file(path(SETUID), 0o4755, &witness);
     archive.file(path(MODULE), 0o644, &module);
-    archive.file(path(UNKNOWN_MODULE), 0o644, &unknown);
+    for name in [UNKNOWN_MODULE].into_iter().chain(UNKNOWN_ON) {
+        archive.file(path(name), 0o644, &unknown);
+    }
 
     let wanted = Wanted {
         told: vec![TOLD],
@@ -270,7 +279,7 @@ fn what_is_against_the_rules_is_refused(witness: &Witness, told: &Told, listed: 
             e["file"].as_str().unwrap().to_owned(),
         )
     };
-    let [file, unknown] = [MODULE, UNKNOWN_MODULE].map(|name| name.to_str().unwrap().trim_start_matches('/'));
+    let [file, unknown] = [MODULE, UNKNOWN_MODULE].map(path);
     let modules_told: Vec<_> = modules.iter().map(|e| facts(e)).collect();
     let expected = [(0, 1, file), (0, 1, ""), (1, 0, unknown), (1, 0, "")];
     assert_eq!(
@@ -281,7 +290,8 @@ fn what_is_against_the_rules_is_refused(witness: &Witness, told: &Told, listed: 
     assert!(modules.iter().take(2).all(|e| e["sha256"] == hex(listed)));
     // Each processor has hashed it whole while the other did.
     for event in beside {
-        assert_eq!(facts(event), (1, 0, unknown.to_owned()));
+        let name = path(UNKNOWN_ON[number(&event["processor"]) as usize]);
+        assert_eq!(facts(event), (1, 0, name.to_owned()));
         assert_eq!(event["sha256"], modules[2]["sha256"]);
     }
     for (what, values) in [

@@ -1,6 +1,6 @@
 //! Work on two processors at once: on each, that of a process which stays there, as do its children.
 
-use vmsight_sim_witness::{REFUSED, TOLD, TOLD_ARGUMENT, UNKNOWN_MODULE};
+use vmsight_sim_witness::{REFUSED, TOLD, TOLD_ARGUMENT, UNKNOWN_ON};
 
 use crate::call::{call, number};
 use crate::shared::{self, Entry, Kind, record};
@@ -48,7 +48,8 @@ fn work_on(processor: u64) {
     }
     call(TOLD, [TOLD_ARGUMENT, 0, 0, 0, 0, 0]);
     let made = call(REFUSED, [c"/made".as_ptr() as u64, 0o755, 0, 0, 0, 0]);
-    let file = call(number::OPEN, [UNKNOWN_MODULE.as_ptr() as u64, 0, 0, 0, 0, 0]) as u64;
+    let file = UNKNOWN_ON[processor as usize].as_ptr() as u64;
+    let file = call(number::OPEN, [file, 0, 0, 0, 0, 0]) as u64;
     let loaded = call(number::FINIT_MODULE, [file, c"".as_ptr() as u64, 0, 0, 0, 0]);
     for (kind, result) in [(Kind::Made, made), (Kind::Loaded, loaded)] {
         record(Entry {

@@ -27,6 +27,8 @@ pub const SETUID: &CStr = c"/setuid";
 pub const MODULE: &CStr = c"/module.ko";
 /// A module of which the policy does not know.
 pub const UNKNOWN_MODULE: &CStr = c"/unknown.ko";
+/// And the same in a file of its own for each processor: since Linux 6.5, loads of one file at the same time are one load.
+pub const UNKNOWN_ON: [&CStr; 2] = [c"/unknown-0.ko", c"/unknown-1.ko"];
 /// What it calls itself.
 pub const NAME: &CStr = c"witness";
 /// The system call that is made with arguments of its own, to be told: `personality(TOLD_ARGUMENT)`, which asks.

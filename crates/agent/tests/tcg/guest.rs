@@ -41,7 +41,7 @@ impl Watched {
             vcpus: 2,
             qemu,
             agent: Some(library()),
-            ..Spec::new(Kernel::V6_1).idle().orders()
+            ..Spec::new(Kernel::V6_12).idle().orders()
         };
         let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
         let spec = TargetSpec::Qmp(guest.qmp_path().unwrap());

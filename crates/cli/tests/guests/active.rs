@@ -14,7 +14,7 @@ fn boot() -> (Guest, String) {
     let spec = Spec {
         memory: Memory::Memfd,
         vcpus: 2,
-        ..Spec::new(Kernel::V6_1).idle().orders()
+        ..Spec::new(Kernel::V6_1Cloud).idle().orders()
     };
     let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
     let target = format!("qmp:{}", guest.qmp_path().unwrap().display());

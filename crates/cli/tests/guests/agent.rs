@@ -47,7 +47,7 @@ fn a_stock_guest_with_the_agent() {
     let program = Path::new(env!("CARGO_BIN_EXE_vmsight"));
     let programs = [program, inside.as_path(), library.as_path()];
     let (code, said) =
-        nested::run_alone(Some(Kernel::V6_1), &programs, SCRIPT).unwrap_or_else(|e| panic!("{e:?}"));
+        nested::run_alone(Some(Kernel::V6_12), &programs, SCRIPT).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(code, 0, "{said}");
     assert_eq!(said.matches("1 passed").count(), 2, "{said}");
 }

@@ -197,7 +197,7 @@ fn number(said: &str, name: &str) -> u64 {
 fn gdb_debugs_a_guest() {
     let spec = Spec {
         vcpus: 2,
-        ..Spec::new(Kernel::V6_1).idle().orders()
+        ..Spec::new(Kernel::V6_1Cloud).idle().orders()
     };
     let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
     let folder = tempfile::tempdir().unwrap();

@@ -31,7 +31,7 @@ kill -0 "$PLAIN" && kill -0 "$ASKED"
 #[test]
 fn guests_of_a_stock_kvm() {
     let program = Path::new(env!("CARGO_BIN_EXE_vmsight"));
-    let report = nested::run(Kernel::V6_1, &[program], SCRIPT).unwrap_or_else(|e| panic!("{e:?}"));
+    let report = nested::run(Kernel::V6_12, &[program], SCRIPT).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(report.code, 0, "the script failed: {}", report.said());
     let rows = |name: &str| objects(&report.file(name).unwrap()).unwrap_or_else(|e| panic!("{name}: {e}"));
 

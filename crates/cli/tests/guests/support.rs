@@ -90,7 +90,7 @@ pub(crate) struct Prepared {
 pub(crate) fn prepared() -> Prepared {
     static GUEST: Mutex<Option<Arc<Guest>>> = Mutex::new(None);
     static TURN: Mutex<()> = Mutex::new(());
-    let guest = shared(&GUEST, &Spec::new(Kernel::V6_1));
+    let guest = shared(&GUEST, &Spec::new(Kernel::V6_1Cloud));
     let target = format!("qmp:{}", guest.qmp_path().unwrap().display());
     Prepared {
         guest,

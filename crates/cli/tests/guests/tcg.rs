@@ -16,7 +16,7 @@ fn a_guest_that_is_emulated() {
         qemu: Qemu::Backports,
         agent: Some(own.with_file_name("libvmsight_agent.so")),
         launcher: Some(env!("CARGO_BIN_EXE_vmsight").into()),
-        ..Spec::new(Kernel::V6_1).idle().orders()
+        ..Spec::new(Kernel::V6_1Cloud).idle().orders()
     };
     let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));
     let t = format!("qmp:{}", guest.qmp_path().unwrap().display());

@@ -105,7 +105,7 @@ fn a_qemu_that_is_killed_while_it_is_watched() {
         let mut spec = Spec {
             memory,
             qmp: false,
-            ..Spec::new(Kernel::V6_1)
+            ..Spec::new(Kernel::V6_1Cloud)
         };
         spec.kernel_args.push("vmsight.idle".to_owned());
         let guest = Guest::boot(&spec).unwrap_or_else(|e| panic!("{e:?}"));

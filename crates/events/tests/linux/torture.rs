@@ -47,7 +47,7 @@ fn hooks_at_random_and_monitors_that_are_killed() {
     let seed = number("VMSIGHT_TORTURE_SEED", now);
     println!("VMSIGHT_TORTURE_SEED={seed}");
     let end = Instant::now() + Duration::from_secs(number("VMSIGHT_TORTURE_SECONDS", SECONDS));
-    let watched = Watched::boot(Kernel::V6_1, false);
+    let watched = Watched::boot(Kernel::V6_1Cloud, false);
     let before = watched.text();
     let stop = AtomicBool::new(false);
     let done = [const { AtomicU64::new(0) }; 2];

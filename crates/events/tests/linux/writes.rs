@@ -13,7 +13,7 @@ type Seen = (Option<u64>, Option<u64>, u32);
 
 #[test]
 fn each_write_of_two_processes_at_once_is_told_with_its_values() {
-    let watched = Watched::boot(Kernel::V6_1, false);
+    let watched = Watched::boot(Kernel::V6_1Cloud, false);
     let orders = watched.guest.orders().unwrap();
     let prepared = [0, 1].map(|cpu| {
         let work = Work::Write {
