@@ -11,7 +11,7 @@ use vmsight_lab::cpio::Archive;
 use vmsight_sim_image::bochs::WITH_VMX;
 use vmsight_sim_image::{Image, Machine, user};
 
-/// For a machine that has others to run too; alone it takes three minutes.
+/// For a machine that has others to run too; alone it takes two minutes.
 const LIMIT: Duration = Duration::from_secs(900);
 /// `Call::Report`.
 const REPORT: u32 = 0x7369_6d02;

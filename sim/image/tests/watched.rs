@@ -19,7 +19,7 @@ use vmsight_sim_witness::{
     MODULE, NAME, PROGRAM, REFUSED, SETUID, TOLD, TOLD_ARGUMENT, UNKNOWN_MODULE, UNKNOWN_ON,
 };
 
-/// For a machine that has others to run too; alone it takes two minutes.
+/// For a machine that has others to run too; alone it takes a minute and a half.
 const LIMIT: Duration = Duration::from_secs(900);
 const EACCES: u16 = 13;
 
