@@ -97,7 +97,10 @@ fn it_goes_on_when_we_are_killed() {
     }
     let vm = Machine::start_running(&MACHINE);
     for signal in [Signal::KILL, Signal::TERM, Signal::INT, Signal::HUP] {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        // Whoever runs the tests may have them ignore signals (nohup does), which programs that they start would, too.
+        let mut child = Command::new("env")
+            .arg("--default-signal")
+            .arg(std::env::current_exe().unwrap())
             .args(["--exact", "pause::it_goes_on_when_we_are_killed", "--nocapture"])
             .env("VMSIGHT_TEST_PAUSE", vm.pid().to_string())
             .stdout(Stdio::piped())
