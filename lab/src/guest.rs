@@ -458,6 +458,10 @@ fn wait(process: &mut Process, folder: &Path) -> Result<Truth> {
     let mut file = None;
     loop {
         if let Some(status) = process.status() {
+            // A kernel that panics ends QEMU, which may be over before it was looked at.
+            if console(folder).contains(OOPS_OF_INT3) {
+                bail!("{EMULATORS}");
+            }
             let errors = fs::read_to_string(folder.join("qemu.log")).unwrap_or_default();
             bail!("QEMU ended ({}): {}", describe(status), errors.trim());
         }
