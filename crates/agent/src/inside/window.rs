@@ -19,6 +19,7 @@ use crate::agent::Agent;
 use crate::guest::{Guest, UPPER_HALF};
 use crate::kvm;
 use crate::slots::{PAGE, Slot};
+use crate::step::BREAKPOINT;
 
 /// Where it lies for the guest. Between the local APIC's page and what KVM needs for itself on old processors no PC has
 /// anything: QEMU's machines end their PCI window below 0xfec00000 (`hw/pci-host/{i440fx,q35}.c`), and KVM's own pages begin at
@@ -149,7 +150,7 @@ impl Window {
         self.ids
     }
 
-    /// Whether an address is in its code.
+    /// Where its code begins and ends for the guest; `None` where it is not mapped.
     pub(crate) fn range(&self) -> Option<(u64, u64)> {
         self.at.map(|at| (at.wrapping_add(CODE), at.wrapping_add(SIZE)))
     }
@@ -288,12 +289,11 @@ impl Window {
 
     /// Has a piece of code stop, or not, at what its filter lets through.
     pub(crate) fn set_trap(&self, placed: &Placed, on: bool) {
-        const INT3: u8 = 0xcc;
-        const NOP: u8 = 0x90;
+        const NOP: u64 = 0x90;
         if let Some(at) = self.at {
             let offset = placed.trap.wrapping_sub(at);
-            self.byte(offset)
-                .store(if on { INT3 } else { NOP }, Ordering::Release);
+            let byte = if on { BREAKPOINT } else { NOP };
+            self.byte(offset).store(byte as u8, Ordering::Release);
         }
     }
 
