@@ -60,11 +60,17 @@ impl Findings {
     }
 
     /// Adds a finding. Past some hundreds they are only counted, and a note says so.
-    pub fn report(&mut self, mut finding: Finding) {
+    pub fn report(&mut self, finding: Finding) {
+        self.report_with(|_| finding);
+    }
+
+    /// [`report`](Self::report) where evidence is costly to gather and a guest can ask for it without end: made only if it is kept.
+    pub fn report_with(&mut self, make: impl FnOnce(&mut Self) -> Finding) {
         if self.found.len() >= MAX_FINDINGS {
             self.more += 1;
             return;
         }
+        let mut finding = make(self);
         finding.check = self.check;
         self.found.push(finding);
     }

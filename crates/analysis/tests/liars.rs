@@ -89,6 +89,37 @@ fn memory_that_leads_anywhere() {
     }
 }
 
+/// Each list within its bound, and together thirty million: only what all of them may cost ends it.
+#[test]
+fn users_of_function_tracing_without_end() {
+    let mut guest = Guest::new();
+    let [ops, hashes, hash, buckets] =
+        [0, 0x100, 0x200, 0x1000].map(|offset| guest.at("end_of_variables") + offset);
+    guest.put(guest.at("ftrace_ops_list"), IMAGE + ops);
+    // Members as synthetic::STRUCTS has them: func, next, flags, saved_func, func_hash; it follows itself.
+    for (offset, word) in [
+        (0, 0xffff_ffff_c012_3456),
+        (8, IMAGE + ops),
+        (24, 0xffff_ffff_c012_3456),
+        (32, IMAGE + hashes),
+    ] {
+        guest.put(ops + offset, word);
+    }
+    guest.put(hashes + 8, IMAGE + hash);
+    guest.put(hash, 12);
+    guest.put(hash + 8, IMAGE + buckets);
+    let outcomes = all(guest.kernel());
+    let ftrace = of(&outcomes, "ftrace");
+    assert!(
+        ftrace.notes.iter().any(|note| note.contains("given up after")),
+        "{:?}",
+        ftrace.notes
+    );
+    let subject = format!("ftrace_ops {} func", Gva(IMAGE + ops));
+    let found = ftrace.findings.iter().find(|f| f.subject == subject).unwrap();
+    assert_eq!(found.severity, Severity::Critical);
+}
+
 #[test]
 fn memory_of_nothing() {
     for outcome in all(Guest::new().kernel()) {

@@ -148,7 +148,7 @@ fn lsm(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             if !findings.go_on() {
                 break;
             }
-            let walk = hlist::walk(context.space(), heads.wrapping_add(index * 8));
+            let walk = hlist::walk(context.space(), heads.wrapping_add(index * 8), findings.left());
             for node in findings.complete("hooks of security modules", walk) {
                 let hook = registered.moved(node.wrapping_sub(list));
                 security_hook(context, findings, &mut pointers, hook.member("hook")?)?;

@@ -64,9 +64,13 @@ fn each_timer<'c>(
                 if head.iter().all(|b| *b == 0) {
                     continue;
                 }
-                let walk = hlist::walk(context.space(), vector.wrapping_add(index as u64 * 8));
+                let walk = hlist::walk(
+                    context.space(),
+                    vector.wrapping_add(index as u64 * 8),
+                    MAX_QUEUED.min(findings.left()),
+                );
                 // Timers come and go while they are read; a chain that ends oddly is one that did.
-                for entry in walk.items.into_iter().take(MAX_QUEUED) {
+                for entry in walk.items {
                     if !findings.go_on() {
                         return Ok(());
                     }

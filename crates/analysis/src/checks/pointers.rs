@@ -32,15 +32,16 @@ impl<'c> Pointers<'c> {
         let context = self.context;
         let holder = context.owner(at);
         if matches!(holder, Owner::ModuleArea | Owner::User | Owner::Null) || holder.is_code() {
-            let finding = Finding::new(
-                Severity::High,
-                subject,
-                format!("its {structure} lies where no such table can be"),
-            )
-            .at(at)
-            .with(context.evidence("table", at));
             findings.looked_at(1);
-            findings.report(finding);
+            findings.report_with(|_| {
+                Finding::new(
+                    Severity::High,
+                    subject,
+                    format!("its {structure} lies where no such table can be"),
+                )
+                .at(at)
+                .with(context.evidence("table", at))
+            });
             return;
         }
         let Some(object) = findings.or_note(subject, context.object(structure, at)) else {
@@ -115,16 +116,18 @@ impl<'c> Pointers<'c> {
             Owner::Module { code: true, .. } => Severity::High,
             _ => Severity::Critical,
         };
-        let mut finding = Finding::new(severity, format!("{subject} {what}"), explanation)
-            .at(slot)
-            .by(to.module().map(str::to_owned))
-            .with(context.evidence("pointer at", slot))
-            .with(context.evidence("leads to", value))
-            .with(context.code("code there", value, 4));
-        for doubt in context.doubts() {
-            finding = finding.with(crate::Evidence::value("in doubt", doubt));
-        }
-        findings.report(finding);
+        findings.report_with(|_| {
+            let finding = Finding::new(severity, format!("{subject} {what}"), explanation)
+                .at(slot)
+                .by(to.module().map(str::to_owned))
+                .with(context.evidence("pointer at", slot))
+                .with(context.evidence("leads to", value))
+                .with(context.code("code there", value, 4));
+            let doubts = context.doubts();
+            doubts.iter().fold(finding, |finding, doubt| {
+                finding.with(crate::Evidence::value("in doubt", doubt))
+            })
+        });
     }
 }
 

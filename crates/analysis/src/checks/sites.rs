@@ -203,7 +203,7 @@ pub(super) fn probed(context: &Context, findings: &mut Findings) -> Result<Vec<(
         if !findings.go_on() {
             break;
         }
-        let walk = hlist::walk(context.space(), table.wrapping_add(bucket * 8));
+        let walk = hlist::walk(context.space(), table.wrapping_add(bucket * 8), findings.left());
         for found in findings.complete("table of kprobes", walk) {
             let probe = found.wrapping_sub(node);
             let at = context.pointer("kprobe.addr", probe.wrapping_add(addr))?;

@@ -2,6 +2,7 @@
 
 use vmsight_arch::Gva;
 use vmsight_linux::LinuxError;
+use vmsight_linux::structures::{hlist, list};
 
 use super::pointers::Pointers;
 use super::sites;
@@ -57,19 +58,18 @@ fn ftrace(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> 
         if fine {
             continue;
         }
-        let name = context.name(at).unwrap_or_else(|| at.to_string());
-        let owner = context.owner(to);
-        let finding = Finding::new(
-            Severity::Critical,
-            name,
-            "where function tracing has its place stands something else",
-        )
-        .at(at)
-        .by(owner.module().map(str::to_owned))
-        .with(Evidence::value("record's flags", format_args!("{flags:#x}")))
-        .with(context.bytes("bytes", at, 8))
-        .with(context.code("code", at, 3));
-        findings.report(finding);
+        findings.report_with(|_| {
+            Finding::new(
+                Severity::Critical,
+                context.name(at).unwrap_or_else(|| at.to_string()),
+                "where function tracing has its place stands something else",
+            )
+            .at(at)
+            .by(context.owner(to).module().map(str::to_owned))
+            .with(Evidence::value("record's flags", format_args!("{flags:#x}")))
+            .with(context.bytes("bytes", at, 8))
+            .with(context.code("code", at, 3))
+        });
     }
     Ok(())
 }
@@ -107,6 +107,9 @@ fn operations(context: &Context, findings: &mut Findings) -> Result<(), LinuxErr
             findings.note(format!("list of ftrace_ops: cut after {MAX_OPS}"));
             break;
         }
+        if !findings.go_on() {
+            break;
+        }
         let ops = context.object("ftrace_ops", at)?;
         let flags = ops.number("flags")?;
         findings.looked_at(1);
@@ -129,14 +132,16 @@ fn operations(context: &Context, findings: &mut Findings) -> Result<(), LinuxErr
                     "code that the kernel does not know traces its functions",
                 ),
             };
-            let finding = Finding::new(severity, format!("ftrace_ops {at} {member}"), explanation)
-                .at(at)
-                .by(owner.module().map(str::to_owned))
-                .with(context.evidence("ftrace_ops", at))
-                .with(context.evidence("function", function))
-                .with(Evidence::value("flags", format_args!("{flags:#x}")))
-                .with(Evidence::value("traced", traced_by(context, &ops).join(", ")));
-            findings.report(finding);
+            findings.report_with(|findings| {
+                let traced = traced_by(context, findings, &ops);
+                Finding::new(severity, format!("ftrace_ops {at} {member}"), explanation)
+                    .at(at)
+                    .by(owner.module().map(str::to_owned))
+                    .with(context.evidence("ftrace_ops", at))
+                    .with(context.evidence("function", function))
+                    .with(Evidence::value("flags", format_args!("{flags:#x}")))
+                    .with(Evidence::value("traced", traced.join(", ")))
+            });
         }
         at = ops.pointer("next")?;
     }
@@ -144,8 +149,10 @@ fn operations(context: &Context, findings: &mut Findings) -> Result<(), LinuxErr
 }
 
 /// Names of the functions that an ftrace_ops filters for, at most some.
-fn traced_by(context: &Context, ops: &crate::Object<'_>) -> Vec<String> {
+fn traced_by(context: &Context, findings: &mut Findings, ops: &crate::Object<'_>) -> Vec<String> {
     const SHOWN: usize = 16;
+    /// `FTRACE_HASH_MAX_BITS` (kernel/trace/ftrace.c).
+    const HASH_BITS: u64 = 12;
     let mut names = Vec::new();
     let mut read = || -> Result<(), LinuxError> {
         let hashes = context.object("ftrace_ops_hash", ops.pointer("func_hash")?)?;
@@ -155,9 +162,13 @@ fn traced_by(context: &Context, ops: &crate::Object<'_>) -> Vec<String> {
             context.kernel().offset("ftrace_func_entry", "hlist")?,
             context.kernel().offset("ftrace_func_entry", "ip")?,
         );
-        for bucket in 0..1u64 << bits.min(12) {
-            let chain =
-                vmsight_linux::structures::hlist::walk(context.space(), buckets.wrapping_add(bucket * 8));
+        for bucket in 0..1u64 << bits.min(HASH_BITS) {
+            // All tables of all users together are bounded: their number is the guest's to choose.
+            if !findings.go_on() {
+                break;
+            }
+            let chain = hlist::walk(context.space(), buckets.wrapping_add(bucket * 8), SHOWN);
+            findings.went_to(chain.items.len());
             for entry in chain.items {
                 let at = context.pointer("ip", entry.wrapping_sub(node).wrapping_add(ip))?;
                 names.push(context.name(at).unwrap_or_else(|| at.to_string()));
@@ -198,7 +209,7 @@ fn kprobes(context: &Context, findings: &mut Findings) -> Result<(), LinuxError>
         let head = context.object("kprobe", first)?.member("list")?;
         let offset = context.kernel().offset("kprobe", "list")?;
         let limit = MAX_OPS.min(findings.left());
-        let rest = vmsight_linux::structures::list::walk(context.space(), head, limit);
+        let rest = list::walk(context.space(), head, limit);
         findings.went_to(rest.walk.items.len());
         let rest = rest.walk.items.into_iter().map(|node| node.wrapping_sub(offset));
         for probe in std::iter::once(first).chain(rest) {
@@ -219,14 +230,15 @@ fn kprobes(context: &Context, findings: &mut Findings) -> Result<(), LinuxError>
                         "the probe's handler is no code that the kernel knows",
                     ),
                 };
-                let name = context.name(at).unwrap_or_else(|| at.to_string());
-                let finding = Finding::new(severity, format!("kprobe on {name} {member}"), explanation)
-                    .at(at)
-                    .by(owner.module().map(str::to_owned))
-                    .with(context.evidence("struct kprobe", probe.address()))
-                    .with(context.evidence("handler", handler))
-                    .with(context.code("handler's code", handler, 4));
-                findings.report(finding);
+                findings.report_with(|_| {
+                    let name = context.name(at).unwrap_or_else(|| at.to_string());
+                    Finding::new(severity, format!("kprobe on {name} {member}"), explanation)
+                        .at(at)
+                        .by(owner.module().map(str::to_owned))
+                        .with(context.evidence("struct kprobe", probe.address()))
+                        .with(context.evidence("handler", handler))
+                        .with(context.code("handler's code", handler, 4))
+                });
             }
         }
     }

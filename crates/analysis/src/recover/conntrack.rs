@@ -18,8 +18,8 @@ use super::member::{Member, Structure};
 const MODULE: &str = "nf_conntrack";
 /// Chains of the table: it has 2^18 by default on large machines.
 const MAX_CHAINS: u64 = 1 << 24;
-/// Connections of one listing.
-const MAX_ROWS: usize = 1 << 20;
+/// Nodes of all chains: each connection has one for each direction.
+const MAX_NODES: usize = 2 << 20;
 /// Chains that are read at once.
 const AT_ONCE: u64 = 512;
 
@@ -188,6 +188,7 @@ impl<'k> Reader<'k> {
         let mut seen = FxHashSet::default();
         let mut bytes = vec![0u8; AT_ONCE as usize * 8];
         let mut first = 0;
+        let mut left = MAX_NODES;
         while first < self.chains {
             let many = AT_ONCE.min(self.chains - first);
             let heads = self.table.wrapping_add(first * 8);
@@ -202,19 +203,22 @@ impl<'k> Reader<'k> {
                 if head.first().is_none_or(|byte| byte & 1 == 1) {
                     continue;
                 }
-                let walk = hlist::walk_nulls(space, heads.wrapping_add(nth * 8));
+                let walk = hlist::walk_nulls(space, heads.wrapping_add(nth * 8), left);
+                left = left.saturating_sub(walk.items.len());
                 let end = walk.end.warning("a chain of connections");
                 end.into_iter().for_each(|w| out.warn(w));
                 for node in walk.items {
-                    if out.rows.len() >= MAX_ROWS {
-                        out.warn(format!("connections: cut after {MAX_ROWS}"));
-                        return Ok(());
-                    }
                     match self.connection(node, &mut seen) {
                         Ok(Some(row)) => out.rows.push(row),
                         Ok(None) => {}
                         Err(error) => out.warn(format!("the connection at {node}: {error}")),
                     }
+                }
+                if left == 0 {
+                    out.warn(format!(
+                        "connections: cut after {MAX_NODES} entries of their table"
+                    ));
+                    return Ok(());
                 }
             }
             first += many;

@@ -113,7 +113,7 @@ fn hash_table(
             continue;
         }
         // A node starts with the pointer to the next one, as a head does.
-        let walk = hlist::walk_nulls(space, Gva(first));
+        let walk = hlist::walk_nulls(space, Gva(first), hlist::MAX_CHAIN);
         found.add([Gva(first).wrapping_sub(node)]);
         found.add(walk.items.iter().map(|at| at.wrapping_sub(node)));
         found.warnings.extend(walk.end.warning("netlink sockets"));

@@ -71,7 +71,8 @@ pub(super) fn tcp(kernel: &Kernel, found: &mut Found) -> Result<(), LinuxError> 
             (Some(owners), _) => table::chain(kernel, what, owners.at(at), node, found),
             (None, Some(addresses)) => {
                 let address: Arc<AddressLayout> = kernel.layout()?;
-                let walk = hlist::walk(space, addresses.at(at));
+                let walk = hlist::walk(space, addresses.at(at), hlist::MAX_CHAIN);
+                found.look(walk.items.len() as u64);
                 for one in walk.items {
                     let owners = address.owners.at(one.wrapping_sub(address.node.offset()));
                     table::chain(kernel, what, owners, node, found);

@@ -124,7 +124,7 @@ pub(super) fn chain(kernel: &Kernel, what: &str, head: Gva, node: u64, found: &m
     if found.is_full() {
         return;
     }
-    let walk = hlist::walk_nulls(kernel.space(), head);
+    let walk = hlist::walk_nulls(kernel.space(), head, hlist::MAX_CHAIN);
     found.add(walk.items.iter().map(|at| at.wrapping_sub(node)));
     if let Some(warning) = walk.end.warning(what) {
         found.warnings.add(warning);

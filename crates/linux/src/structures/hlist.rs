@@ -9,15 +9,17 @@ use super::{End, Seen, Walk};
 /// The longest hash chain that is followed. The kernel's tables grow long before; a longer one is an attack or a mistake.
 pub const MAX_CHAIN: usize = 1 << 16;
 
-/// The nodes of the chain whose `hlist_head` (one pointer, `first`) lies at `head`.
-pub fn walk(space: &AddressSpace, head: Gva) -> Walk {
-    chain(space, head, |value| value == 0)
+/// The nodes of the chain whose `hlist_head` (one pointer, `first`) lies at `head`. At most `limit`, and never more than [`MAX_CHAIN`].
+///
+/// A hostile guest makes every chain of a table as long as it may be: who walks many takes `limit` from what is left for all of them.
+pub fn walk(space: &AddressSpace, head: Gva, limit: usize) -> Walk {
+    chain(space, head, limit, |value| value == 0)
 }
 
 /// The nodes of the chain whose `hlist_nulls_head` lies at `head`. The end mark's upper bits say which chain it belongs to and are
-/// not looked at: an element that moved between chains while we read leads to another end, not to a wrong element.
-pub fn walk_nulls(space: &AddressSpace, head: Gva) -> Walk {
-    chain(space, head, |value| value == 0 || value & 1 == 1)
+/// not looked at: an element that moved between chains while we read leads to another end, not to a wrong element. `limit` as in [`walk`].
+pub fn walk_nulls(space: &AddressSpace, head: Gva, limit: usize) -> Walk {
+    chain(space, head, limit, |value| value == 0 || value & 1 == 1)
 }
 
 /// A plain null-terminated chain whose first element is `first` and whose links lie `next_offset` bytes into each element.
@@ -41,7 +43,8 @@ pub fn walk_next(space: &AddressSpace, first: Gva, next_offset: u64, limit: usiz
     out
 }
 
-fn chain(space: &AddressSpace, head: Gva, is_end: impl Fn(u64) -> bool) -> Walk {
+fn chain(space: &AddressSpace, head: Gva, limit: usize, is_end: impl Fn(u64) -> bool) -> Walk {
+    let limit = limit.min(MAX_CHAIN);
     let mut out = Walk::new();
     let mut seen = Seen::default();
     let mut at = head;
@@ -61,7 +64,7 @@ fn chain(space: &AddressSpace, head: Gva, is_end: impl Fn(u64) -> bool) -> Walk 
             break;
         }
         at = Gva(next);
-        if !step(&mut out, &mut seen, at, MAX_CHAIN) {
+        if !step(&mut out, &mut seen, at, limit) {
             break;
         }
     }
@@ -91,14 +94,14 @@ mod tests {
     #[test]
     fn chains_end_in_null_or_in_an_odd_word() {
         let memory = space(&[(0x3000, 0x4000), (0x4000, 0x5000), (0x5000, 0)]);
-        let out = walk(&memory, HEAD);
+        let out = walk(&memory, HEAD, MAX_CHAIN);
         assert_eq!(out.items, [Gva(0x4000), Gva(0x5000)]);
         assert!(out.end.is_complete());
         let memory = space(&[(0x3000, 0x4000), (0x4000, 0x5000), (0x5000, 77)]);
-        let out = walk_nulls(&memory, HEAD);
+        let out = walk_nulls(&memory, HEAD, MAX_CHAIN);
         assert_eq!(out.items, [Gva(0x4000), Gva(0x5000)]);
         assert!(out.end.is_complete());
-        let out = walk_nulls(&space(&[(0x3000, 1)]), HEAD);
+        let out = walk_nulls(&space(&[(0x3000, 1)]), HEAD, MAX_CHAIN);
         assert!(out.items.is_empty() && out.end.is_complete());
         let out = walk_next(&space(&[(0x4008, 0x5000)]), Gva(0x4000), 8, 10);
         assert_eq!(out.items, [Gva(0x4000), Gva(0x5000)]);
@@ -112,18 +115,25 @@ mod tests {
         words.push((0x3000, nodes[0]));
         words.push((nodes[39], nodes[20]));
         let memory = space(&words);
-        for out in [walk(&memory, HEAD), walk_nulls(&memory, HEAD)] {
+        for out in [
+            walk(&memory, HEAD, MAX_CHAIN),
+            walk_nulls(&memory, HEAD, MAX_CHAIN),
+        ] {
             assert_eq!(out.items.len(), 40);
             assert!(matches!(out.end, End::Cycle { at } if at.0 == nodes[20]));
         }
-        let out = walk(&space(&[(0x3000, 0x4000), (0x4000, 0x4000)]), HEAD);
+        let out = walk(&space(&[(0x3000, 0x4000), (0x4000, 0x4000)]), HEAD, MAX_CHAIN);
         assert_eq!(out.items, [Gva(0x4000)]);
         assert!(matches!(out.end, End::Cycle { .. }));
     }
 
     #[test]
     fn an_unreadable_node_ends_the_chain_and_is_not_in_it() {
-        let out = walk(&space(&[(0x3000, 0x4000), (0x4000, 0xffff_8000_0000_0000)]), HEAD);
+        let out = walk(
+            &space(&[(0x3000, 0x4000), (0x4000, 0xffff_8000_0000_0000)]),
+            HEAD,
+            MAX_CHAIN,
+        );
         assert_eq!(out.items, [Gva(0x4000)]);
         assert!(matches!(out.end, End::Unreadable { .. }));
         let out = walk_next(&space(&[(0x4008, 0x5000), (0x5008, 0x6000)]), Gva(0x4000), 8, 2);

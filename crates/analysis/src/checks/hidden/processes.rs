@@ -238,7 +238,9 @@ impl<'c> Reader<'c> {
         let mut sets: Vec<Gva> = kernel.find_symbol(&["init_css_set"]).into_iter().collect();
         // CSS_SET_HASH_BITS is 7.
         for bucket in 0..128u64 {
-            let chain = hlist::walk(space, table.wrapping_add(bucket * 8)).items;
+            let left = self.left.get();
+            let chain = hlist::walk(space, table.wrapping_add(bucket * 8), left).items;
+            self.left.set(left.saturating_sub(chain.len() + 1));
             sets.extend(chain.iter().map(|at| at.wrapping_sub(node)));
         }
         let mut tasks = Vec::new();
