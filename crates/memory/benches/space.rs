@@ -6,11 +6,15 @@
 //! 2 MiB ("large pages"), as a kernel's direct map does, in which most of what is read of a kernel lies. Rounds of all reads take turns, so that a noisy
 //! machine is noisy for all; time is the thread's own; the median of the rounds is printed.
 //!
+//! Each round of each row reads pages that are drawn for it, of 131,072, each at another place: a row that reads what the one before
+//! has read finds it in the caches, and the ratios then tell the order of the rows.
+//!
 //! "random page": addresses are known beforehand, so the processor has many reads under way at once, as many as its window
 //! of a few hundred instructions holds, and of loads fewer. A plain read is one of each; ours are about 35
 //! instructions (physical), 70 (virtual, with the proof; 26 of them load), 50 (the same in a large page; 20 load) and 120 (a walk),
 //! so fewer are under way: what is lost is not time spent on instructions, and the more is lost the longer memory takes to
-//! answer ("chained: raw mmap" says how long). Batches get it back.
+//! answer ("chained: raw mmap" says how long). Batches get it back. "by hand" is what a read that walks and proves takes at least, without
+//! a library around it and of a guest that is one mapping.
 //! "chained": each address depends on the last value, as when a list is followed; one read is under way in any case.
 //!
 //! With `--json` the table is one JSON array. Without `--bench` (as a test) the guest is small and nothing is measured to be
@@ -170,6 +174,40 @@ impl Guest {
         AddressSpace::new(memory.clone(), PagingMode::X86Level4, Dtb(self.root))
     }
 
+    /// What a read of `gva` that is proven takes at least: four levels walked in the one mapping that this guest is, and each entry
+    /// looked at again.
+    #[inline(always)]
+    fn by_hand(&self, gva: u64) -> Option<u64> {
+        const PRESENT: u64 = 1;
+        const LARGE: u64 = 1 << 7;
+        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        let len = self.map.len() as u64;
+        // SAFETY: inside the mapping, and all addresses are multiples of 8.
+        let load = |gpa: u64| {
+            (gpa < len).then(|| unsafe { self.map.as_ptr().add(gpa as usize).cast::<u64>().read_volatile() })
+        };
+        let canonical = ((gva as i64) << 16 >> 16) as u64;
+        if canonical != gva {
+            return None;
+        }
+        let mut seen = [(0, 0); 4];
+        let mut table = self.root;
+        for (i, seen) in seen.iter_mut().enumerate() {
+            let place = table + (gva >> (36 - 9 * i) & 0xff8);
+            let entry = load(place)?;
+            let unwanted = if i == 1 || i == 2 { LARGE } else { 0 };
+            if entry & (PRESENT | unwanted) != PRESENT {
+                return None;
+            }
+            *seen = (place, entry);
+            table = entry & ADDRESS;
+        }
+        let value = load(table + (gva & 0xfff))?;
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        let holds = seen.iter().all(|&(place, entry)| load(place) == Some(entry));
+        holds.then_some(value)
+    }
+
     fn large_space(&self, memory: &GuestMemory) -> AddressSpace {
         AddressSpace::new(memory.clone(), PagingMode::X86Level4, Dtb(self.large))
     }
@@ -203,23 +241,51 @@ struct Row {
     times: Vec<f64>,
 }
 
-struct Table {
+struct Table<'g> {
     rows: Vec<Row>,
+    guest: &'g Guest,
+    state: u64,
+    reads: usize,
 }
 
-impl Table {
-    /// Times `run`, which does `reads` reads, as one round of `name`.
+impl<'g> Table<'g> {
+    fn new(guest: &'g Guest, reads: usize) -> Self {
+        Self {
+            rows: Vec::new(),
+            guest,
+            state: 0xfeed_f00d_dead_beef,
+            reads,
+        }
+    }
+
+    /// Pages that nobody has chosen before, each with an offset: what one row has brought into the caches must not be there for the next.
+    fn draw(&mut self, reads: usize) -> Vec<Target> {
+        (0..reads)
+            .map(|_| {
+                let r = random(&mut self.state);
+                let page = r as usize % self.guest.frames.len();
+                let offset = (r >> 40 & 63) * 64;
+                Target {
+                    gva: BASE + page as u64 * 0x1000 + offset,
+                    gpa: (u64::from(self.guest.frames[page]) << 12) + offset,
+                }
+            })
+            .collect()
+    }
+
+    /// Times `run` with one part of `share` of all reads, as one round of `name`.
     fn round(
         &mut self,
         name: &'static str,
         base: &'static str,
         goal: Option<f64>,
-        reads: usize,
-        run: impl FnOnce(),
+        share: usize,
+        run: impl FnOnce(&[Target]),
     ) {
+        let targets = self.draw(self.reads / share);
         let start = cpu_time();
-        run();
-        let ns = (cpu_time() - start) as f64 / reads as f64;
+        run(&targets);
+        let ns = (cpu_time() - start) as f64 / targets.len() as f64;
         match self.rows.iter_mut().find(|row| row.name == name) {
             Some(row) => row.times.push(ns),
             None => self.rows.push(Row {
@@ -297,34 +363,6 @@ fn main() {
         (8 << 20, 1, 2000)
     };
     let guest = Guest::new(size);
-    let mut state = 0xfeed_f00d_dead_beef;
-    let targets: Vec<Target> = (0..reads)
-        .map(|_| {
-            let r = random(&mut state);
-            let page = r as usize % guest.frames.len();
-            let offset = (r >> 40 & 63) * 64;
-            Target {
-                gva: BASE + page as u64 * 0x1000 + offset,
-                gpa: (u64::from(guest.frames[page]) << 12) + offset,
-            }
-        })
-        .collect();
-    let pages: Vec<Target> = targets
-        .iter()
-        .map(|t| Target {
-            gva: t.gva & !0xfff,
-            gpa: t.gpa & !0xfff,
-        })
-        .collect();
-
-    let in_large: Vec<Target> = targets
-        .iter()
-        .map(|t| Target {
-            gva: LARGE + t.gpa,
-            gpa: t.gpa,
-        })
-        .collect();
-
     let warm = guest.space(&guest.live);
     let large = guest.large_space(&guest.live);
     let large_dump = guest.large_space(&guest.dump);
@@ -340,7 +378,8 @@ fn main() {
         // SAFETY: the frames lie inside the mapping.
         unsafe { guest.map.as_ptr().add(gpa as usize).cast::<u64>().read_volatile() }
     };
-    for t in targets.iter().take(1000) {
+    let mut table = Table::new(&guest, reads);
+    for t in table.draw(1000) {
         assert_eq!(
             raw(t.gpa),
             t.gpa | 1 << 62,
@@ -349,152 +388,85 @@ fn main() {
         for space in [&warm, &dump, &cold, &cold_dump] {
             assert_eq!(space.read_u64(Gva(t.gva)).unwrap(), t.gpa | 1 << 62);
         }
+        assert_eq!(guest.by_hand(t.gva), Some(t.gpa | 1 << 62));
         for space in [&large, &large_dump] {
             assert_eq!(space.read_u64(Gva(LARGE + t.gpa)).unwrap(), t.gpa | 1 << 62);
         }
     }
 
-    let mut table = Table { rows: Vec::new() };
     let mut page = vec![0u8; 0x1000];
     let mut many = vec![0u8; 16 * 0x1000];
-    let sum = |read: &dyn Fn() -> u64| {
-        black_box(read());
-    };
-    let u64s_of = |space: &AddressSpace, targets: &[Target]| {
-        targets
-            .iter()
-            .fold(0, |s, t| s ^ space.read_u64(Gva(t.gva)).unwrap_or(1))
-    };
-    let u64s = |space: &AddressSpace| u64s_of(space, &targets);
-    let chained = |space: &AddressSpace, targets: &[Target]| {
-        targets
-            .iter()
-            .fold(0, |s, t| space.read_u64(Gva(t.gva ^ (s >> 63))).unwrap_or(1))
-    };
-    let batched = |space: &AddressSpace, targets: &[Target]| {
-        let mut total = 0;
-        let mut words = [[0u8; 8]; 64];
-        for chunk in targets.chunks(64) {
-            let mut ops: [GvaReadOp<'_>; 64] = {
-                let mut words = words.iter_mut();
-                let mut chunk = chunk.iter().cycle();
-                std::array::from_fn(|_| {
-                    GvaReadOp::new(
-                        Gva(chunk.next().expect("not empty").gva),
-                        words.next().expect("64"),
-                    )
-                })
-            };
-            let used = chunk.len().min(64);
-            space.read_batch(&mut ops[..used]);
-            total ^= ops[..used].iter().filter(|op| op.result.is_ok()).count() as u64;
-            for word in &words[..used] {
-                total ^= u64::from_le_bytes(*word);
-            }
-        }
-        total
-    };
     for _ in 0..rounds {
-        table.round(RAW, RAW, None, reads, || {
-            sum(&|| targets.iter().fold(0, |s, t| s ^ raw(t.gpa)))
+        table.round(RAW, RAW, None, 1, |targets| {
+            black_box(targets.iter().fold(0, |s, t| s ^ raw(t.gpa)));
         });
-        table.round("u64 random page: physical", RAW, Some(1.5), reads, || {
-            sum(&|| {
-                targets
-                    .iter()
-                    .fold(0, |s, t| s ^ guest.live.read_u64(Gpa(t.gpa)).unwrap_or(1))
+        table.round("u64 random page: physical", RAW, Some(1.5), 1, |targets| {
+            let read = |t: &Target| guest.live.read_u64(Gpa(t.gpa)).unwrap_or(1);
+            black_box(targets.iter().fold(0, |s, t| s ^ read(t)));
+        });
+        for (name, goal, space) in [
+            ("u64 random page: virtual, cold", Some(6.0), &cold),
+            ("u64 random page: virtual, warm", Some(1.5), &warm),
+            ("u64 random page: virtual, cold, dump", None, &cold_dump),
+            ("u64 random page: virtual, warm, dump", None, &dump),
+        ] {
+            table.round(name, RAW, goal, 1, |targets| u64s(space, targets, |t| t.gva));
+        }
+        table.round("u64 random page: virtual, by hand", RAW, None, 1, |targets| {
+            let read = |t: &Target| guest.by_hand(t.gva).unwrap_or(1);
+            black_box(targets.iter().fold(0, |s, t| s ^ read(t)));
+        });
+        for (name, goal, space) in [
+            ("u64 random page: virtual, cold, batched", 6.0, &cold),
+            ("u64 random page: virtual, warm, batched", 1.5, &warm),
+        ] {
+            table.round(name, RAW, Some(goal), 1, |targets| batched(space, targets));
+        }
+        for (name, goal, space) in [
+            ("u64 random page: large pages, warm", Some(1.5), &large),
+            ("u64 random page: large pages, warm, dump", None, &large_dump),
+        ] {
+            table.round(name, RAW, goal, 1, |targets| {
+                u64s(space, targets, |t| LARGE + t.gpa);
             });
-        });
-        table.round("u64 random page: virtual, cold", RAW, Some(6.0), reads, || {
-            sum(&|| u64s(&cold))
-        });
-        table.round("u64 random page: virtual, warm", RAW, Some(1.5), reads, || {
-            sum(&|| u64s(&warm))
-        });
-        table.round(
-            "u64 random page: virtual, warm, batched",
-            RAW,
-            Some(1.5),
-            reads,
-            || sum(&|| batched(&warm, &targets)),
-        );
-        table.round(
-            "u64 random page: virtual, cold, batched",
-            RAW,
-            Some(6.0),
-            reads,
-            || sum(&|| batched(&cold, &targets)),
-        );
-        table.round("u64 random page: virtual, cold, dump", RAW, None, reads, || {
-            sum(&|| u64s(&cold_dump))
-        });
-        table.round("u64 random page: virtual, warm, dump", RAW, None, reads, || {
-            sum(&|| u64s(&dump))
-        });
-        table.round(
-            "u64 random page: large pages, warm",
-            RAW,
-            Some(1.5),
-            reads,
-            || sum(&|| u64s_of(&large, &in_large)),
-        );
-        table.round(
-            "u64 random page: large pages, warm, dump",
-            RAW,
-            None,
-            reads,
-            || sum(&|| u64s_of(&large_dump, &in_large)),
-        );
+        }
 
         // One after the other, as when a list is followed: each address waits for the last value.
-        table.round(CHAIN, CHAIN, None, reads, || {
-            sum(&|| targets.iter().fold(0, |s, t| raw(t.gpa ^ (s >> 63))));
+        table.round(CHAIN, CHAIN, None, 1, |targets| {
+            black_box(targets.iter().fold(0, |s, t| raw(t.gpa ^ (s >> 63))));
         });
-        table.round("u64 chained: physical", CHAIN, None, reads, || {
-            sum(&|| {
-                targets
-                    .iter()
-                    .fold(0, |s, t| guest.live.read_u64(Gpa(t.gpa ^ (s >> 63))).unwrap_or(1))
-            });
+        table.round("u64 chained: physical", CHAIN, None, 1, |targets| {
+            let read = |gpa| guest.live.read_u64(Gpa(gpa)).unwrap_or(1);
+            black_box(targets.iter().fold(0, |s, t| read(t.gpa ^ (s >> 63))));
         });
-        table.round("u64 chained: virtual, cold", CHAIN, None, reads, || {
-            sum(&|| chained(&cold, &targets))
-        });
-        table.round("u64 chained: virtual, warm", CHAIN, None, reads, || {
-            sum(&|| chained(&warm, &targets))
-        });
-        table.round("u64 chained: large pages, warm", CHAIN, None, reads, || {
-            sum(&|| chained(&large, &in_large))
+        for (name, space) in [
+            ("u64 chained: virtual, cold", &cold),
+            ("u64 chained: virtual, warm", &warm),
+        ] {
+            table.round(name, CHAIN, None, 1, |targets| chained(space, targets, |t| t.gva));
+        }
+        table.round("u64 chained: large pages, warm", CHAIN, None, 1, |targets| {
+            chained(&large, targets, |t| LARGE + t.gpa);
         });
 
         // A guest whose memory is not shared: a system call a read, or a batch.
-        let few = &targets[..reads / 40];
-        table.round(ASKED, ASKED, None, few.len(), || {
-            sum(&|| {
-                few.iter()
-                    .fold(0, |s, t| s ^ guest.process.read_u64(Gpa(t.gpa)).unwrap_or(1))
-            });
+        table.round(ASKED, ASKED, None, 40, |targets| {
+            let read = |t: &Target| guest.process.read_u64(Gpa(t.gpa)).unwrap_or(1);
+            black_box(targets.iter().fold(0, |s, t| s ^ read(t)));
         });
         for (name, space) in [
             ("u64 of another process: virtual, cold", &cold_process),
             ("u64 of another process: virtual, warm", &warm_process),
         ] {
-            table.round(name, ASKED, None, few.len(), || {
-                sum(&|| {
-                    few.iter()
-                        .fold(0, |s, t| s ^ space.read_u64(Gva(t.gva)).unwrap_or(1))
-                });
-            });
+            table.round(name, ASKED, None, 40, |targets| u64s(space, targets, |t| t.gva));
         }
         for (name, space) in [
             ("u64 of another process: cold, batched", &cold_process),
             ("u64 of another process: warm, batched", &warm_process),
         ] {
-            table.round(name, ASKED, None, few.len(), || sum(&|| batched(space, few)));
+            table.round(name, ASKED, None, 40, |targets| batched(space, targets));
         }
 
-        let some = reads / 8;
-        let hot = |i: usize| pages[i % HOT_PAGES.min(pages.len())];
         for (name, base, goal, which) in [
             (COPY, COPY, None, 0u8),
             ("4 KiB random page: physical", COPY, None, 1),
@@ -503,17 +475,22 @@ fn main() {
             ("4 KiB of 64 pages: physical", HOT, None, 4),
             ("4 KiB of 64 pages: virtual", HOT, Some(1.3), 5),
         ] {
-            table.round(name, base, goal, some, || {
-                for (i, page_of) in pages.iter().enumerate().take(some) {
-                    let t = if which < 3 { *page_of } else { hot(i) };
+            table.round(name, base, goal, 8, |targets| {
+                let among = if which < 3 {
+                    targets.len()
+                } else {
+                    HOT_PAGES.min(targets.len())
+                };
+                for t in targets.iter().take(among).cycle().take(targets.len()) {
+                    let (gva, gpa) = (t.gva & !0xfff, t.gpa & !0xfff);
                     match which % 3 {
                         // SAFETY: a whole frame inside the mapping; nobody writes to it now.
                         0 => unsafe {
-                            let from = guest.map.as_ptr().add(t.gpa as usize);
+                            let from = guest.map.as_ptr().add(gpa as usize);
                             std::ptr::copy_nonoverlapping(from, page.as_mut_ptr(), 0x1000);
                         },
-                        1 => guest.live.read(Gpa(t.gpa), &mut page).expect("backed"),
-                        _ => warm.read(Gva(t.gva), &mut page).expect("mapped"),
+                        1 => guest.live.read(Gpa(gpa), &mut page).expect("backed"),
+                        _ => warm.read(Gva(gva), &mut page).expect("mapped"),
                     }
                     black_box(&mut page);
                 }
@@ -523,13 +500,13 @@ fn main() {
             "4 KiB random page: virtual, batched",
             COPY,
             Some(1.3),
-            some,
-            || {
-                for chunk in pages[..some].chunks(16) {
+            8,
+            |targets| {
+                for chunk in targets.chunks(16) {
                     let mut ops: Vec<_> = chunk
                         .iter()
                         .zip(many.chunks_mut(0x1000))
-                        .map(|(t, buf)| GvaReadOp::new(Gva(t.gva), buf))
+                        .map(|(t, buf)| GvaReadOp::new(Gva(t.gva & !0xfff), buf))
                         .collect();
                     warm.read_batch(&mut ops);
                     black_box(&mut ops);
@@ -538,4 +515,42 @@ fn main() {
         );
     }
     table.print(has("--json"));
+}
+
+/// Reads one word at each address, all of which are known beforehand.
+#[inline(always)]
+fn u64s(space: &AddressSpace, targets: &[Target], gva: impl Fn(&Target) -> u64) {
+    let read = |t| space.read_u64(Gva(gva(t))).unwrap_or(1);
+    black_box(targets.iter().fold(0, |s, t| s ^ read(t)));
+}
+
+/// The same, where each address is known only when the word before was read.
+#[inline(always)]
+fn chained(space: &AddressSpace, targets: &[Target], gva: impl Fn(&Target) -> u64) {
+    let read = |gva| space.read_u64(Gva(gva)).unwrap_or(1);
+    black_box(targets.iter().fold(0, |s, t| read(gva(t) ^ (s >> 63))));
+}
+
+fn batched(space: &AddressSpace, targets: &[Target]) {
+    let mut total = 0;
+    let mut words = [[0u8; 8]; 64];
+    for chunk in targets.chunks(64) {
+        let mut ops: [GvaReadOp<'_>; 64] = {
+            let mut words = words.iter_mut();
+            let mut chunk = chunk.iter().cycle();
+            std::array::from_fn(|_| {
+                GvaReadOp::new(
+                    Gva(chunk.next().expect("not empty").gva),
+                    words.next().expect("64"),
+                )
+            })
+        };
+        let used = chunk.len().min(64);
+        space.read_batch(&mut ops[..used]);
+        total ^= ops[..used].iter().filter(|op| op.result.is_ok()).count() as u64;
+        for word in &words[..used] {
+            total ^= u64::from_le_bytes(*word);
+        }
+    }
+    black_box(total);
 }
