@@ -120,6 +120,31 @@ fn users_of_function_tracing_without_end() {
     assert_eq!(found.severity, Severity::Critical);
 }
 
+/// A thousand pages of records that are all the same two million.
+#[test]
+fn records_of_function_tracing_that_pages_share() {
+    const PAGES: u64 = 1000;
+    let mut guest = Guest::new();
+    let first = guest.at("end_of_variables");
+    guest.put(guest.at("ftrace_pages_start"), IMAGE + first);
+    for page in 0..PAGES {
+        // next, records, index and order: see synthetic::STRUCTS.
+        let at = first + page * 24;
+        let next = if page + 1 < PAGES { IMAGE + at + 24 } else { 0 };
+        guest.put(at, next);
+        guest.put(at + 8, IMAGE + first);
+        guest.put(at + 16, u64::from(u32::MAX));
+    }
+    let outcomes = all(guest.kernel());
+    let notes = &of(&outcomes, "ftrace").notes;
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("records of function tracing do not end")),
+        "{notes:?}"
+    );
+}
+
 #[test]
 fn memory_of_nothing() {
     for outcome in all(Guest::new().kernel()) {

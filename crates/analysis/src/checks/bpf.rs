@@ -88,7 +88,7 @@ fn rights(
 ) -> Result<(), LinuxError> {
     let overrides = program.number("kprobe_override").unwrap_or(0) != 0;
     let writes = context.kernel().find_symbol(&["bpf_probe_write_user"]);
-    let writes = writes.is_some_and(|function| calls(context, program, function).unwrap_or(false));
+    let writes = writes.is_some_and(|function| calls(context, findings, program, function).unwrap_or(false));
     let explanation = match (overrides, writes) {
         (false, false) => return Ok(()),
         (true, false) => "the program may make functions of the kernel return what it likes",
@@ -106,14 +106,20 @@ fn rights(
 }
 
 /// Whether the program calls this function of the kernel's: the verifier puts the distance from `__bpf_call_base` into a call.
-fn calls(context: &Context, program: &Object<'_>, function: Gva) -> Result<bool, LinuxError> {
+fn calls(
+    context: &Context,
+    findings: &mut Findings,
+    program: &Object<'_>,
+    function: Gva,
+) -> Result<bool, LinuxError> {
     let base = context.symbol(&["__bpf_call_base"])?;
     let distance = function.0.wrapping_sub(base.0) as u32;
     let first = program.member("insnsi|insns")?;
     let count = program.number("len")?.min(MAX_INSTRUCTIONS);
     let mut page = [0; 4096];
     let mut done = 0;
-    while done < count {
+    // Programs may share what they claim to be made of: a page of it is an object of the check's.
+    while done < count && findings.go_on() {
         let now = (count - done).min(page.len() as u64 / INSTRUCTION);
         let bytes = page.get_mut(..(now * INSTRUCTION) as usize).unwrap_or_default();
         let at = first.wrapping_add(done * INSTRUCTION);

@@ -9,7 +9,7 @@ use crate::{Context, Findings};
 
 /// More records than any kernel and its modules have: Debian's have some 50,000.
 const MAX_RECORDS: u64 = 1 << 21;
-/// More static calls than any kernel has: some 2,000.
+/// More static calls than any kernel and its modules have: some 2,000.
 const MAX_CALLS: u64 = 1 << 18;
 
 /// The places where function tracing may put a call, with their flags (`struct dyn_ftrace`; kernel/trace/ftrace.c).
@@ -24,14 +24,17 @@ pub(super) fn traced(context: &Context, findings: &mut Findings) -> Result<FxHas
     let stride = record.size().max(1);
     let mut pages = FxHashSet::default();
     let mut at = context.pointer("ftrace_pages_start", head)?;
+    let mut left = MAX_RECORDS;
     while !at.is_null() {
-        if !pages.insert(at.0) || records.len() as u64 > MAX_RECORDS {
+        if !pages.insert(at.0) || left == 0 {
             findings.note("the records of function tracing do not end");
             break;
         }
         let page = context.object("ftrace_page", at)?;
         let (start, count) = (page.pointer("records")?, page.number("index")?);
-        let count = count.min(MAX_RECORDS);
+        // Those of all pages together: a guest that lies may have them share their records. An empty page counts, too.
+        let count = count.min(left);
+        left -= count.clamp(1, left);
         // A page's worth at a time: a count that nothing backs costs nothing.
         let many = (4096 / stride).max(1);
         let mut done = 0;
@@ -85,6 +88,8 @@ pub(super) struct StaticCalls {
     pub(super) sites: FxHashSet<u64>,
     /// Where they lead is in these (`struct static_call_key`).
     pub(super) keys: FxHashSet<u64>,
+    /// How many may still be read: tables of a guest that lies may be one and the same.
+    left: u64,
 }
 
 /// All static calls of the kernel and of modules. None before 5.10.
@@ -92,6 +97,7 @@ pub(super) fn static_calls(context: &Context, findings: &mut Findings) -> Static
     let mut calls = StaticCalls {
         sites: FxHashSet::default(),
         keys: FxHashSet::default(),
+        left: MAX_CALLS,
     };
     let symbol = |name| context.kernel().find_symbol(&[name]);
     if let (Some(start), Some(stop)) = (
@@ -122,7 +128,13 @@ fn static_calls_of(
     count: u64,
     calls: &mut StaticCalls,
 ) {
-    let count = count.min(MAX_CALLS);
+    if count > calls.left {
+        findings.note(format!(
+            "static calls of {whose}: not all are looked at, they are too many"
+        ));
+    }
+    let count = count.min(calls.left);
+    calls.left -= count;
     let mut bytes = [0; 4096];
     let mut done = 0;
     while done < count {

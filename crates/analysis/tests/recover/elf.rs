@@ -262,3 +262,32 @@ fn images_that_lie_write_nothing_elsewhere_and_fill_no_disk() {
         assert!(folders.len() <= 2, "{folders:?}");
     }
 }
+
+/// Where an area ends with the last address there is, and where a file's offset and what lies behind it are no number any more.
+#[test]
+fn areas_and_offsets_at_the_end_of_all_numbers_end_too() {
+    let subject = subject();
+    let pid = i32::try_from(process(&subject, "bash").pid).unwrap();
+    let forged = Forgery::of(&subject);
+    let maps = forged.kernel.maps(pid).unwrap().rows;
+    let anonymous = maps.iter().rfind(|map| map.path.is_none()).unwrap();
+    let [start, end] =
+        ["vm_start", "vm_end"].map(|member| forged.member("vm_area_struct", member, anonymous.vma));
+    // As long as an ELF header.
+    forged.put(start, &(u64::MAX - 63).to_le_bytes());
+    forged.put(end, &u64::MAX.to_le_bytes());
+    let later = maps.iter().filter(|map| map.inode != 0 && map.offset != 0);
+    let mut moved = 0;
+    for map in later {
+        let offset = forged.member("vm_area_struct", "vm_pgoff", map.vma);
+        forged.put(offset, &(u64::MAX >> 12).to_le_bytes());
+        moved += 1;
+    }
+    assert!(moved >= 4, "{maps:?}");
+    let kernel = forged.forged();
+    let rows = images(&kernel, Which::Process(pid)).unwrap().rows;
+    let folder = tempfile::tempdir().unwrap();
+    let all = written(&kernel, &rows, folder.path());
+    let (program, bytes) = all.iter().find(|(done, _)| done.image.kind == "program").unwrap();
+    assert!(program.missing > 0 && bytes.len() < 64 << 20, "{program:?}");
+}

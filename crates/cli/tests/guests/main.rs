@@ -18,6 +18,7 @@ mod listings;
 mod memory;
 mod recover;
 mod report;
+mod scrambled;
 mod support;
 mod tcg;
 mod trouble;

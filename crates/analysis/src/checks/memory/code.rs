@@ -39,6 +39,10 @@ const PAGE: u64 = 4096;
 const MAX_TABLES: u64 = 1 << 13;
 /// Pages of one file that are looked up.
 const MAX_PAGES: usize = 1 << 20;
+/// Pages of all mappings that are looked at: 256 GiB of code, which processes share.
+const MAX_LOOKED_AT: u64 = 1 << 26;
+/// Pages of processes' own that are compared with their file's: 1 GiB.
+const MAX_COMPARED: u64 = 1 << 18;
 /// Ranges of one mapping that differ and are told.
 const SHOWN: usize = 4;
 /// Differences nearer than this are told as one.
@@ -54,14 +58,43 @@ struct Difference {
     now: Vec<u8>,
 }
 
+/// Where the code of one mapping does.
+#[derive(Default)]
+struct Differences {
+    /// The first of them.
+    shown: Vec<Difference>,
+    places: u64,
+    bytes: u64,
+    /// Whether one is no breakpoint.
+    others: bool,
+}
+
+impl Differences {
+    fn add(&mut self, at: Gva, file: &[u8], now: &[u8]) {
+        self.places += 1;
+        self.bytes += now.len() as u64;
+        self.others |= *now != [BREAKPOINT];
+        if self.shown.len() < SHOWN {
+            self.shown.push(Difference {
+                at,
+                file: file.to_vec(),
+                now: now.to_vec(),
+            });
+        }
+    }
+}
+
 /// The code of all processes, and what is known of the files behind it.
 struct Reader<'c> {
     context: &'c Context,
     cache: PageCache<'c>,
     /// By `address_space`: the page frame of each of its pages, by rising index, as (index, count, frame).
     files: FxHashMap<Gva, Vec<(u64, u64, Gpa)>>,
-    /// Offsets of uprobes by inode.
+    /// Offsets of uprobes by inode, rising.
     probes: FxHashMap<Gva, Vec<u64>>,
+    /// Pages that may still be looked at, and compared: any number of mappings may be of one and the same memory.
+    look_at: u64,
+    compare: u64,
     /// Pages of processes' own whose file's page is not in memory.
     unknown: u64,
 }
@@ -73,11 +106,17 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
         cache: PageCache::new(kernel)?,
         files: FxHashMap::default(),
         probes: FxHashMap::default(),
+        look_at: MAX_LOOKED_AT,
+        compare: MAX_COMPARED,
         unknown: 0,
     };
     for (inode, offset) in sites::user_probes(context, findings)? {
         reader.probes.entry(inode).or_default().push(offset);
     }
+    reader
+        .probes
+        .values_mut()
+        .for_each(|offsets| offsets.sort_unstable());
     let rows = kernel.processes(ProcessFields::EXE)?.rows;
     let rows: FxHashMap<Gva, &Process> = rows.iter().map(|row| (row.task, row)).collect();
     let maps = context.maps()?;
@@ -98,6 +137,10 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             }
             let looked = reader.mapping(findings, process, mapping, &space);
             findings.or_note("code of a process", looked);
+            if reader.look_at == 0 || reader.compare == 0 {
+                findings.note("processes claim more code than there can be: the rest was not looked at");
+                return Ok(());
+            }
         }
     }
     if reader.unknown > 0 {
@@ -185,20 +228,27 @@ impl Reader<'_> {
             self.files.insert(pages, stretches.collect());
         }
         let known = self.files.get(&pages).map_or(&[][..], Vec::as_slice);
-        let mut differences = Vec::new();
+        let mut differences = Differences::default();
         let last = Gva(mapping.end.0.saturating_sub(1));
         for page in space.mappings(mapping.start..=last, MAX_TABLES) {
             let Ok(page) = page else { break };
             let size = 1u64 << page.translation.page_shift;
             let first = Gpa(page.translation.gpa.0 & !(PAGE - 1));
-            for part in 0..(size / PAGE).min(MAX_TABLES) {
+            let parts = (size / PAGE).min(MAX_TABLES).min(self.look_at);
+            self.look_at -= parts;
+            if parts == 0 {
+                break;
+            }
+            for part in 0..parts {
                 let at = page.gva.wrapping_add(part * PAGE);
                 let frame = Gpa(first.0.wrapping_add(part * PAGE));
                 findings.looked_at(1);
                 let offset = at.0.wrapping_sub(mapping.start.0).wrapping_add(mapping.offset);
                 match frame_of(known, offset / PAGE) {
                     Some(of_file) if of_file == frame => {}
+                    Some(_) if self.compare == 0 => {}
                     Some(of_file) => {
+                        self.compare -= 1;
                         let probes = self.probes.get(&inode).map_or(&[][..], Vec::as_slice);
                         differ(context, (at, offset), (of_file, frame), probes, &mut differences);
                     }
@@ -206,7 +256,7 @@ impl Reader<'_> {
                 }
             }
         }
-        if !differences.is_empty() {
+        if differences.places > 0 {
             report(context, findings, process, mapping, &differences)?;
         }
         Ok(())
@@ -229,7 +279,7 @@ fn differ(
     (at, offset): (Gva, u64),
     (of_file, own): (Gpa, Gpa),
     probes: &[u64],
-    differences: &mut Vec<Difference>,
+    differences: &mut Differences,
 ) {
     let memory = context.kernel().memory();
     let (mut file, mut now) = ([0; PAGE as usize], [0; PAGE as usize]);
@@ -238,7 +288,10 @@ fn differ(
     }
     let is_probe = |place: usize| {
         let place = offset.wrapping_add(place as u64);
-        probes.iter().any(|probe| place.wrapping_sub(*probe) < UPROBE)
+        let before = probes.partition_point(|probe| *probe <= place).checked_sub(1);
+        before
+            .and_then(|nth| probes.get(nth))
+            .is_some_and(|probe| place - probe < UPROBE)
     };
     let odd = file.iter().zip(&now).enumerate();
     let odd = odd.filter(|(place, (old, new))| old != new && !is_probe(*place));
@@ -250,12 +303,8 @@ fn differ(
         }
     }
     for range in ranges {
-        let bytes = |of: &[u8]| of.get(range.clone()).unwrap_or_default().to_vec();
-        differences.push(Difference {
-            at: at.wrapping_add(range.start as u64),
-            file: bytes(&file),
-            now: bytes(&now),
-        });
+        let [file, now] = [&file, &now].map(|page| page.get(range.clone()).unwrap_or_default());
+        differences.add(at.wrapping_add(range.start as u64), file, now);
     }
 }
 
@@ -264,35 +313,37 @@ fn report(
     findings: &mut Findings,
     process: &ProcessMaps,
     mapping: &Mapping,
-    differences: &[Difference],
+    differences: &Differences,
 ) -> Result<(), LinuxError> {
     let traced = context.object("task_struct", process.task)?.number("ptrace")? != 0;
     // A debugger's breakpoints are single bytes, and it is there.
-    let breakpoints = traced && differences.iter().all(|d| d.now == [BREAKPOINT]);
-    let bytes: usize = differences.iter().map(|d| d.now.len()).sum();
+    let breakpoints = traced && !differences.others;
     let (severity, explanation) = match breakpoints {
         true => (
             Severity::Info,
             format!(
                 "{} breakpoints of who traces it stand in its code",
-                differences.len()
+                differences.places
             ),
         ),
         false => (
             Severity::High,
-            format!("{bytes} bytes of its code are not what its file has: it was written over in memory"),
+            format!(
+                "{} bytes of its code are not what its file has: it was written over in memory",
+                differences.bytes
+            ),
         ),
     };
     let path = mapping.path.as_deref().unwrap_or("?");
-    let first = differences.first().map_or(mapping.start, |d| d.at);
+    let first = differences.shown.first().map_or(mapping.start, |d| d.at);
     let mut finding = Finding::new(
         severity,
         format!("code of {path} in process {} ({})", process.pid, process.name),
         explanation,
     )
     .at(first)
-    .with(Evidence::value("places", differences.len()));
-    for difference in differences.iter().take(SHOWN) {
+    .with(Evidence::value("places", differences.places));
+    for difference in &differences.shown {
         let bytes = |what: &str, bytes: &[u8]| Evidence::Bytes {
             what: what.to_owned(),
             at: difference.at,

@@ -111,6 +111,15 @@ impl<'k> Memory<'k> {
             })
             .collect();
         areas.sort_by_key(|area| area.start);
+        // Of a guest that lies, too, one ends before the next begins: by that they are searched.
+        let mut end = 0;
+        areas.retain(|area| {
+            let fits = area.start >= end && area.end > area.start;
+            if fits {
+                end = area.end;
+            }
+            fits
+        });
         Ok(Some(Self {
             kernel,
             space,
@@ -139,17 +148,17 @@ impl<'k> Memory<'k> {
             while done < range.end {
                 let here = at.0.wrapping_add(done as u64);
                 let nth = self.areas.partition_point(|area| area.end <= here);
-                let (file, end) = match self.areas.get(nth) {
+                let (file, left) = match self.areas.get(nth) {
                     Some(area) if area.start <= here => {
                         let file = area
                             .file
                             .map(|(mapping, offset)| (mapping, offset.wrapping_add(here - area.start)));
-                        (Some(file), area.end)
+                        (Some(file), area.end - here)
                     }
-                    Some(area) => (None, area.start),
+                    Some(area) => (None, area.start - here),
                     None => (None, u64::MAX),
                 };
-                let len = (range.end - done).min(usize::try_from(end - here).unwrap_or(usize::MAX));
+                let len = (range.end - done).min(usize::try_from(left).unwrap_or(usize::MAX));
                 let part = done..done.saturating_add(len);
                 match (file, to.get_mut(part.clone())) {
                     // Memory of no file that nobody has written to yet is zeros.
@@ -168,6 +177,10 @@ impl<'k> Memory<'k> {
 
     /// Fills `to` from the cached pages of a file. Gives the parts that are not cached.
     fn cached(&mut self, mapping: Gva, offset: u64, to: &mut [u8], allowed: &mut u64) -> Vec<Range<usize>> {
+        // No file is so long (MAX_LFS_FILESIZE is 2^63 − 1): none of it can be cached.
+        if offset > i64::MAX as u64 - to.len() as u64 {
+            return std::iter::once(0..to.len()).collect();
+        }
         let limit = usize::try_from(self.kernel.memory().size() / PAGE).unwrap_or(usize::MAX);
         let cache = self.cache;
         let pages = self.known.entry(mapping.0).or_insert_with(|| {

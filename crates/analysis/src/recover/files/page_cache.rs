@@ -41,7 +41,7 @@ pub(crate) struct Stretch {
 /// What an `address_space` has in memory.
 #[derive(Debug, Default)]
 pub(crate) struct Pages {
-    /// By rising index.
+    /// By rising index, each behind the end of the one before.
     pub(crate) stretches: Vec<Stretch>,
     /// Numbers of pages that stand for something that was moved out: swapped, or dropped from memory.
     pub(crate) moved_out: Vec<(u64, u64)>,
@@ -90,8 +90,21 @@ impl<'k> PageCache<'k> {
             end: walk.end,
             ..Pages::default()
         };
+        let mut next = 0;
         for entry in walk.items {
             let count = entry.count.min(MAX_FOLIO);
+            let end = entry
+                .index
+                .checked_add(count)
+                .filter(|end| end.checked_mul(PAGE).is_some());
+            match end {
+                Some(end) if entry.index >= next && count > 0 => next = end,
+                // Of an honest tree none is within another.
+                _ => {
+                    out.astray += 1;
+                    continue;
+                }
+            }
             let Some(page) = entry.pointer() else {
                 out.moved_out.push((entry.index, count));
                 continue;
