@@ -154,7 +154,7 @@ impl Scrambled {
         (0..40).find_map(|_| {
             let distance = numbers.below(REACH.len());
             let object = numbers.of(&self.objects[distance]) & !7;
-            let at = Gva(object.wrapping_add(numbers.next() % REACH[distance] & !7));
+            let at = Gva(object.wrapping_add((numbers.next() % REACH[distance]) & !7));
             // A page table may be among what was scrambled.
             let offset = self.kernel.space().translate(at).ok()?.gpa.0;
             self.kernel.memory().read_u64(Gpa(offset)).ok()?;

@@ -138,7 +138,9 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             let looked = reader.mapping(findings, process, mapping, &space);
             findings.or_note("code of a process", looked);
             if reader.look_at == 0 || reader.compare == 0 {
-                findings.note("processes claim more code than there can be: the rest was not looked at");
+                findings.note(format!(
+                    "code of processes: no more was looked at after {MAX_LOOKED_AT} pages, or {MAX_COMPARED} of their own"
+                ));
                 return Ok(());
             }
         }
