@@ -182,9 +182,10 @@ impl Guest {
         const LARGE: u64 = 1 << 7;
         const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
         let len = self.map.len() as u64;
-        // SAFETY: inside the mapping, and all addresses are multiples of 8.
         let load = |gpa: u64| {
-            (gpa < len).then(|| unsafe { self.map.as_ptr().add(gpa as usize).cast::<u64>().read_volatile() })
+            // SAFETY: inside the mapping, and all addresses are multiples of 8.
+            let read = || unsafe { self.map.as_ptr().add(gpa as usize).cast::<u64>().read_volatile() };
+            (gpa < len).then(read)
         };
         let canonical = ((gva as i64) << 16 >> 16) as u64;
         if canonical != gva {
