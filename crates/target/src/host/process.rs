@@ -229,13 +229,15 @@ impl Process {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected form of stat"))
     }
 
-    /// Whether `child` was just made by this process and does not run a program of its own yet.
+    /// Whether `child` was just made by this process and does not run a program of its own yet, or no longer runs one: what it ran is gone
+    /// before its descriptors are (`do_exit`, kernel/exit.c), and that it has ended is said last.
     pub(crate) fn is_starting(self, child: Process) -> bool {
         let of_ours = child.stat().is_ok_and(|stat| stat.parent == self.pid);
         of_ours
-            && child
-                .exe()
-                .is_ok_and(|exe| self.exe().is_ok_and(|own| own == exe))
+            && match child.exe() {
+                Ok(exe) => self.exe().is_ok_and(|own| own == exe),
+                Err(error) => is_absent(&error),
+            }
     }
 
     /// Whether the process is gone or only a zombie remains of it.
@@ -367,6 +369,26 @@ mod tests {
             ["one title without a zero"]
         );
         assert_eq!(split_cmdline(b"\xff\xfe\0x\0").len(), 2);
+    }
+
+    #[test]
+    fn a_child_that_no_longer_runs_a_program_is_waited_for() {
+        let me = Process {
+            pid: std::process::id(),
+        };
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let other = Process { pid: child.id() };
+        // spawn() returns when it runs its program.
+        assert!(!me.is_starting(other));
+        child.kill().unwrap();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while !other.is_gone() {
+            assert!(std::time::Instant::now() < end);
+            std::thread::yield_now();
+        }
+        assert!(me.is_starting(other), "its parent has not been told yet");
+        child.wait().unwrap();
+        assert!(!me.is_starting(other));
     }
 
     #[test]
