@@ -22,6 +22,15 @@ impl Dice {
         self.0 ^= self.0 << 17;
         self.0 % sides
     }
+
+    /// One of some.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn one_of<T: Copy>(&mut self, some: &[T]) -> T {
+        let index = usize::try_from(self.roll(some.len() as u64)).expect("below a length");
+        *some.get(index).expect("below the length")
+    }
 }
 
 /// Asks again and again, for five minutes: a machine in a machine in a machine is slow.
@@ -52,6 +61,9 @@ mod tests {
         assert_eq!(rolls(8), rolls(9));
         assert_ne!(rolls(8), rolls(10));
         assert!((0..6).all(|side| rolls(0).contains(&side)));
+        let mut dice = Dice::new(0);
+        let some: Vec<char> = (0..200).map(|_| dice.one_of(&['a', 'b', 'c'])).collect();
+        assert!(['a', 'b', 'c'].iter().all(|one| some.contains(one)));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use vmsight_analysis::{
     Certainty, Check, Context, Evidence, Finding, Findings, Outcome, Severity, checks, run,
 };
 use vmsight_arch::{Gpa, Gva, Registers};
+use vmsight_lab::chance::Dice;
 use vmsight_linux::{Kernel, LinuxError};
 
 fn all(kernel: Kernel) -> Vec<Outcome> {
@@ -28,30 +29,18 @@ fn of<'o>(outcomes: &'o [Outcome], check: &str) -> &'o Outcome {
     outcomes.iter().find(|o| o.check == check).unwrap()
 }
 
-/// Numbers that are the same each time (xorshift64).
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    /// A word that leads somewhere more often than not.
-    fn word(&mut self, reach: u64) -> u64 {
-        let data = IMAGE + DATA.start + self.next() % reach / 8 * 8;
-        match self.next() % 16 {
-            0..=8 => data,
-            9 => IMAGE + TEXT.start + self.next() % (TEXT.end - TEXT.start),
-            10 => data + 1,
-            11 => data + 2,
-            12 => self.next() % 4096,
-            13 => 0xffff_ffff_c000_0000 + self.next() % 0x10_0000,
-            14 => self.next(),
-            _ => 0,
-        }
+/// A word that leads somewhere more often than not.
+fn word(dice: &mut Dice, reach: u64) -> u64 {
+    let data = IMAGE + DATA.start + dice.roll(reach) / 8 * 8;
+    match dice.roll(16) {
+        0..=8 => data,
+        9 => IMAGE + TEXT.start + dice.roll(TEXT.end - TEXT.start),
+        10 => data + 1,
+        11 => data + 2,
+        12 => dice.roll(4096),
+        13 => 0xffff_ffff_c000_0000 + dice.roll(0x10_0000),
+        14 => dice.roll(u64::MAX),
+        _ => 0,
     }
 }
 
@@ -65,13 +54,13 @@ fn memory_that_leads_anywhere() {
         (5, 0xd_0000),
         (6, 0x40),
     ] {
-        let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15 + seed);
+        let mut dice = Dice::new(0x9e37_79b9_7f4a_7c15 + 2 * seed);
         let mut guest = Guest::new();
         for at in RODATA.chain(DATA).step_by(8) {
-            guest.put(at, numbers.word(reach));
+            guest.put(at, word(&mut dice, reach));
         }
         for at in TEXT.step_by(8) {
-            guest.put(at, numbers.next());
+            guest.put(at, dice.roll(u64::MAX));
         }
         // One CPU, whose variables are where they are linked.
         guest.put(DATA.start, 0);

@@ -12,6 +12,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use vmsight_arch::{Gpa, Gva};
 use vmsight_lab::Format;
+use vmsight_lab::chance::Dice;
 use vmsight_linux::{AttachOptions, Kernel};
 use vmsight_memory::dump;
 
@@ -61,26 +62,6 @@ const REACH: [u64; 3] = [1536, 512, 256];
 const PATIENCE: &str = "60";
 /// What it may map, KiB: the dump of 512 MiB, stacks, and what it needs.
 const MEMORY: &str = "4194304";
-
-/// Numbers that are the same each time (xorshift64).
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
-    }
-
-    fn of<T: Copy>(&mut self, some: &[T]) -> T {
-        some[self.below(some.len())]
-    }
-}
 
 struct Scrambled {
     dump: Dump,
@@ -150,21 +131,21 @@ impl Scrambled {
     }
 
     /// A word of an object, where it lies in the dump and what it is. Rather a pointer than a number.
-    fn word(&self, numbers: &mut Numbers) -> Option<(u64, u64)> {
+    fn word(&self, dice: &mut Dice) -> Option<(u64, u64)> {
         (0..40).find_map(|_| {
-            let distance = numbers.below(REACH.len());
-            let object = numbers.of(&self.objects[distance]) & !7;
-            let at = Gva(object.wrapping_add((numbers.next() % REACH[distance]) & !7));
+            let distance = dice.roll(REACH.len() as u64) as usize;
+            let object = dice.one_of(&self.objects[distance]) & !7;
+            let at = Gva(object.wrapping_add(dice.roll(REACH[distance]) & !7));
             // A page table may be among what was scrambled.
             let offset = self.kernel.space().translate(at).ok()?.gpa.0;
             self.kernel.memory().read_u64(Gpa(offset)).ok()?;
             let is = self.kernel.space().read_u64(at).ok()?;
-            (is_kernel(is) || numbers.below(4) == 0).then_some((offset, is))
+            (is_kernel(is) || dice.roll(4) == 0).then_some((offset, is))
         })
     }
 
     /// What comes in the place of a word.
-    fn other(&self, is: u64, numbers: &mut Numbers) -> u64 {
+    fn other(&self, is: u64, dice: &mut Dice) -> u64 {
         const NUMBERS: [u64; 9] = [
             0,
             1,
@@ -176,22 +157,22 @@ impl Scrambled {
             0x1_0000,
             0x4141_4141_4141_4141,
         ];
-        let distance = numbers.below(self.objects.len());
-        match numbers.below(8) {
-            0..4 if is_kernel(is) => numbers.of(&self.objects[distance]),
+        let distance = dice.roll(self.objects.len() as u64) as usize;
+        match dice.roll(8) {
+            0..4 if is_kernel(is) => dice.one_of(&self.objects[distance]),
             4..6 if is_kernel(is) => {
-                is.wrapping_add(numbers.of(&[8, 16, 64, 4096, 1, u64::MAX - 7, u64::MAX - 63]))
+                is.wrapping_add(dice.one_of(&[8, 16, 64, 4096, 1, u64::MAX - 7, u64::MAX - 63]))
             }
-            6 => numbers.next(),
-            _ => numbers.of(&NUMBERS),
+            6 => dice.roll(u64::MAX),
+            _ => dice.one_of(&NUMBERS),
         }
     }
 
     /// Replaces so many words. Gives where, what was there and what is there now.
-    fn scramble(&self, many: usize, numbers: &mut Numbers) -> Vec<(u64, u64, u64)> {
+    fn scramble(&self, many: usize, dice: &mut Dice) -> Vec<(u64, u64, u64)> {
         let words = (0..many).filter_map(|_| {
-            let (offset, is) = self.word(numbers)?;
-            let other = self.other(is, numbers);
+            let (offset, is) = self.word(dice)?;
+            let other = self.other(is, dice);
             self.put(offset, other);
             Some((offset, is, other))
         });
@@ -242,10 +223,10 @@ fn limited(args: &[&str]) -> Output {
 #[test]
 fn whatever_its_objects_hold_every_listing_ends() {
     let guest = Scrambled::new();
-    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let mut dice = Dice::new(0x9e37_79b9_7f4a_7c15);
     for round in 0..ROUNDS {
-        let many = numbers.of(&[5, 20, 60, 200]);
-        let scrambled = guest.scramble(many, &mut numbers);
+        let many = dice.one_of(&[5, 20, 60, 200]);
+        let scrambled = guest.scramble(many, &mut dice);
         let form = if round % 2 == 0 {
             ["-o", "json"]
         } else {
