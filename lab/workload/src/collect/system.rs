@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use vmsight_workload::{
     Cgroup, Container, KmsgRecord, MemoryRange, Module, Mount, MountNamespace, Process, Slabs, System, Text,
 };
@@ -77,11 +77,7 @@ pub(super) fn system() -> Result<System> {
                 Some((Text::from(*words.first()?), words.get(2)?.parse().ok()?))
             })
             .collect(),
-        module_areas: String::from_utf8_lossy(&files::bytes("/proc/vmallocinfo")?)
-            .lines()
-            .filter_map(area)
-            .filter(|(start, _)| *start >= 0xffff_ffff_8000_0000)
-            .collect(),
+        module_areas: module_areas()?,
         vmcoreinfo: files::string("/sys/kernel/vmcoreinfo").ok().and_then(|line| {
             let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
             let (address, size) = line.split_once(' ')?;
@@ -103,6 +99,30 @@ fn cpus_in(list: &str) -> Option<u32> {
             (last.parse::<u32>().ok()? + 1).checked_sub(first.parse().ok()?)
         })
         .sum()
+}
+
+/// The areas of the kernel's memory in the top 2 GiB.
+///
+/// The file is read in pieces, each from the area of some number on: where one before that was given back meanwhile, another is left out. So it
+/// is read until it says the same twice.
+fn module_areas() -> Result<Vec<(u64, u64)>> {
+    let read = || -> Result<Vec<(u64, u64)>> {
+        let text = files::bytes("/proc/vmallocinfo")?;
+        let areas = String::from_utf8_lossy(&text);
+        let areas = areas.lines().filter_map(area);
+        Ok(areas
+            .filter(|(start, _)| *start >= 0xffff_ffff_8000_0000)
+            .collect())
+    };
+    let mut last = read()?;
+    for _ in 0..100 {
+        let again = read()?;
+        if again == last {
+            return Ok(last);
+        }
+        last = again;
+    }
+    bail!("/proc/vmallocinfo says something else each time")
 }
 
 /// A line of /proc/vmallocinfo: `0xSTART-0xEND size caller …`.
