@@ -18,8 +18,10 @@ use super::member::{Member, Structure};
 const MODULE: &str = "nf_conntrack";
 /// Chains of the table: it has 2^18 by default on large machines.
 const MAX_CHAINS: u64 = 1 << 24;
+/// Connections of one listing.
+const MAX_ROWS: usize = 1 << 20;
 /// Nodes of all chains: each connection has one for each direction.
-const MAX_NODES: usize = 2 << 20;
+const MAX_NODES: usize = 2 * MAX_ROWS;
 /// Chains that are read at once.
 const AT_ONCE: u64 = 512;
 
@@ -208,6 +210,10 @@ impl<'k> Reader<'k> {
                 let end = walk.end.warning("a chain of connections");
                 end.into_iter().for_each(|w| out.warn(w));
                 for node in walk.items {
+                    if out.rows.len() >= MAX_ROWS {
+                        out.warn(format!("connections: cut after {MAX_ROWS}"));
+                        return Ok(());
+                    }
                     match self.connection(node, &mut seen) {
                         Ok(Some(row)) => out.rows.push(row),
                         Ok(None) => {}

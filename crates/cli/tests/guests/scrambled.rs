@@ -16,7 +16,7 @@ use vmsight_lab::chance::Dice;
 use vmsight_linux::{AttachOptions, Kernel};
 use vmsight_memory::dump;
 
-use crate::support::{Dump, command, objects, prepared, text, vmsight};
+use crate::support::{Dump, command, harmless, objects, prepared, text, vmsight};
 
 /// What is asked, one of these after the other.
 const LISTINGS: [&[&str]; 33] = [
@@ -242,13 +242,8 @@ fn whatever_its_objects_hold_every_listing_ends() {
             if form[0] == "-o" && !out.stdout.is_empty() {
                 objects(&out.stdout).unwrap_or_else(|e| panic!("{args:?}: {e}; of {scrambled:x?}"));
             }
-            let acts = |c: char| c.is_control() && c != '\n';
-            for printed in [text(&out.stdout), err] {
-                let bad = printed.lines().find(|line| line.chars().any(acts));
-                assert!(
-                    bad.is_none(),
-                    "{args:?}: a terminal acts on {bad:?}; of {scrambled:x?}"
-                );
+            for printed in [&out.stdout, &out.stderr] {
+                harmless(&format!("{args:?} of {scrambled:x?}"), printed);
             }
         }
         for (offset, was, _) in scrambled.into_iter().rev() {

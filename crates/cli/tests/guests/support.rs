@@ -36,6 +36,18 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// Nothing that a terminal acts on, and no text direction that hides what follows.
+pub(crate) fn harmless(what: &str, bytes: &[u8]) {
+    let shown = text(bytes);
+    let acts = |c: char| {
+        (c.is_control() && c != '\n')
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if let Some(line) = shown.lines().find(|line| line.chars().any(acts)) {
+        panic!("{what} prints what a terminal acts on: {line:?}");
+    }
+}
+
 /// What it says on standard error, when it must end with this exit code and must not panic.
 pub(crate) fn ends_with(code: i32, args: &[&str]) -> String {
     let out = vmsight(args);
