@@ -1,8 +1,10 @@
 //! `struct list_head`: circular, doubly linked (include/linux/list.h).
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, ScopedJoinHandle};
 
+use rustc_hash::FxHashMap;
 use vmsight_arch::Gva;
 use vmsight_memory::{AddressSpace, ReadError};
 
@@ -23,26 +25,36 @@ pub struct ListWalk {
 /// A cycle that leaves the head out needs an element with two predecessors, and `prev` can name only one of them. So elements are
 /// remembered only from the first disagreement on: an honest list pays nothing for the detection.
 pub fn walk(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
-    walk_links(head, limit, |at| links(space, at))
+    walk_links(head, limit, |at| links(space, at), |_| None).0
 }
 
 /// [`walk`] of a list that may have very many elements.
 ///
 /// Each element is known only when the one before it was read, so that nearly all of the time is waiting: for memory, and where a dump is
-/// mapped for the first time, for the system. Of a long list another thread therefore touches the elements from the last one on.
-pub fn walk_long(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
-    let over = AtomicBool::new(false);
+/// mapped for the first time, for the system. A long list is therefore followed from its other end as well, by another thread, until the
+/// two meet.
+pub(crate) fn walk_long(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
+    let from_behind = FromBehind::default();
     thread::scope(|scope| {
-        let mut read = 0usize;
-        let out = walk_links(head, limit, |at| {
-            read += 1;
-            if read == LONG && is_worth_touching(space) {
+        let (mut count, mut other) = (0usize, None);
+        let mut marks = Marks::default();
+        let read = |at| {
+            count += 1;
+            if count == LONG && is_worth_two(space) {
                 // Without the thread, it takes longer and is as right.
-                let _ = thread::Builder::new().spawn_scoped(scope, || touch(space, head, limit, &over));
+                let walk = || from_behind.walk(head, limit, |at| links(space, at));
+                other = thread::Builder::new().spawn_scoped(scope, walk).ok();
             }
             links(space, at)
-        });
-        over.store(true, Ordering::Relaxed);
+        };
+        let (mut out, met) = walk_links(head, limit, read, |at| marks.find(&from_behind, at));
+        from_behind.over.store(true, Ordering::Relaxed);
+        let Some(known) = met else { return out };
+        match other.map(ScopedJoinHandle::join) {
+            Some(Ok(behind)) => out.walk.items.extend(behind.iter().take(known).rev()),
+            // Nobody is left who knows the rest.
+            Some(Err(_)) | None => return walk(space, head, limit),
+        }
         out
     })
 }
@@ -50,23 +62,74 @@ pub fn walk_long(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
 /// From so many elements on a thread costs less than it saves.
 const LONG: usize = 512;
 
-/// In memory that must be asked for, what one thread has asked for another must ask for again.
-fn is_worth_touching(space: &AddressSpace) -> bool {
+/// Whether two threads are faster: what one has asked for of memory that must be asked for, another must ask for again.
+fn is_worth_two(space: &AddressSpace) -> bool {
     space.memory().is_all_mapped() && thread::available_parallelism().is_ok_and(|n| n.get() > 1)
 }
 
-/// Follows `prev` from `head` until the walk in the other direction is over. What is found this way is not believed, only read: it is then
-/// mapped, and in the cache of the processors.
-fn touch(space: &AddressSpace, head: Gva, limit: usize, over: &AtomicBool) {
-    let mut at = head;
-    for _ in 0..limit {
-        if over.load(Ordering::Relaxed) {
-            break;
+/// The walk from the other end.
+#[derive(Debug, Default)]
+struct FromBehind {
+    /// Whether nobody waits for it any more.
+    over: AtomicBool,
+    /// Every [`MARK`]th element, with its number from the end, 1 for the last …
+    marks: Mutex<Vec<(Gva, usize)>>,
+    /// … and how many there are.
+    published: AtomicUsize,
+}
+
+/// Elements from one mark to the next.
+const MARK: usize = 32;
+
+impl FromBehind {
+    /// The elements from the last one on, each of which names the one before it here as the one behind it. So they are different ones:
+    /// whoever follows `next` from any of them comes to `head`, each with another number of steps.
+    fn walk(
+        &self,
+        head: Gva,
+        limit: usize,
+        links: impl Fn(Gva) -> Result<(Gva, Gva), ReadError>,
+    ) -> Vec<Gva> {
+        let mut out = Vec::new();
+        let (mut behind, mut at) = match links(head) {
+            Ok((_, last)) => (head, last),
+            Err(_) => return out,
+        };
+        while at != head && out.len() < limit && !self.over.load(Ordering::Relaxed) {
+            let before = match links(at) {
+                Ok((next, prev)) if next == behind => prev,
+                _ => break,
+            };
+            out.push(at);
+            if out.len() % MARK == 0 {
+                let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+                marks.push((at, out.len()));
+                self.published.store(marks.len(), Ordering::Relaxed);
+            }
+            (behind, at) = (at, before);
         }
-        match space.read_u64(at.wrapping_add(8)) {
-            Ok(prev) if prev != head.0 => at = Gva(prev),
-            _ => break,
+        out
+    }
+}
+
+/// The marks of a walk from behind that the walk from the front has seen.
+#[derive(Debug, Default)]
+struct Marks {
+    seen: usize,
+    numbers: FxHashMap<u64, usize>,
+}
+
+impl Marks {
+    /// The number from the end of the element at `at`, if it is a mark.
+    fn find(&mut self, walk: &FromBehind, at: Gva) -> Option<usize> {
+        if walk.published.load(Ordering::Relaxed) != self.seen {
+            let marks = walk.marks.lock().unwrap_or_else(PoisonError::into_inner);
+            let new = marks.get(self.seen..).unwrap_or_default();
+            self.numbers
+                .extend(new.iter().map(|&(mark, number)| (mark.0, number)));
+            self.seen = marks.len();
         }
+        self.numbers.get(&at.0).copied()
     }
 }
 
@@ -78,11 +141,14 @@ fn links(space: &AddressSpace, at: Gva) -> Result<(Gva, Gva), ReadError> {
     Ok((Gva(both as u64), Gva((both >> 64) as u64)))
 }
 
+/// The walk, by `links`. It ends before an element of which `known` says that so many from it on are known to end the list: then their
+/// number is returned, too.
 fn walk_links(
     head: Gva,
     limit: usize,
     mut links: impl FnMut(Gva) -> Result<(Gva, Gva), ReadError>,
-) -> ListWalk {
+    mut known: impl FnMut(Gva) -> Option<usize>,
+) -> (ListWalk, Option<usize>) {
     let mut out = ListWalk {
         walk: Walk::new(),
         uneven: 0,
@@ -93,7 +159,7 @@ fn walk_links(
         Ok((next, _)) => next,
         Err(error) => {
             out.walk.end = End::Unreadable { at: head, error };
-            return out;
+            return (out, None);
         }
     };
     while at != head {
@@ -119,6 +185,12 @@ fn walk_links(
             out.uneven += 1;
             seen.get_or_insert_with(|| out.walk.items.iter().map(|g: &Gva| g.0).collect());
         }
+        // Where nothing is uneven, what was found from either end makes one list.
+        if out.uneven == 0
+            && let Some(number) = known(at).filter(|number| out.walk.items.len() + number <= limit)
+        {
+            return (out, Some(number));
+        }
         if let Some(seen) = &mut seen
             && !seen.insert(at.0)
         {
@@ -129,7 +201,7 @@ fn walk_links(
         from = at;
         at = next;
     }
-    out
+    (out, None)
 }
 
 #[cfg(test)]
@@ -140,10 +212,11 @@ mod tests {
 
     fn run(list: &[(u64, u64, u64)], limit: usize) -> ListWalk {
         let map: HashMap<u64, (u64, u64)> = list.iter().map(|&(at, next, prev)| (at, (next, prev))).collect();
-        walk_links(Gva(1), limit, |at| {
+        let links = |at: Gva| {
             let (next, prev) = map.get(&at.0).copied().unwrap_or((0, 0));
             Ok((Gva(next), Gva(prev)))
-        })
+        };
+        walk_links(Gva(1), limit, links, |_| None).0
     }
 
     #[test]
@@ -172,7 +245,8 @@ mod tests {
 
     #[test]
     fn an_endless_list_is_cut_and_a_null_link_is_named() {
-        let endless = walk_links(Gva(1), 50, |at| Ok((at.wrapping_add(1), at.wrapping_sub(1))));
+        let links = |at: Gva| Ok((at.wrapping_add(1), at.wrapping_sub(1)));
+        let endless = walk_links(Gva(1), 50, links, |_| None).0;
         assert_eq!(endless.walk.items.len(), 50);
         assert!(matches!(endless.walk.end, End::Bound { limit: 50 }));
         let out = run(&[(1, 10, 30), (10, 0, 1)], 100);

@@ -2,8 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vmsight_arch::Gpa;
-use vmsight_linux::process_tree;
+use vmsight_arch::{Gpa, Gva};
+use vmsight_linux::structures::list::walk;
+use vmsight_linux::{ProcessFields, process_tree};
 
 use crate::synthetic::{DIRECT_MAP, Guest, offset};
 use crate::{fields, list, tasks, three};
@@ -48,7 +49,12 @@ fn processes_that_are_read_together_stay_apart() {
             }
             let cmdline =
                 Some(format!("/bin/p{pid} --of {pid}")).filter(|_| !matches!(pid % 10, 2 | 3 | 5 | 6));
-            assert_eq!(row.cmdline, cmdline, "{pid}: {:?}", row.problems);
+            assert_eq!(
+                row.cmdline.as_deref(),
+                cmdline.as_deref(),
+                "{pid}: {:?}",
+                row.problems
+            );
             let field = |name| row.problems.iter().any(|problem| problem.field == name);
             assert_eq!(field("threads"), pid % 10 == 1, "{pid}: {:?}", row.problems);
             assert_eq!(field("uid"), pid % 10 == 4, "{pid}: {:?}", row.problems);
@@ -137,6 +143,46 @@ fn a_long_list_is_what_its_forward_links_say_wherever_the_others_lead() {
             .iter()
             .any(|w| w.contains("the backward links of 1 tasks"));
         assert_eq!(told, at != head, "{:?}", listing.warnings);
+    }
+}
+
+#[test]
+fn a_list_from_both_ends_is_the_list_from_its_beginning() {
+    const MANY: usize = 3000;
+    let mut guest = Guest::new(96);
+    let init = guest.init;
+    let all: Vec<u64> = (1..=MANY)
+        .map(|pid| guest.process(pid as i32, "p", init))
+        .collect();
+    let at = |index: usize| tasks(all[index]);
+    let mut lies = vec![(at(0), at(1))];
+    // Forward links that leave some out, that lead back, nowhere and out of the list, where either thread comes first or both meet.
+    for from in [10, 600, 1500, 1756, 2400, MANY - 2] {
+        let to = [
+            at(from + 1),
+            at(from / 2),
+            at(MANY - 1),
+            at(from),
+            0,
+            0xdead_0000_0000_0000,
+            tasks(init),
+        ];
+        lies.extend(to.map(|to| (at(from), to)));
+    }
+    for (place, lie) in lies {
+        let truth = guest.get(place);
+        guest.put(place, lie);
+        let kernel = guest.kernel();
+        let expected = walk(kernel.space(), Gva(tasks(init)), MANY);
+        let is_sound = expected.walk.end.is_complete() && expected.uneven == 0;
+        let expected: Vec<u64> = expected.walk.items.iter().map(|item| item.0).collect();
+        for _ in 0..5 {
+            let listing = kernel.processes(ProcessFields::empty()).unwrap();
+            let found = listing.rows.iter().map(|row| tasks(row.task.0));
+            assert!(found.eq(expected.iter().copied()), "{place:#x} -> {lie:#x}");
+            assert_eq!(listing.warnings.is_empty(), is_sound, "{:?}", listing.warnings);
+        }
+        guest.put(place, truth);
     }
 }
 
