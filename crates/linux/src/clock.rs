@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use compact_str::CompactString;
 use vmsight_arch::Gva;
 
 use crate::layout::{Field, Layout, Place, layout};
@@ -102,8 +103,9 @@ impl Clock {
     }
 
     /// The wall-clock time of a moment given in nanoseconds since boot, as RFC 3339 in UTC with milliseconds.
-    pub(crate) fn wall(&self, since_boot: u64) -> Option<String> {
-        rfc3339(self.boot.checked_add(i64::try_from(since_boot).ok()?)?)
+    pub(crate) fn wall(&self, since_boot: u64) -> Option<CompactString> {
+        let text = written(self.boot.checked_add(i64::try_from(since_boot).ok()?)?)?;
+        CompactString::from_utf8(text).ok()
     }
 }
 
@@ -117,6 +119,10 @@ pub fn boot_time(kernel: &Kernel) -> Result<i64, LinuxError> {
 
 /// Nanoseconds since 1970 as `2026-11-23T08:06:47.123Z`. `None` outside the years 0 to 9999.
 pub fn rfc3339(nanoseconds: i64) -> Option<String> {
+    written(nanoseconds).map(|text| String::from_utf8_lossy(&text).into_owned())
+}
+
+fn written(nanoseconds: i64) -> Option<[u8; 24]> {
     let seconds = nanoseconds.div_euclid(SECOND);
     let millis = nanoseconds.rem_euclid(SECOND) / 1_000_000;
     let (days, second) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
@@ -154,7 +160,7 @@ pub fn rfc3339(nanoseconds: i64) -> Option<String> {
             rest /= 10;
         }
     }
-    Some(String::from_utf8_lossy(&text).into_owned())
+    Some(text)
 }
 
 #[cfg(test)]

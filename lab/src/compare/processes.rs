@@ -127,6 +127,11 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
     }
 }
 
+/// The strings of a row, if it has them.
+fn all(strings: Option<&[impl ToString]>) -> Option<Vec<String>> {
+    strings.map(|strings| strings.iter().map(ToString::to_string).collect())
+}
+
 /// Arguments and environment, which lie in the process's own memory. The workload has the whole pages of one process's arguments paged
 /// out after its account was taken: of these what comes before is shown, and why there is no more. Nothing else may be missing.
 fn strings(
@@ -163,14 +168,11 @@ fn strings(
         .collect();
     out.same(at("problems"), seen, missing);
     let cmdline = argv.as_ref().map(|argv| argv.join(" "));
-    out.same(at("argv"), row.argv.as_ref(), argv.as_ref());
-    out.same(at("cmdline"), row.cmdline.as_ref(), cmdline.as_ref());
+    out.same(at("argv"), all(row.argv.as_deref()), argv);
+    out.same(at("cmdline"), row.cmdline.as_deref(), cmdline.as_deref());
     let environ: Vec<String> = said.environ.iter().map(spelt).collect();
-    out.same(
-        at("environ"),
-        row.environ.as_ref(),
-        said.vm.is_some().then_some(&environ),
-    );
+    let environ = said.vm.is_some().then_some(environ);
+    out.same(at("environ"), all(row.environ.as_deref()), environ);
 }
 
 /// Strings as they lie in memory, each with its NUL.

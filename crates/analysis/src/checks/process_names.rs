@@ -80,7 +80,7 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             continue;
         }
         let argument = process.argv.as_ref().and_then(|argv| argv.first());
-        let argument = argument.map_or("", String::as_str);
+        let argument = argument.map_or("", |argument| argument.as_str());
         let explanation = if is_kernels(&process.name) || is_thread(&threads, &process.name) {
             "a program has the name of a thread of the kernel's"
         } else if poses(&threads, argument) {

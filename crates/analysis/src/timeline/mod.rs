@@ -219,12 +219,12 @@ fn processes(kernel: &Kernel, out: &mut Gathered) -> Result<(), LinuxError> {
         };
         out.add(Event {
             pid: Some(process.pid),
-            subject: process.cmdline,
-            name: Some(process.name),
+            subject: process.cmdline.map(String::from),
+            name: Some(process.name.into()),
             ..event(
                 Kind::Process,
                 "started",
-                time,
+                time.into(),
                 "task_struct.start_boottime",
                 Clock::SinceBoot,
             )

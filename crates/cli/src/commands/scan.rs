@@ -233,7 +233,7 @@ impl Cmd {
                 let holder = Holder {
                     owner: Owner::Process,
                     pid: Some(pid),
-                    name: Some(process.name.clone()),
+                    name: Some(process.name.clone().into()),
                     gva: Some(gva),
                     place: map.map(|m| m.path.clone().unwrap_or_else(|| "anonymous memory".to_owned())),
                 };

@@ -30,7 +30,7 @@ impl Forgery {
         let tasks = listing
             .rows
             .iter()
-            .map(|row| (row.name.clone(), row.task))
+            .map(|row| (row.name.to_string(), row.task))
             .collect();
         Forgery {
             honest: processes(&vm.guest),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use serde_json::{Map, Value};
 use vmsight_lab::{Format, Guest};
 
 use crate::support::{Dump, harmless, listed, objects, prepared, processes, rows, text, unprepared, vmsight};
@@ -98,7 +99,7 @@ fn every_command(target: &str, more: &[(&str, &[&str])]) {
 
 fn processes_and_modules(target: &str, guest: &Guest) {
     assert_eq!(listed(&rows(&["ps", target])), processes(guest), "ps {target}");
-    let names = |rows: Vec<serde_json::Map<String, serde_json::Value>>| -> BTreeSet<String> {
+    let names = |rows: Vec<Map<String, Value>>| -> BTreeSet<String> {
         rows.iter()
             .map(|row| row["name"].as_str().unwrap().to_owned())
             .collect()
@@ -140,6 +141,24 @@ fn columns_are_the_same_whatever_the_rows_hold() {
     let out = vmsight(&["ps", &vm.target, "--columns", "pid,nonsense"]);
     assert_eq!(out.status.code(), Some(2));
     assert!(text(&out.stderr).contains("nonsense"), "{}", text(&out.stderr));
+}
+
+/// Of a process is read what is shown, and no more: what each column needs must be known.
+#[test]
+fn a_column_alone_says_what_it_says_among_all() {
+    let vm = prepared();
+    let dump = Dump::of(&vm.guest, Format::Elf);
+    let whole = rows(&["ps", dump.target()]);
+    let columns: Vec<&String> = whole[0].keys().filter(|key| *key != "problems").collect();
+    // Those of `struct cred` and `struct signal_struct`, and all others.
+    assert!(columns.len() > 50, "{columns:?}");
+    for column in columns {
+        let alone = rows(&["ps", dump.target(), "--columns", column]);
+        let values = |rows: &[Map<String, Value>]| -> Vec<Value> {
+            rows.iter().map(|row| row[column.as_str()].clone()).collect()
+        };
+        assert_eq!(values(&alone), values(&whole), "{column}");
+    }
 }
 
 #[test]

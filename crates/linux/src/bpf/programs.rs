@@ -121,7 +121,11 @@ impl Programs {
         row.references = Some(a.references.read(space, aux)?);
         let loaded = a.load_time.read(space, aux)?;
         row.loaded_ns = Some(loaded);
-        row.load_time = self.clock.as_ref().and_then(|clock| clock.wall(loaded));
+        row.load_time = self
+            .clock
+            .as_ref()
+            .and_then(|clock| clock.wall(loaded))
+            .map(String::from);
         if let Some(verified) = &a.verified {
             row.verified_instructions = Some(verified.read(space, aux)?);
         }

@@ -149,7 +149,7 @@ impl Kernel {
                     watched: Watched::Thread {
                         pid: thread.pid,
                         tid: thread.tid,
-                        name: thread.name.clone(),
+                        name: thread.name.clone().into(),
                     },
                     address,
                 });

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use bitflags::bitflags;
+use compact_str::CompactString;
 use serde::Serialize;
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
 use crate::budget::{NO_ROOM, Share};
+use crate::layout::Extent;
 use crate::listing::{Problem, address};
 use crate::path::GuestPath;
 
@@ -16,8 +18,8 @@ bitflags! {
     /// further reads in the guest and is read only if it is asked for.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct ProcessFields: u32 {
-        /// uid, euid, …, gid, …, groups, the capability sets, user namespace.
-        const CREDENTIALS = 1 << 0;
+        /// Real, effective, saved and file-system ids of user and group.
+        const IDS = 1 << 0;
         /// seccomp mode and filters, no_new_privs.
         const SECCOMP = 1 << 1;
         /// Start time.
@@ -26,8 +28,8 @@ bitflags! {
         const TIMES = 1 << 3;
         /// Nice value, priority, policy, CPU.
         const SCHED = 1 << 4;
-        /// Threads, session, process group, controlling terminal, oom_score_adj.
-        const SIGNAL = 1 << 5;
+        /// Number of threads.
+        const THREADS = 1 << 5;
         /// Pids in the nested namespaces and all namespaces' inode numbers.
         const NAMESPACES = 1 << 6;
         /// Control groups and container.
@@ -42,13 +44,36 @@ bitflags! {
         const EXE = 1 << 11;
         /// Working and root directory.
         const CWD = 1 << 12;
+        /// Supplementary groups.
+        const GROUPS = 1 << 13;
+        /// The capability sets.
+        const CAPABILITIES = 1 << 14;
+        /// User namespace.
+        const USER_NS = 1 << 15;
+        /// Session, process group, controlling terminal.
+        const SESSION = 1 << 16;
+        /// oom_score_adj.
+        const OOM = 1 << 17;
+        /// All that `struct cred` says.
+        const CREDENTIALS = Self::IDS.bits() | Self::GROUPS.bits() | Self::CAPABILITIES.bits() | Self::USER_NS.bits();
+        /// All that `struct signal_struct` says but CPU time.
+        const SIGNAL = Self::THREADS.bits() | Self::SESSION.bits() | Self::OOM.bits();
+    }
+}
+
+impl ProcessFields {
+    /// Where the members lie that these fields come from, of `all` members with the fields that come from each.
+    pub(crate) fn extents(self, all: &[(Self, Extent)]) -> impl Iterator<Item = Extent> {
+        all.iter()
+            .filter(move |(fields, _)| self.intersects(*fields))
+            .map(|(_, extent)| *extent)
     }
 }
 
 impl Default for ProcessFields {
     /// What the table of `vmsight ps` shows.
     fn default() -> Self {
-        Self::CREDENTIALS | Self::START | Self::SIGNAL | Self::CMDLINE
+        Self::IDS | Self::START | Self::THREADS | Self::CMDLINE
     }
 }
 
@@ -67,17 +92,17 @@ pub struct Process {
     /// Pids from the root namespace down to its own: the NSpid line of /proc/PID/status.
     pub ns_pids: Option<Vec<i32>>,
     /// `comm`, at most 15 bytes; of kernel threads the whole name, which may be longer (5.17 on).
-    pub name: String,
+    pub name: CompactString,
     /// The letter that ps shows: R running, S sleeping, D uninterruptible, T stopped, t traced, X dead, Z zombie, P parked, I idle.
     pub state: char,
     /// Whether it is a thread of the kernel's.
     pub kernel_thread: bool,
     /// Arguments joined by spaces; `None` for kernel threads and zombies, which have none.
-    pub cmdline: Option<String>,
+    pub cmdline: Option<CompactString>,
     /// Arguments one by one.
-    pub argv: Option<Vec<String>>,
+    pub argv: Option<Vec<CompactString>>,
     /// Environment, `NAME=value` each.
-    pub environ: Option<Vec<String>>,
+    pub environ: Option<Vec<CompactString>>,
     /// Path of the executable, " (deleted)" appended if it is.
     pub exe: Option<String>,
     /// Working directory.
@@ -126,7 +151,7 @@ pub struct Process {
     /// Start, in ticks of 10 ms since boot: field 22 of /proc/PID/stat.
     pub start_ticks: Option<u64>,
     /// Start by the guest's wall clock, RFC 3339 in UTC.
-    pub start_time: Option<String>,
+    pub start_time: Option<CompactString>,
     /// Time in user mode in ticks of 10 ms, as /proc/PID/stat: that of all threads, gone ones included.
     pub utime_ticks: Option<u64>,
     /// Time in kernel mode.
@@ -206,7 +231,7 @@ impl Process {
             tgid: 0,
             ns_pid: None,
             ns_pids: None,
-            name: String::new(),
+            name: CompactString::default(),
             state: '?',
             kernel_thread: false,
             cmdline: None,

@@ -130,7 +130,15 @@ pub(crate) struct ProcessReader {
 struct SignalReader {
     layout: Arc<SignalLayout>,
     spans: Spans,
+    session: Option<SessionReader>,
+}
+
+/// What is needed for [`ProcessFields::SESSION`].
+#[derive(Debug)]
+struct SessionReader {
+    /// Where the session's `struct pid` is in the array of them …
     sid: usize,
+    /// … and the process group's.
     pgrp: usize,
     tty: TtyReader,
 }
@@ -226,18 +234,18 @@ impl ProcessReader {
                 None
             },
             cred: if has(ProcessFields::CREDENTIALS) {
-                Some(CredReader::new(kernel)?)
+                Some(CredReader::new(kernel, fields)?)
             } else {
                 None
             },
             mm,
             rss,
-            pids: if has(ProcessFields::SIGNAL | ProcessFields::NAMESPACES) {
+            pids: if has(ProcessFields::SESSION | ProcessFields::NAMESPACES) {
                 Some(PidReader::new(kernel)?)
             } else {
                 None
             },
-            namespaces: if has(ProcessFields::NAMESPACES | ProcessFields::CREDENTIALS) {
+            namespaces: if has(ProcessFields::NAMESPACES | ProcessFields::USER_NS) {
                 Some(NamespaceReader::new(kernel)?)
             } else {
                 None
@@ -384,8 +392,10 @@ impl ProcessReader {
             );
         }
         for slot in slots.iter_mut().filter(read) {
-            if let (Some(reader), Some(pids)) = (&self.signal, &self.pids) {
-                for index in [reader.sid, reader.pgrp] {
+            if let (Some(reader), Some(pids)) = (&self.signal, &self.pids)
+                && let Some(session) = &reader.session
+            {
+                for index in [session.sid, session.pgrp] {
                     pids.prefetch(reader.pid_at(&slot.signal.buffer, index));
                 }
             }
@@ -438,15 +448,27 @@ impl SignalReader {
     fn new(kernel: &Kernel, fields: ProcessFields) -> Result<Self, LinuxError> {
         let layout: Arc<SignalLayout> = kernel.layout()?;
         let extents = [
-            layout.nr_threads.extent(),
-            layout.pids.extent(),
-            layout.tty.extent(),
-            layout.oom_score_adj.extent(),
+            (ProcessFields::THREADS, layout.nr_threads.extent()),
+            (ProcessFields::SESSION, layout.pids.extent()),
+            (ProcessFields::SESSION, layout.tty.extent()),
+            (ProcessFields::OOM, layout.oom_score_adj.extent()),
+            (ProcessFields::TIMES, layout.utime.extent()),
+            (ProcessFields::TIMES, layout.stime.extent()),
+            (ProcessFields::TIMES, layout.runtime.extent()),
         ];
-        let times = [&layout.utime, &layout.stime, &layout.runtime].map(|field| field.extent());
-        let times = times.iter().filter(|_| fields.contains(ProcessFields::TIMES));
-        let extents = extents.iter().chain(times).copied();
-        let spans = Spans::covering("signal_struct", kernel.release(), extents)?;
+        let spans = Spans::covering("signal_struct", kernel.release(), fields.extents(&extents))?;
+        let session = fields.contains(ProcessFields::SESSION);
+        let session = session.then(|| SessionReader::new(kernel)).transpose()?;
+        Ok(Self {
+            layout,
+            spans,
+            session,
+        })
+    }
+}
+
+impl SessionReader {
+    fn new(kernel: &Kernel) -> Result<Self, LinuxError> {
         // `enum pid_type` has had this order since 4.19.
         let index = |name, usual| {
             kernel
@@ -456,8 +478,6 @@ impl SignalReader {
                 .unwrap_or(usual)
         };
         Ok(Self {
-            layout,
-            spans,
             pgrp: index("PIDTYPE_PGID", 2),
             sid: index("PIDTYPE_SID", 3),
             tty: TtyReader::new(kernel)?,

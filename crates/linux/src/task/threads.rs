@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use compact_str::CompactString;
 use rustc_hash::FxHashMap;
 use serde::Serialize;
 use vmsight_arch::Gva;
@@ -28,7 +29,7 @@ pub struct Thread {
     /// The process it belongs to.
     pub pid: i32,
     /// `comm` of this very thread; of kernel threads the whole name (5.17 on).
-    pub name: String,
+    pub name: CompactString,
     /// The letter that ps shows.
     pub state: char,
     /// Whether it is a thread of the kernel's.
@@ -46,7 +47,7 @@ pub struct Thread {
     /// Start, in ticks of 10 ms since boot.
     pub start_ticks: u64,
     /// Start by the guest's wall clock.
-    pub start_time: Option<String>,
+    pub start_time: Option<CompactString>,
     /// Ticks of 10 ms in user mode.
     pub utime_ticks: u64,
     /// Ticks in kernel mode.
@@ -207,7 +208,7 @@ impl ThreadReader {
         let mut row = Thread {
             tid: 0,
             pid: 0,
-            name: String::new(),
+            name: CompactString::default(),
             state: '?',
             kernel_thread: false,
             cpu: None,
@@ -235,11 +236,11 @@ impl ThreadReader {
         let since_boot = layout.start_boottime.of(task);
         row.tid = layout.pid.of(task);
         row.pid = layout.tgid.of(task);
-        row.name = crate::text::guest_array_text(layout.comm.of(task));
+        row.name = crate::text::short_array_text(layout.comm.of(task));
         row.state = state::letter(layout.state.of(task), layout.exit_state.of(task));
         row.kernel_thread = layout.flags.of(task) & state::PF_KTHREAD != 0;
         if let Some(name) = self.names.full_name(&self.kernel, layout.flags.of(task), task) {
-            row.name = name;
+            row.name = name.into();
         }
         row.cpu = layout.cpu.map(|cpu| cpu.of(task));
         row.running = layout.on_cpu.map(|on| on.of(task) != 0);

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use compact_str::CompactString;
 use rustc_hash::FxHashMap;
 use vmsight_arch::paging::{self, Absent, PageFault, PagingMode};
 use vmsight_arch::{Dtb, Gpa, Gva};
@@ -160,7 +161,7 @@ pub(crate) struct Strings<'k> {
 
 impl Strings<'_> {
     /// The strings as a list.
-    pub(crate) fn split(&self) -> Option<Vec<String>> {
+    pub(crate) fn split(&self) -> Option<Vec<CompactString>> {
         self.bytes.as_deref().map(split)
     }
 }
@@ -283,7 +284,7 @@ pub(crate) fn command_line<'k>(
 }
 
 /// Splits NUL-terminated strings; the terminator of the last makes no empty one after it.
-fn split(bytes: &[u8]) -> Vec<String> {
+fn split(bytes: &[u8]) -> Vec<CompactString> {
     let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
     if bytes.is_empty() {
         return Vec::new();
@@ -291,12 +292,27 @@ fn split(bytes: &[u8]) -> Vec<String> {
     // Counted first, for a list that grows costs more; and looked at as text all at once, for nearly always they are.
     let mut strings = Vec::with_capacity(1 + count(bytes, |b| b == 0));
     match std::str::from_utf8(bytes) {
-        Ok(text) => text.split('\0').for_each(|text| strings.push(text.to_owned())),
+        Ok(text) => text
+            .split('\0')
+            .for_each(|text| strings.push(CompactString::new(text))),
         Err(_) => bytes
             .split(|&b| b == 0)
-            .for_each(|text| strings.push(crate::text::guest_text(text))),
+            .for_each(|text| strings.push(crate::text::short_text(text))),
     }
     strings
+}
+
+/// The strings with a space between each two.
+pub(crate) fn joined(strings: &[CompactString]) -> CompactString {
+    let len = strings.iter().map(|text| text.len() + 1).sum::<usize>();
+    let mut out = CompactString::with_capacity(len.saturating_sub(1));
+    for (index, text) in strings.iter().enumerate() {
+        if index > 0 {
+            out.push(' ');
+        }
+        out.push_str(text);
+    }
+    out
 }
 
 #[cfg(test)]

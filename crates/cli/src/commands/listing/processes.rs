@@ -63,8 +63,8 @@ impl Ps {
         // As ps does it: a process without a command line shows its name in brackets, in tables alone.
         if global.output == Format::Table {
             for row in &mut listing.rows {
-                if row.cmdline.as_ref().is_none_or(String::is_empty) && !has_problem(row, "cmdline") {
-                    row.cmdline = Some(format!("[{}]", row.name));
+                if row.cmdline.as_ref().is_none_or(|text| text.is_empty()) && !has_problem(row, "cmdline") {
+                    row.cmdline = Some(format!("[{}]", row.name).into());
                 }
             }
         }
@@ -148,15 +148,17 @@ fn fields(global: &Global, table: &[&str]) -> ProcessFields {
 fn field_of(column: &str) -> ProcessFields {
     match column {
         "all" => ProcessFields::all(),
-        "uid" | "euid" | "suid" | "fsuid" | "gid" | "egid" | "sgid" | "fsgid" | "groups" | "user_ns" => {
-            ProcessFields::CREDENTIALS | ProcessFields::NAMESPACES
-        }
-        c if c.starts_with("cap_") => ProcessFields::CREDENTIALS,
+        "uid" | "euid" | "suid" | "fsuid" | "gid" | "egid" | "sgid" | "fsgid" => ProcessFields::IDS,
+        "groups" => ProcessFields::GROUPS,
+        "user_ns" => ProcessFields::USER_NS,
+        c if c.starts_with("cap_") => ProcessFields::CAPABILITIES,
         "seccomp" | "seccomp_filters" | "no_new_privs" => ProcessFields::SECCOMP,
         "start_time" | "start_ticks" => ProcessFields::START,
         "utime_ticks" | "stime_ticks" => ProcessFields::TIMES,
         "nice" | "priority" | "rt_priority" | "policy" | "cpu" => ProcessFields::SCHED,
-        "threads" | "sid" | "pgrp" | "tty" | "oom_score_adj" => ProcessFields::SIGNAL,
+        "threads" => ProcessFields::THREADS,
+        "sid" | "pgrp" | "tty" => ProcessFields::SESSION,
+        "oom_score_adj" => ProcessFields::OOM,
         "ns_pid" | "ns_pids" => ProcessFields::NAMESPACES,
         c if c.ends_with("_ns") => ProcessFields::NAMESPACES,
         "cgroup" | "cgroups" | "container" | "container_runtime" => ProcessFields::CGROUP,

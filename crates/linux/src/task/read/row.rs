@@ -11,22 +11,31 @@ use crate::task::process::{Process, ProcessFields};
 use crate::task::{state, times, user};
 
 /// The fields of `struct cred`.
-const CREDENTIALS: &[&str] = &[
-    "uid",
-    "euid",
-    "suid",
-    "fsuid",
-    "gid",
-    "egid",
-    "sgid",
-    "fsgid",
-    "groups",
-    "cap_inheritable",
-    "cap_permitted",
-    "cap_effective",
-    "cap_bounding",
-    "cap_ambient",
-    "user_ns",
+const CREDENTIALS: &[(ProcessFields, &[&str])] = &[
+    (
+        ProcessFields::IDS,
+        &["uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"],
+    ),
+    (ProcessFields::GROUPS, &["groups"]),
+    (
+        ProcessFields::CAPABILITIES,
+        &[
+            "cap_inheritable",
+            "cap_permitted",
+            "cap_effective",
+            "cap_bounding",
+            "cap_ambient",
+        ],
+    ),
+    (ProcessFields::USER_NS, &["user_ns"]),
+];
+
+/// Those of `struct signal_struct`.
+const SIGNAL: &[(ProcessFields, &[&str])] = &[
+    (ProcessFields::THREADS, &["threads"]),
+    (ProcessFields::SESSION, &["sid", "pgrp", "tty"]),
+    (ProcessFields::OOM, &["oom_score_adj"]),
+    (ProcessFields::TIMES, &["utime_ticks", "stime_ticks"]),
 ];
 
 /// Those of [`ProcessFields::MEMORY`].
@@ -52,11 +61,11 @@ impl ProcessReader {
         let (layout, task) = (&self.task, &scratch.ahead.task.buffer);
         row.pid = layout.pid.of(task);
         row.tgid = layout.tgid.of(task);
-        row.name = crate::text::guest_array_text(layout.comm.of(task));
+        row.name = crate::text::short_array_text(layout.comm.of(task));
         let flags = layout.flags.of(task);
         row.kernel_thread = flags & state::PF_KTHREAD != 0;
         if let Some(name) = self.names.full_name(&self.kernel, flags, task) {
-            row.name = name;
+            row.name = name.into();
         }
         row.state = state::letter(layout.state.of(task), layout.exit_state.of(task));
         let mm = layout.mm.of(task);
@@ -141,20 +150,17 @@ impl ProcessReader {
         let Some(reader) = &self.signal else { return };
         let address = self.task.signal.of(&scratch.ahead.task.buffer);
         if let Some(error) = scratch.ahead.signal.error.take() {
-            let names = [
-                (
-                    ProcessFields::SIGNAL,
-                    &["threads", "sid", "pgrp", "tty", "oom_score_adj"][..],
-                ),
-                (ProcessFields::TIMES, &["utime_ticks", "stime_ticks"]),
-            ];
-            self.unreadable(row, &names, &Problem::read("threads", &error).reason);
+            self.unreadable(row, SIGNAL, &Problem::read("threads", &error).reason);
             return;
         }
         let (layout, signal) = (&reader.layout, &scratch.ahead.signal.buffer);
-        if self.has(ProcessFields::SIGNAL) {
+        if self.has(ProcessFields::THREADS) {
             row.threads = Some(layout.nr_threads.of(signal));
+        }
+        if self.has(ProcessFields::OOM) {
             row.oom_score_adj = Some(layout.oom_score_adj.of(signal));
+        }
+        if let Some(session) = &reader.session {
             let mut number = |field, pid: Gva, row: &mut Process| {
                 if pid.is_null() {
                     return None;
@@ -173,11 +179,11 @@ impl ProcessReader {
                     }
                 }
             };
-            row.sid = number("sid", reader.pid_at(signal, reader.sid), row);
-            row.pgrp = number("pgrp", reader.pid_at(signal, reader.pgrp), row);
+            row.sid = number("sid", reader.pid_at(signal, session.sid), row);
+            row.pgrp = number("pgrp", reader.pid_at(signal, session.pgrp), row);
             let tty = layout.tty.of(signal);
             if !tty.is_null() {
-                match reader.tty.name(tty, &mut scratch.ttys) {
+                match session.tty.name(tty, &mut scratch.ttys) {
                     Ok(name) => row.tty = Some(name),
                     Err(error) => row.problem(Problem::read("tty", &error)),
                 }
@@ -204,30 +210,38 @@ impl ProcessReader {
     fn credentials(&self, row: &mut Process, scratch: &mut Scratch<'_>, share: &mut Share<'_>) {
         let Some(reader) = &self.cred else { return };
         if let Some(error) = scratch.ahead.cred.error.take() {
-            let names = [(ProcessFields::CREDENTIALS, CREDENTIALS)];
-            self.unreadable(row, &names, &Problem::read("uid", &error).reason);
+            self.unreadable(row, CREDENTIALS, &Problem::read("uid", &error).reason);
             return;
         }
         let (layout, cred) = (&reader.cred, &scratch.ahead.cred.buffer);
-        row.uid = Some(layout.uid.of(cred));
-        row.euid = Some(layout.euid.of(cred));
-        row.suid = Some(layout.suid.of(cred));
-        row.fsuid = Some(layout.fsuid.of(cred));
-        row.gid = Some(layout.gid.of(cred));
-        row.egid = Some(layout.egid.of(cred));
-        row.sgid = Some(layout.sgid.of(cred));
-        row.fsgid = Some(layout.fsgid.of(cred));
-        row.cap_inheritable = Some(layout.cap_inheritable.of(cred));
-        row.cap_permitted = Some(layout.cap_permitted.of(cred));
-        row.cap_effective = Some(layout.cap_effective.of(cred));
-        row.cap_bounding = Some(layout.cap_bounding.of(cred));
-        row.cap_ambient = Some(layout.cap_ambient.of(cred));
-        match reader.groups(cred) {
-            Ok(groups) if share.bytes(groups.len() * size_of::<u32>()) => row.groups = Some(groups),
-            Ok(_) => row.problem(Problem::new("groups", NO_ROOM)),
-            Err(error) => row.problem(Problem::read("groups", &error)),
+        if self.has(ProcessFields::IDS) {
+            row.uid = Some(layout.uid.of(cred));
+            row.euid = Some(layout.euid.of(cred));
+            row.suid = Some(layout.suid.of(cred));
+            row.fsuid = Some(layout.fsuid.of(cred));
+            row.gid = Some(layout.gid.of(cred));
+            row.egid = Some(layout.egid.of(cred));
+            row.sgid = Some(layout.sgid.of(cred));
+            row.fsgid = Some(layout.fsgid.of(cred));
         }
-        if let Some(namespaces) = &self.namespaces {
+        if self.has(ProcessFields::CAPABILITIES) {
+            row.cap_inheritable = Some(layout.cap_inheritable.of(cred));
+            row.cap_permitted = Some(layout.cap_permitted.of(cred));
+            row.cap_effective = Some(layout.cap_effective.of(cred));
+            row.cap_bounding = Some(layout.cap_bounding.of(cred));
+            row.cap_ambient = Some(layout.cap_ambient.of(cred));
+        }
+        match reader.groups(cred) {
+            Some(Ok(groups)) if share.bytes(groups.len() * size_of::<u32>()) => row.groups = Some(groups),
+            Some(Ok(_)) => row.problem(Problem::new("groups", NO_ROOM)),
+            Some(Err(error)) => row.problem(Problem::read("groups", &error)),
+            None => {}
+        }
+        if let Some(namespaces) = self
+            .namespaces
+            .as_ref()
+            .filter(|_| self.has(ProcessFields::USER_NS))
+        {
             match namespaces.user(layout.user_ns.of(cred), &mut scratch.namespaces) {
                 Ok(inum) => row.user_ns = Some(inum),
                 Err(error) => row.problem(Problem::read("user_ns", &error)),
@@ -386,7 +400,7 @@ impl ProcessReader {
             let mut share = scratch.budgets.strings.share();
             let read = user::command_line(&space, layout, mm, &mut share);
             row.argv = read.split();
-            row.cmdline = row.argv.as_ref().map(|argv| argv.join(" "));
+            row.cmdline = row.argv.as_deref().map(user::joined);
             if let Some(problem) = read.problem {
                 row.problem(Problem::new("argv", problem.reason.clone()));
                 row.problem(problem);
