@@ -49,14 +49,14 @@ static PAGE_SIZE: AtomicUsize = AtomicUsize::new(4096);
 pub(crate) fn all_is_well() -> bool {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: compares a word of this library's. Named like this, it is found without asking a table where it is, as code that
-    // became part of another crate would. Without `readonly`, the access before is not moved behind it.
+    // became part of another crate would. The access before is volatile or `asm!` itself, and not moved behind it.
     unsafe {
         std::arch::asm!(
             "cmp qword ptr [rip + {lost}], 0",
             "jne {gone}",
             lost = sym LOST,
             gone = label { return false },
-            options(nostack)
+            options(nostack, readonly)
         );
         true
     }

@@ -3,6 +3,10 @@
 //! Each is made after what the program reads before it, and before what it reads behind it. On x86-64, where loads are not
 //! moved across one another, that costs nothing, and a comparison with memory is one instruction: the compiler does not make it
 //! of atomic loads, and a read has ten of them (see [`hot`](super::hot) for why that counts).
+//!
+//! What is read of a guest is read by volatile loads or by `asm!`, and an `asm!` that is not `pure` is a side effect as those are: the compiler
+//! keeps them all in their order. That these write nothing (`readonly`) it is told so that it need not load its own variables
+//! anew behind each.
 
 use std::sync::atomic::AtomicU64;
 
@@ -13,7 +17,7 @@ use std::sync::atomic::AtomicU64;
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) unsafe fn holds_u64(place: *const u8, value: u64) -> bool {
-    // SAFETY: reads what the caller says can be read. Without `readonly`, the compiler moves no access across it.
+    // SAFETY: reads what the caller says can be read, and writes nothing.
     unsafe {
         std::arch::asm!(
             "cmp {value}, qword ptr [{place}]",
@@ -21,7 +25,7 @@ pub(super) unsafe fn holds_u64(place: *const u8, value: u64) -> bool {
             place = in(reg) place,
             value = in(reg) value,
             differs = label { return false },
-            options(nostack)
+            options(nostack, readonly)
         );
     }
     true
@@ -46,7 +50,7 @@ pub(super) unsafe fn holds_entry<const OFFSET: usize>(from: *const u8) -> bool {
             place = const OFFSET,
             value = const OFFSET + 8,
             differs = label { return false },
-            options(nostack)
+            options(nostack, readonly)
         );
     }
     true
