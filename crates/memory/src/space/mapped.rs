@@ -14,6 +14,9 @@ use crate::{GuestMemory, copy, fault};
 #[derive(Debug)]
 pub(super) struct Mapped {
     pub(super) hot: Hot,
+    /// The longest range, if it begins with the first address and is as good as all there is: a guest without memory above 4 GiB.
+    /// Then most is found with half of the instructions.
+    only: Window,
     /// The two longest ranges of the memory once more, by address, for accesses that do not leave their page.
     windows: [Window; 2],
     /// Where the second starts.
@@ -34,6 +37,15 @@ struct Window {
     /// Whole pages in it, in bytes; 0 where it does not begin with one.
     len: u64,
     base: *const u8,
+}
+
+impl Window {
+    /// No memory.
+    const NONE: Self = Self {
+        start: 0,
+        len: 0,
+        base: std::ptr::null(),
+    };
 }
 
 // SAFETY: `base` points into a mapping that the space's memory keeps alive, and is only used for volatile copies, which
@@ -67,15 +79,15 @@ impl Mapped {
         all.sort_by_key(|window| std::cmp::Reverse(window.len));
         all.truncate(2);
         all.sort_by_key(|window| window.start);
-        let mut windows = [Window {
-            start: 0,
-            len: 0,
-            base: std::ptr::null(),
-        }; 2];
+        let only = all.iter().find(|window| window.start == 0);
+        let others: u64 = all.iter().map(|window| window.len).sum();
+        let only = only.filter(|only| only.len > (others - only.len) * 16);
+        let mut windows = [Window::NONE; 2];
         windows.iter_mut().zip(&all).for_each(|(to, from)| *to = *from);
         Self {
             root,
             hot: Hot::new(bits),
+            only: only.copied().unwrap_or(Window::NONE),
             split: all.get(1).map_or(u64::MAX, |second| second.start),
             windows,
         }
@@ -93,6 +105,10 @@ impl Mapped {
     /// The same, if it is in the two windows.
     #[inline(always)]
     fn near(&self, gpa: u64) -> Option<*const u8> {
+        if gpa < self.only.len {
+            // SAFETY: inside the mapped range, which begins with address 0.
+            return Some(unsafe { self.only.base.add(gpa as usize) });
+        }
         let [low, high] = &self.windows;
         // No branch: which of the two it is cannot be foreseen.
         let window = std::hint::select_unpredictable(gpa >= self.split, high, low);
