@@ -11,7 +11,7 @@
 //!
 //! "random page": addresses are known beforehand, so the processor has many reads under way at once, as many as its window
 //! of a few hundred instructions holds, and of loads fewer. A plain read is one of each; ours are about 35
-//! instructions (physical), 70 (virtual, with the proof; 26 of them load), 50 (the same in a large page; 20 load) and 120 (a walk),
+//! instructions (physical), 60 (virtual, with the proof; 22 of them load), 45 (the same in a large page; 18 load) and about 100 (a walk),
 //! so fewer are under way: what is lost is not time spent on instructions, and the more is lost the longer memory takes to
 //! answer ("chained: raw mmap" says how long). Batches get it back. "by hand" is what a read that walks and proves takes at least, without
 //! a library around it and of a guest that is one mapping.
