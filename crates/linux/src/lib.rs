@@ -45,6 +45,7 @@ pub use resource::Resource;
 pub use slab::SlabCache;
 pub use stack::StackFrame;
 pub use task::{
-    Cgroup, Current, CurrentReader, PidChain, Process, ProcessFields, Thread, TreeNode, process_tree,
+    Cgroup, Current, CurrentReader, PidChain, Process, ProcessDetails, ProcessFields, Thread, TreeNode,
+    process_tree,
 };
 pub use vmcoreinfo::Vmcoreinfo;

@@ -53,26 +53,39 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
     out.same(at("name"), row.name.as_str(), said.task_comm().as_str());
     out.same(at("ppid"), row.ppid, i32::try_from(said.ppid).ok());
     out.same(at("tgid"), row.tgid, row.pid);
-    out.same(at("pgrp"), row.pgrp.map(i64::from), Some(said.pgrp));
-    out.same(at("sid"), row.sid.map(i64::from), Some(said.sid));
+    out.same(at("pgrp"), row.details().pgrp.map(i64::from), Some(said.pgrp));
+    out.same(at("sid"), row.details().sid.map(i64::from), Some(said.sid));
     let ns_pids: Option<Vec<u32>> = row
+        .details()
         .ns_pids
         .as_ref()
         .map(|p| p.iter().map(|&n| n as u32).collect());
     out.same(at("ns_pids"), ns_pids.as_ref(), Some(&said.ns_pids));
-    out.same(at("ns_pid"), row.ns_pid.map(|n| n as u32), Some(said.ns_pid()));
+    out.same(
+        at("ns_pid"),
+        row.details().ns_pid.map(|n| n as u32),
+        Some(said.ns_pid()),
+    );
     out.same(at("kernel_thread"), row.kernel_thread, said.kthread);
     if !said.kthread {
         out.same(at("state"), row.state, said.state);
     }
     out.same(at("start_ticks"), row.start_ticks, Some(said.start_ticks));
-    out.same(at("nice"), row.nice.map(i64::from), Some(said.nice));
-    out.same(at("priority"), row.priority.map(i64::from), Some(said.priority));
-    out.same(at("rt_priority"), row.rt_priority, Some(said.rt_priority));
-    out.same(at("policy"), row.policy, policy(said.policy));
+    out.same(at("nice"), row.details().nice.map(i64::from), Some(said.nice));
+    out.same(
+        at("priority"),
+        row.details().priority.map(i64::from),
+        Some(said.priority),
+    );
+    out.same(
+        at("rt_priority"),
+        row.details().rt_priority,
+        Some(said.rt_priority),
+    );
+    out.same(at("policy"), row.details().policy, policy(said.policy));
     out.same(
         at("oom_score_adj"),
-        row.oom_score_adj.map(i32::from),
+        row.details().oom_score_adj.map(i32::from),
         Some(said.oom_score_adj),
     );
     out.same(
@@ -80,31 +93,35 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
         row.threads.map(|n| n as usize),
         Some(said.threads.len()),
     );
-    out.same(at("tty"), row.tty.clone(), terminal(said.tty_nr));
-    out.same(at("seccomp"), row.seccomp, Some(said.seccomp));
+    out.same(at("tty"), row.details().tty.clone(), terminal(said.tty_nr));
+    out.same(at("seccomp"), row.details().seccomp, Some(said.seccomp));
     out.same(
         at("seccomp_filters"),
-        row.seccomp_filters,
+        row.details().seccomp_filters,
         Some(said.seccomp_filters),
     );
-    out.same(at("no_new_privs"), row.no_new_privs, Some(said.no_new_privs));
+    out.same(
+        at("no_new_privs"),
+        row.details().no_new_privs,
+        Some(said.no_new_privs),
+    );
     credentials(&at, row, &said.creds, out);
     for (field, seen, said) in [
-        ("exe", &row.exe, &said.exe),
-        ("cwd", &row.cwd, &said.cwd),
-        ("root", &row.root, &said.root),
+        ("exe", &row.details().exe, &said.exe),
+        ("cwd", &row.details().cwd, &said.cwd),
+        ("root", &row.details().root, &said.root),
     ] {
         out.same(at(field), seen.as_deref(), said.as_ref().map(spelt).as_deref());
     }
     for (kind, seen) in [
-        ("cgroup", row.cgroup_ns),
-        ("ipc", row.ipc_ns),
-        ("mnt", row.mnt_ns),
-        ("net", row.net_ns),
-        ("pid", row.pid_ns),
-        ("time", row.time_ns),
-        ("user", row.user_ns),
-        ("uts", row.uts_ns),
+        ("cgroup", row.details().cgroup_ns),
+        ("ipc", row.details().ipc_ns),
+        ("mnt", row.details().mnt_ns),
+        ("net", row.details().net_ns),
+        ("pid", row.details().pid_ns),
+        ("time", row.details().time_ns),
+        ("user", row.details().user_ns),
+        ("uts", row.details().uts_ns),
     ] {
         if let Some(&said) = said.namespaces.get(kind) {
             out.same(at(&format!("{kind}_ns")), seen.map(u64::from), Some(said));
@@ -112,17 +129,17 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
     }
     out.same(
         at("cgroup"),
-        row.cgroup.as_deref(),
+        row.details().cgroup.as_deref(),
         Some(spelt(&said.cgroup).as_str()),
     );
     let lines: Vec<String> = said.cgroups.iter().map(spelt).collect();
-    out.same(at("cgroups"), row.cgroups.as_deref(), Some(&lines[..]));
+    out.same(at("cgroups"), row.details().cgroups.as_deref(), Some(&lines[..]));
     strings(&at, row, said, out);
     match &said.vm {
         Some(vm) => sizes(&at, row, vm, said, out),
         None => {
             out.same(at("argv"), row.argv.as_ref(), None);
-            out.same(at("vm_size_kb"), row.vm_size_kb, None);
+            out.same(at("vm_size_kb"), row.details().vm_size_kb, None);
         }
     }
 }
@@ -172,7 +189,7 @@ fn strings(
     out.same(at("cmdline"), row.cmdline.as_deref(), cmdline.as_deref());
     let environ: Vec<String> = said.environ.iter().map(spelt).collect();
     let environ = said.vm.is_some().then_some(environ);
-    out.same(at("environ"), all(row.environ.as_deref()), environ);
+    out.same(at("environ"), all(row.details().environ.as_deref()), environ);
 }
 
 /// Strings as they lie in memory, each with its NUL.
@@ -189,10 +206,14 @@ fn container(row: &vmsight_linux::Process, truth: &Truth, out: &mut Differences)
     let pid = row.pid as u32;
     let said = truth.containers.iter().find(|c| c.pids.contains(&pid));
     let at = |field: &str| format!("{field} of {} ({})", row.pid, row.name);
-    out.same(at("container"), row.container.as_ref(), said.map(|c| &c.id));
+    out.same(
+        at("container"),
+        row.details().container.as_ref(),
+        said.map(|c| &c.id),
+    );
     out.same(
         at("container_runtime"),
-        row.container_runtime.as_ref(),
+        row.details().container_runtime.as_ref(),
         said.map(|c| &c.runtime),
     );
 }
@@ -207,8 +228,8 @@ fn times(
     let at = |field: &str| format!("{field} of {} ({})", said.pid, said.task_comm());
     times::start(&at, row.start_time.as_deref(), said.start_ticks, truth, out);
     let seen = Used {
-        user: row.utime_ticks.unwrap_or(u64::MAX),
-        system: row.stime_ticks.unwrap_or(u64::MAX),
+        user: row.details().utime_ticks.unwrap_or(u64::MAX),
+        system: row.details().stime_ticks.unwrap_or(u64::MAX),
     };
     let account = Used {
         user: said.utime_ticks,
@@ -216,7 +237,7 @@ fn times(
     };
     times::used(&at, seen, account, times::may_run(said).then_some(passed), out);
     if let Some(leader) = said.threads.first().filter(|_| !times::may_run(said)) {
-        out.same(at("cpu"), row.cpu, Some(leader.cpu));
+        out.same(at("cpu"), row.details().cpu, Some(leader.cpu));
     }
 }
 
@@ -236,16 +257,32 @@ fn credentials(
         [row.gid, row.egid, row.sgid, row.fsgid],
         said.gids.map(Some),
     );
-    out.same(at("groups"), row.groups.as_ref(), Some(&said.groups));
+    out.same(at("groups"), row.details().groups.as_ref(), Some(&said.groups));
     out.same(
         at("cap_inheritable"),
-        row.cap_inheritable,
+        row.details().cap_inheritable,
         Some(said.cap_inheritable),
     );
-    out.same(at("cap_permitted"), row.cap_permitted, Some(said.cap_permitted));
-    out.same(at("cap_effective"), row.cap_effective, Some(said.cap_effective));
-    out.same(at("cap_bounding"), row.cap_bounding, Some(said.cap_bounding));
-    out.same(at("cap_ambient"), row.cap_ambient, Some(said.cap_ambient));
+    out.same(
+        at("cap_permitted"),
+        row.details().cap_permitted,
+        Some(said.cap_permitted),
+    );
+    out.same(
+        at("cap_effective"),
+        row.details().cap_effective,
+        Some(said.cap_effective),
+    );
+    out.same(
+        at("cap_bounding"),
+        row.details().cap_bounding,
+        Some(said.cap_bounding),
+    );
+    out.same(
+        at("cap_ambient"),
+        row.details().cap_ambient,
+        Some(said.cap_ambient),
+    );
 }
 
 fn sizes(
@@ -255,15 +292,18 @@ fn sizes(
     said: &truth::Process,
     out: &mut Differences,
 ) {
-    out.same(at("vm_size_kb"), row.vm_size_kb, Some(vm.size));
-    out.same(at("vm_data_kb"), row.vm_data_kb, Some(vm.data));
-    out.same(at("vm_stack_kb"), row.vm_stack_kb, Some(vm.stack));
+    out.same(at("vm_size_kb"), row.details().vm_size_kb, Some(vm.size));
+    out.same(at("vm_data_kb"), row.details().vm_data_kb, Some(vm.data));
+    out.same(at("vm_stack_kb"), row.details().vm_stack_kb, Some(vm.stack));
     // /proc divides it between the executable and all else, by the addresses of the code.
-    out.same(at("vm_exec_kb"), row.vm_exec_kb, Some(vm.exe + vm.lib));
+    out.same(at("vm_exec_kb"), row.details().vm_exec_kb, Some(vm.exe + vm.lib));
     // What /proc says lags by up to a batch of 64 pages for each counter and CPU (6.2 on) or thread (before); and what was paged out
     // afterwards moves from one of our numbers to the other.
     let slack = 4 * 4 * 64 * said.threads.len().max(2) as u64;
-    let (resident, swapped) = (row.vm_rss_kb.unwrap_or(0), row.vm_swap_kb.unwrap_or(0));
+    let (resident, swapped) = (
+        row.details().vm_rss_kb.unwrap_or(0),
+        row.details().vm_swap_kb.unwrap_or(0),
+    );
     let (seen, account) = (resident + swapped, vm.rss + vm.swap);
     out.near(
         at("vm_rss_kb + vm_swap_kb"),

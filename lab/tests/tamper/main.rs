@@ -214,7 +214,12 @@ impl Lab {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let row = kernel.process(pid as i32, ProcessFields::EXE);
-            if row.is_ok_and(|row| row.exe.is_some_and(|exe| exe.contains(program))) {
+            if row.is_ok_and(|row| {
+                row.details()
+                    .exe
+                    .as_ref()
+                    .is_some_and(|exe| exe.contains(program))
+            }) {
                 return;
             }
             assert!(

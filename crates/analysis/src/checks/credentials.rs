@@ -189,7 +189,10 @@ fn raised(
             .at(cred.address())
             .with(ids(cred)?)
             .with(Evidence::value("parent", subject(parent)))
-            .with(Evidence::value("program", process.exe.as_deref().unwrap_or("?")))
+            .with(Evidence::value(
+                "program",
+                process.details().exe.as_deref().unwrap_or("?"),
+            ))
             .with(Evidence::value("mode of its file", format_args!("{mode:o}"))),
     );
     Ok(())

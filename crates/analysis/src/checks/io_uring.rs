@@ -54,7 +54,10 @@ fn run(context: &Context, findings: &mut Findings) -> Result<(), LinuxError> {
             finding
                 .at(of_task)
                 .with(Evidence::value("rings", rings.len()))
-                .with(Evidence::value("program", process.exe.as_deref().unwrap_or("?"))),
+                .with(Evidence::value(
+                    "program",
+                    process.details().exe.as_deref().unwrap_or("?"),
+                )),
         );
     }
     Ok(())

@@ -102,7 +102,7 @@ fn finding(process: &Process, explanation: &str, argument: &str) -> Finding {
     .at(process.task)
     .with(Evidence::value("name", &process.name))
     .with(Evidence::value("first argument", argument));
-    if let Some(exe) = &process.exe {
+    if let Some(exe) = &process.details().exe {
         finding = finding.with(Evidence::value("program", exe));
     }
     finding

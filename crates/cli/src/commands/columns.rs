@@ -46,16 +46,11 @@ macro_rules! columns {
     (@key $field:ident $key:literal) => { $key };
 }
 
+impl Row for Process {
+    const COLUMNS: &'static [&'static str] = Process::FIELDS;
+}
+
 columns! {
-    Process {
-        pid, ppid, tgid, ns_pid, ns_pids, name, state, kernel_thread, cmdline, argv, environ, exe, cwd,
-        root, uid, euid, suid, fsuid, gid, egid, sgid, fsgid, groups, cap_inheritable, cap_permitted,
-        cap_effective, cap_bounding, cap_ambient, seccomp, seccomp_filters, no_new_privs, start_ticks,
-        start_time, utime_ticks, stime_ticks, nice, priority, rt_priority, policy, cpu, threads, sid, pgrp,
-        tty, oom_score_adj, mnt_ns, pid_ns, net_ns, uts_ns, ipc_ns, user_ns, cgroup_ns, time_ns, cgroup,
-        cgroups, container, container_runtime, vm_size_kb, vm_rss_kb, vm_swap_kb, vm_data_kb, vm_stack_kb,
-        vm_exec_kb, task, mm, problems,
-    }
     Thread {
         tid, pid, name, state, kernel_thread, cpu, running, nice, priority, policy, start_ticks, start_time,
         utime_ticks, stime_ticks, stack, task, problems,

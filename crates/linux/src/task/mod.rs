@@ -24,6 +24,6 @@ pub(crate) mod walk;
 
 pub use cgroup::Cgroup;
 pub use current::{Current, CurrentReader, PidChain};
-pub use process::{Process, ProcessFields};
+pub use process::{Process, ProcessDetails, ProcessFields};
 pub use threads::Thread;
 pub use tree::{TreeNode, process_tree};

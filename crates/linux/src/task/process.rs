@@ -1,10 +1,10 @@
 //! The row of a process.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use bitflags::bitflags;
 use compact_str::CompactString;
-use serde::Serialize;
+use serde::ser::{Serialize, SerializeStruct, Serializer};
 use vmsight_arch::Gva;
 use vmsight_memory::ReadError;
 
@@ -79,7 +79,9 @@ impl Default for ProcessFields {
 
 /// A process: the leader of a thread group. `None` is what was not asked for, what the process does not have, or what could not be
 /// read; in the last case `problems` says so.
-#[derive(Clone, Debug, Serialize)]
+///
+/// What a plain listing shows is here; the rest is in [`Process::details`]. Serialized, it is all one row.
+#[derive(Clone, Debug)]
 pub struct Process {
     /// Pid in the root namespace.
     pub pid: i32,
@@ -87,10 +89,6 @@ pub struct Process {
     pub ppid: Option<i32>,
     /// Thread-group id; equals `pid`.
     pub tgid: i32,
-    /// Pid in the process's own namespace.
-    pub ns_pid: Option<i32>,
-    /// Pids from the root namespace down to its own: the NSpid line of /proc/PID/status.
-    pub ns_pids: Option<Vec<i32>>,
     /// `comm`, at most 15 bytes; of kernel threads the whole name, which may be longer (5.17 on).
     pub name: CompactString,
     /// The letter that ps shows: R running, S sleeping, D uninterruptible, T stopped, t traced, X dead, Z zombie, P parked, I idle.
@@ -101,14 +99,6 @@ pub struct Process {
     pub cmdline: Option<CompactString>,
     /// Arguments one by one.
     pub argv: Option<Vec<CompactString>>,
-    /// Environment, `NAME=value` each.
-    pub environ: Option<Vec<CompactString>>,
-    /// Path of the executable, " (deleted)" appended if it is.
-    pub exe: Option<String>,
-    /// Working directory.
-    pub cwd: Option<String>,
-    /// Root directory.
-    pub root: Option<String>,
     /// Real user id, in the root user namespace as all ids.
     pub uid: Option<u32>,
     /// Effective user id.
@@ -125,22 +115,49 @@ pub struct Process {
     pub sgid: Option<u32>,
     /// File-system group id.
     pub fsgid: Option<u32>,
+    /// Start, in ticks of 10 ms since boot: field 22 of /proc/PID/stat.
+    pub start_ticks: Option<u64>,
+    /// Start by the guest's wall clock, RFC 3339 in UTC.
+    pub start_time: Option<CompactString>,
+    /// Number of threads.
+    pub threads: Option<i32>,
+    /// Address of its `task_struct`.
+    pub task: Gva,
+    /// Address of its `mm_struct`.
+    pub mm: Option<Gva>,
+    /// What could not be read.
+    pub problems: Vec<Problem>,
+    /// The rest, if any of it is there. Kept apart, for it is most of a row: where nobody asks for it, a listing of many processes is
+    /// made in less than half of the memory, which is what it waits for.
+    details: Option<Box<ProcessDetails>>,
+}
+
+/// What few listings ask for of a process. `None` means the same as in [`Process`].
+#[derive(Clone, Debug, Default)]
+pub struct ProcessDetails {
+    /// Pid in the process's own namespace.
+    pub ns_pid: Option<i32>,
+    /// Pids from the root namespace down to its own: the NSpid line of /proc/PID/status.
+    pub ns_pids: Option<Vec<i32>>,
+    /// Environment, `NAME=value` each.
+    pub environ: Option<Vec<CompactString>>,
+    /// Path of the executable, " (deleted)" appended if it is.
+    pub exe: Option<String>,
+    /// Working directory.
+    pub cwd: Option<String>,
+    /// Root directory.
+    pub root: Option<String>,
     /// Supplementary groups.
     pub groups: Option<Vec<u32>>,
     /// Inheritable capabilities, a bit each (include/uapi/linux/capability.h).
-    #[serde(serialize_with = "address::hex_opt")]
     pub cap_inheritable: Option<u64>,
     /// Permitted capabilities.
-    #[serde(serialize_with = "address::hex_opt")]
     pub cap_permitted: Option<u64>,
     /// Effective capabilities.
-    #[serde(serialize_with = "address::hex_opt")]
     pub cap_effective: Option<u64>,
     /// Bounding set.
-    #[serde(serialize_with = "address::hex_opt")]
     pub cap_bounding: Option<u64>,
     /// Ambient capabilities.
-    #[serde(serialize_with = "address::hex_opt")]
     pub cap_ambient: Option<u64>,
     /// Seccomp mode: 0 off, 1 strict, 2 filter.
     pub seccomp: Option<u32>,
@@ -148,10 +165,6 @@ pub struct Process {
     pub seccomp_filters: Option<u32>,
     /// Whether execve can give it no privileges.
     pub no_new_privs: Option<bool>,
-    /// Start, in ticks of 10 ms since boot: field 22 of /proc/PID/stat.
-    pub start_ticks: Option<u64>,
-    /// Start by the guest's wall clock, RFC 3339 in UTC.
-    pub start_time: Option<CompactString>,
     /// Time in user mode in ticks of 10 ms, as /proc/PID/stat: that of all threads, gone ones included.
     pub utime_ticks: Option<u64>,
     /// Time in kernel mode.
@@ -166,8 +179,6 @@ pub struct Process {
     pub policy: Option<&'static str>,
     /// The CPU it runs on or ran on last.
     pub cpu: Option<u32>,
-    /// Number of threads.
-    pub threads: Option<i32>,
     /// Session id.
     pub sid: Option<i32>,
     /// Process-group id.
@@ -212,15 +223,10 @@ pub struct Process {
     pub vm_stack_kb: Option<u64>,
     /// Code of executable mappings, KiB.
     pub vm_exec_kb: Option<u64>,
-    /// Address of its `task_struct`.
-    #[serde(serialize_with = "address::gva")]
-    pub task: Gva,
-    /// Address of its `mm_struct`.
-    #[serde(serialize_with = "address::gva_opt")]
-    pub mm: Option<Gva>,
-    /// What could not be read.
-    pub problems: Vec<Problem>,
 }
+
+/// The details of a process of which none were asked for.
+static NO_DETAILS: LazyLock<ProcessDetails> = LazyLock::new(ProcessDetails::default);
 
 impl Process {
     /// A row of which only the task's address is known.
@@ -229,17 +235,11 @@ impl Process {
             pid: 0,
             ppid: None,
             tgid: 0,
-            ns_pid: None,
-            ns_pids: None,
             name: CompactString::default(),
             state: '?',
             kernel_thread: false,
             cmdline: None,
             argv: None,
-            environ: None,
-            exe: None,
-            cwd: None,
-            root: None,
             uid: None,
             euid: None,
             suid: None,
@@ -248,51 +248,24 @@ impl Process {
             egid: None,
             sgid: None,
             fsgid: None,
-            groups: None,
-            cap_inheritable: None,
-            cap_permitted: None,
-            cap_effective: None,
-            cap_bounding: None,
-            cap_ambient: None,
-            seccomp: None,
-            seccomp_filters: None,
-            no_new_privs: None,
             start_ticks: None,
             start_time: None,
-            utime_ticks: None,
-            stime_ticks: None,
-            nice: None,
-            priority: None,
-            rt_priority: None,
-            policy: None,
-            cpu: None,
             threads: None,
-            sid: None,
-            pgrp: None,
-            tty: None,
-            oom_score_adj: None,
-            mnt_ns: None,
-            pid_ns: None,
-            net_ns: None,
-            uts_ns: None,
-            ipc_ns: None,
-            user_ns: None,
-            cgroup_ns: None,
-            time_ns: None,
-            cgroup: None,
-            cgroups: None,
-            container: None,
-            container_runtime: None,
-            vm_size_kb: None,
-            vm_rss_kb: None,
-            vm_swap_kb: None,
-            vm_data_kb: None,
-            vm_stack_kb: None,
-            vm_exec_kb: None,
             task,
             mm: None,
             problems: Vec::new(),
+            details: None,
         }
+    }
+
+    /// What few listings ask for.
+    pub fn details(&self) -> &ProcessDetails {
+        self.details.as_deref().unwrap_or(&NO_DETAILS)
+    }
+
+    /// The same, to be filled in.
+    pub(crate) fn details_mut(&mut self) -> &mut ProcessDetails {
+        self.details.get_or_insert_default()
     }
 
     /// A path for one of the fields, its problems noted.
@@ -323,5 +296,132 @@ impl Process {
     /// Notes what kept a field from being read.
     pub(crate) fn problem(&mut self, problem: Problem) {
         self.problems.push(problem);
+    }
+}
+
+/// Makes one row of a process and its details.
+macro_rules! row {
+    (|$process:ident, $details:ident| { $($name:ident: $value:expr,)* }) => {
+        impl Process {
+            /// The names of the fields it has where it is serialized, its details among them.
+            pub const FIELDS: &[&str] = &[$(stringify!($name)),*];
+        }
+
+        impl Serialize for Process {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                let ($process, $details) = (self, self.details());
+                let mut row = serializer.serialize_struct("Process", Self::FIELDS.len())?;
+                $(row.serialize_field(stringify!($name), &$value)?;)*
+                row.end()
+            }
+        }
+    };
+}
+
+row!(|process, details| {
+    pid: process.pid,
+    ppid: process.ppid,
+    tgid: process.tgid,
+    ns_pid: details.ns_pid,
+    ns_pids: details.ns_pids,
+    name: process.name,
+    state: process.state,
+    kernel_thread: process.kernel_thread,
+    cmdline: process.cmdline,
+    argv: process.argv,
+    environ: details.environ,
+    exe: details.exe,
+    cwd: details.cwd,
+    root: details.root,
+    uid: process.uid,
+    euid: process.euid,
+    suid: process.suid,
+    fsuid: process.fsuid,
+    gid: process.gid,
+    egid: process.egid,
+    sgid: process.sgid,
+    fsgid: process.fsgid,
+    groups: details.groups,
+    cap_inheritable: details.cap_inheritable.map(Bits),
+    cap_permitted: details.cap_permitted.map(Bits),
+    cap_effective: details.cap_effective.map(Bits),
+    cap_bounding: details.cap_bounding.map(Bits),
+    cap_ambient: details.cap_ambient.map(Bits),
+    seccomp: details.seccomp,
+    seccomp_filters: details.seccomp_filters,
+    no_new_privs: details.no_new_privs,
+    start_ticks: process.start_ticks,
+    start_time: process.start_time,
+    utime_ticks: details.utime_ticks,
+    stime_ticks: details.stime_ticks,
+    nice: details.nice,
+    priority: details.priority,
+    rt_priority: details.rt_priority,
+    policy: details.policy,
+    cpu: details.cpu,
+    threads: process.threads,
+    sid: details.sid,
+    pgrp: details.pgrp,
+    tty: details.tty,
+    oom_score_adj: details.oom_score_adj,
+    mnt_ns: details.mnt_ns,
+    pid_ns: details.pid_ns,
+    net_ns: details.net_ns,
+    uts_ns: details.uts_ns,
+    ipc_ns: details.ipc_ns,
+    user_ns: details.user_ns,
+    cgroup_ns: details.cgroup_ns,
+    time_ns: details.time_ns,
+    cgroup: details.cgroup,
+    cgroups: details.cgroups,
+    container: details.container,
+    container_runtime: details.container_runtime,
+    vm_size_kb: details.vm_size_kb,
+    vm_rss_kb: details.vm_rss_kb,
+    vm_swap_kb: details.vm_swap_kb,
+    vm_data_kb: details.vm_data_kb,
+    vm_stack_kb: details.vm_stack_kb,
+    vm_exec_kb: details.vm_exec_kb,
+    task: Address(process.task),
+    mm: process.mm.map(Address),
+    problems: process.problems,
+});
+
+/// An address, as `"0x…"`.
+struct Address(Gva);
+
+impl Serialize for Address {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        address::gva(&self.0, serializer)
+    }
+}
+
+/// A set of bits, as `"0x…"`.
+struct Bits(u64);
+
+impl Serialize for Bits {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        address::hex(&self.0, serializer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_field_is_left_out_of_the_row() {
+        let mut process = Process::empty(Gva(0x10));
+        process.details_mut();
+        // As it is printed, each field of the two has its name, and the details have one themselves.
+        assert_eq!(
+            format!("{process:?}").matches(": ").count(),
+            Process::FIELDS.len() + 1
+        );
+        let row = serde_json::to_value(&process).unwrap();
+        assert_eq!(row.as_object().map(|row| row.len()), Some(Process::FIELDS.len()));
+        assert_eq!(row["task"], "0x10");
+        process.details_mut().cap_bounding = Some(0x1ff);
+        assert_eq!(serde_json::to_value(&process).unwrap()["cap_bounding"], "0x1ff");
     }
 }

@@ -55,7 +55,7 @@ fn processes_that_share_their_threads_do_not_multiply_them() {
         .unwrap()
         .rows
         .iter()
-        .map(|row| row.utime_ticks)
+        .map(|row| row.details().utime_ticks)
         .collect();
     assert_eq!(ticks, vec![Some((COUNT as u64 - 1) * 100); COUNT as usize]);
 }
@@ -116,7 +116,7 @@ fn who_holds_all_that_a_listing_can_hold_hides_nobody() {
     let listing = kernel.processes(fields()).unwrap();
     let honest = listing.rows.last().unwrap();
     assert_eq!(honest.cmdline.as_ref().unwrap().len(), 1000);
-    assert_eq!(honest.environ.as_ref().unwrap(), &["A=1", "B=2"]);
+    assert_eq!(honest.details().environ.as_ref().unwrap(), &["A=1", "B=2"]);
     assert!(honest.problems.is_empty(), "{:?}", honest.problems);
     let strings: usize = listing.rows.iter().flat_map(|row| &row.argv).map(Vec::len).sum();
     assert!(strings < 9 << 20, "{strings} strings");
@@ -148,7 +148,7 @@ fn a_process_that_takes_away_its_own_rights_hides_nothing() {
     let kernel = guest.kernel();
     let listing = list(&kernel);
     assert_eq!(listing.rows[0].cmdline.as_deref(), Some("/bin/hidden --key"));
-    assert_eq!(listing.rows[0].environ.as_ref().unwrap(), &["SECRET=1"]);
+    assert_eq!(listing.rows[0].details().environ.as_ref().unwrap(), &["SECRET=1"]);
     assert!(listing.rows[0].problems.is_empty());
     assert!(
         listing.rows[1]

@@ -86,16 +86,19 @@ fn an_honest_guest_is_listed_whole() {
     let init = &listing.rows[0];
     assert_eq!(init.cmdline.as_deref(), Some("/sbin/init --flag"));
     assert_eq!(init.argv.as_ref().unwrap().len(), 2);
-    assert_eq!(init.environ.as_ref().unwrap(), &["HOME=/", "TERM=linux"]);
     assert_eq!(
-        (init.uid, init.sid, init.pgrp, init.threads),
+        init.details().environ.as_ref().unwrap(),
+        &["HOME=/", "TERM=linux"]
+    );
+    assert_eq!(
+        (init.uid, init.details().sid, init.details().pgrp, init.threads),
         (Some(0), Some(1), Some(1), Some(1))
     );
     assert!(
         listing
             .rows
             .iter()
-            .all(|r| r.state == 'S' && r.user_ns == Some(0xeffffffd))
+            .all(|r| r.state == 'S' && r.details().user_ns == Some(0xeffffffd))
     );
 }
 
@@ -276,7 +279,7 @@ fn impossible_sizes_are_capped_and_said() {
             row.problems
         );
         assert!(row.cmdline.as_ref().unwrap().starts_with("arg"));
-        assert_eq!(row.vm_size_kb, Some(u64::MAX));
+        assert_eq!(row.details().vm_size_kb, Some(u64::MAX));
     }
     assert_eq!(
         listing.rows[2].argv.as_deref(),
@@ -287,7 +290,7 @@ fn impossible_sizes_are_capped_and_said() {
         listing
             .rows
             .iter()
-            .all(|r| r.groups.as_ref().is_none_or(|g| g.len() <= 65536))
+            .all(|r| r.details().groups.as_ref().is_none_or(|g| g.len() <= 65536))
     );
 }
 

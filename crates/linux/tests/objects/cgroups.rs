@@ -55,14 +55,14 @@ fn processes_of_one_group_share_its_name() {
     let [a, b] = listing.rows.as_slice() else {
         panic!("{:?}", listing.rows)
     };
-    let lines = |row: &vmsight_linux::Process| row.cgroups.clone().unwrap();
-    assert_eq!(a.cgroup.as_deref(), Some("/web.service"));
+    let lines = |row: &vmsight_linux::Process| row.details().cgroups.clone().unwrap();
+    assert_eq!(a.details().cgroup.as_deref(), Some("/web.service"));
     assert_eq!(*lines(a), ["0::/web.service".to_owned()]);
     // A guest can make a million processes of a group whose lines are megabytes.
     assert!(Arc::ptr_eq(&lines(a), &lines(b)));
     assert!(Arc::ptr_eq(
-        a.cgroup.as_ref().unwrap(),
-        b.cgroup.as_ref().unwrap()
+        a.details().cgroup.as_ref().unwrap(),
+        b.details().cgroup.as_ref().unwrap()
     ));
 }
 

@@ -180,7 +180,9 @@ fn undeleted(path: &str) -> &str {
 /// A process whose program is mapped nowhere in it.
 fn replaced(findings: &mut Findings, row: &Process, process: &ProcessMaps) {
     let mappings = &process.maps;
-    let Some(exe) = row.exe.as_deref() else { return };
+    let Some(exe) = row.details().exe.as_deref() else {
+        return;
+    };
     // What could not be read whole says nothing.
     if mappings.rows.is_empty() || !mappings.warnings.is_empty() {
         return;

@@ -172,7 +172,7 @@ fn report(
             mapping.path.as_deref().unwrap_or("(no file)")
         ),
     ));
-    if let Some(exe) = row.and_then(|row| row.exe.as_deref()) {
+    if let Some(exe) = row.and_then(|row| row.details().exe.as_deref()) {
         finding = finding.with(Evidence::value("program", exe));
     }
     if !calls.is_empty() {

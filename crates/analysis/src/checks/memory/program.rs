@@ -16,7 +16,12 @@ fn is_shared(path: &str) -> bool {
 
 /// A program that is in no file any more, or never was.
 pub(super) fn check(findings: &mut Findings, process: &Process) {
-    let Some(path) = process.exe.as_deref().and_then(|exe| exe.strip_suffix(DELETED)) else {
+    let Some(path) = process
+        .details()
+        .exe
+        .as_deref()
+        .and_then(|exe| exe.strip_suffix(DELETED))
+    else {
         return;
     };
     let in_memory = path.starts_with("/memfd:");
@@ -46,7 +51,7 @@ pub(super) fn check(findings: &mut Findings, process: &Process) {
 
 /// What the dynamic linker is told to load before all else.
 pub(super) fn preload(findings: &mut Findings, process: &Process) {
-    let environ = process.environ.iter().flatten();
+    let environ = process.details().environ.iter().flatten();
     for (name, value) in environ.filter_map(|variable| variable.split_once('=')) {
         if !matches!(name, "LD_PRELOAD" | "LD_AUDIT") || value.is_empty() {
             continue;

@@ -134,7 +134,11 @@ impl Mounts {
         let mut any = true;
         if let Some(pid) = self.pid {
             let fields = vmsight_linux::ProcessFields::NAMESPACES;
-            let namespace = kernel.process(pid, fields).context("finding the process")?.mnt_ns;
+            let namespace = kernel
+                .process(pid, fields)
+                .context("finding the process")?
+                .details()
+                .mnt_ns;
             listing.rows.retain(|m| Some(m.namespace) == namespace);
             any = !listing.rows.is_empty();
             if !any {

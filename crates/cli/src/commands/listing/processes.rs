@@ -378,7 +378,7 @@ impl Env {
                 marked.insert(PROBLEMS.into(), vec![format!("value: {}", problem.reason)].into());
                 sheet.rows.push(marked);
             }
-            for entry in process.environ.iter().flatten() {
+            for entry in process.details().environ.iter().flatten() {
                 let (name, value) = entry.split_once('=').unwrap_or((entry, ""));
                 if self.names.is_empty() || self.names.iter().any(|n| n == name) {
                     sheet.rows.push(row(name.into(), value.into()));

@@ -108,11 +108,11 @@ impl ProcessReader {
         }
         let (layout, task) = (&self.task, &scratch.ahead.task.buffer);
         // DEFAULT_PRIO is 120, MAX_RT_PRIO 100 (include/linux/sched/prio.h).
-        row.nice = Some(layout.static_prio.of(task).wrapping_sub(120));
-        row.priority = Some(layout.prio.of(task).wrapping_sub(100));
-        row.rt_priority = Some(layout.rt_priority.of(task));
-        row.policy = Some(state::policy(layout.policy.of(task)));
-        row.cpu = layout.cpu.map(|cpu| cpu.of(task));
+        row.details_mut().nice = Some(layout.static_prio.of(task).wrapping_sub(120));
+        row.details_mut().priority = Some(layout.prio.of(task).wrapping_sub(100));
+        row.details_mut().rt_priority = Some(layout.rt_priority.of(task));
+        row.details_mut().policy = Some(state::policy(layout.policy.of(task)));
+        row.details_mut().cpu = layout.cpu.map(|cpu| cpu.of(task));
     }
 
     fn start(&self, row: &mut Process, scratch: &Scratch<'_>) {
@@ -134,15 +134,15 @@ impl ProcessReader {
         if !self.has(ProcessFields::SECCOMP) {
             return;
         }
-        row.seccomp = self
+        row.details_mut().seccomp = self
             .task
             .seccomp_mode
             .map(|mode| mode.of(&scratch.ahead.task.buffer));
-        row.seccomp_filters = self
+        row.details_mut().seccomp_filters = self
             .task
             .seccomp_filters
             .map(|count| count.of(&scratch.ahead.task.buffer));
-        row.no_new_privs =
+        row.details_mut().no_new_privs =
             Some(self.task.atomic_flags.of(&scratch.ahead.task.buffer) & state::PFA_NO_NEW_PRIVS != 0);
     }
 
@@ -158,7 +158,7 @@ impl ProcessReader {
             row.threads = Some(layout.nr_threads.of(signal));
         }
         if self.has(ProcessFields::OOM) {
-            row.oom_score_adj = Some(layout.oom_score_adj.of(signal));
+            row.details_mut().oom_score_adj = Some(layout.oom_score_adj.of(signal));
         }
         if let Some(session) = &reader.session {
             let mut number = |field, pid: Gva, row: &mut Process| {
@@ -179,12 +179,12 @@ impl ProcessReader {
                     }
                 }
             };
-            row.sid = number("sid", reader.pid_at(signal, session.sid), row);
-            row.pgrp = number("pgrp", reader.pid_at(signal, session.pgrp), row);
+            row.details_mut().sid = number("sid", reader.pid_at(signal, session.sid), row);
+            row.details_mut().pgrp = number("pgrp", reader.pid_at(signal, session.pgrp), row);
             let tty = layout.tty.of(signal);
             if !tty.is_null() {
                 match session.tty.name(tty, &mut scratch.ttys) {
-                    Ok(name) => row.tty = Some(name),
+                    Ok(name) => row.details_mut().tty = Some(name),
                     Err(error) => row.problem(Problem::read("tty", &error)),
                 }
             }
@@ -196,8 +196,8 @@ impl ProcessReader {
             });
             match times {
                 Ok(times) => {
-                    row.utime_ticks = Some(times.user / TICK);
-                    row.stime_ticks = Some(times.system / TICK);
+                    row.details_mut().utime_ticks = Some(times.user / TICK);
+                    row.details_mut().stime_ticks = Some(times.system / TICK);
                 }
                 Err(reason) => {
                     row.problem(Problem::new("utime_ticks", reason.clone()));
@@ -225,14 +225,16 @@ impl ProcessReader {
             row.fsgid = Some(layout.fsgid.of(cred));
         }
         if self.has(ProcessFields::CAPABILITIES) {
-            row.cap_inheritable = Some(layout.cap_inheritable.of(cred));
-            row.cap_permitted = Some(layout.cap_permitted.of(cred));
-            row.cap_effective = Some(layout.cap_effective.of(cred));
-            row.cap_bounding = Some(layout.cap_bounding.of(cred));
-            row.cap_ambient = Some(layout.cap_ambient.of(cred));
+            row.details_mut().cap_inheritable = Some(layout.cap_inheritable.of(cred));
+            row.details_mut().cap_permitted = Some(layout.cap_permitted.of(cred));
+            row.details_mut().cap_effective = Some(layout.cap_effective.of(cred));
+            row.details_mut().cap_bounding = Some(layout.cap_bounding.of(cred));
+            row.details_mut().cap_ambient = Some(layout.cap_ambient.of(cred));
         }
         match reader.groups(cred) {
-            Some(Ok(groups)) if share.bytes(groups.len() * size_of::<u32>()) => row.groups = Some(groups),
+            Some(Ok(groups)) if share.bytes(groups.len() * size_of::<u32>()) => {
+                row.details_mut().groups = Some(groups)
+            }
             Some(Ok(_)) => row.problem(Problem::new("groups", NO_ROOM)),
             Some(Err(error)) => row.problem(Problem::read("groups", &error)),
             None => {}
@@ -243,7 +245,7 @@ impl ProcessReader {
             .filter(|_| self.has(ProcessFields::USER_NS))
         {
             match namespaces.user(layout.user_ns.of(cred), &mut scratch.namespaces) {
-                Ok(inum) => row.user_ns = Some(inum),
+                Ok(inum) => row.details_mut().user_ns = Some(inum),
                 Err(error) => row.problem(Problem::read("user_ns", &error)),
             }
         }
@@ -262,9 +264,9 @@ impl ProcessReader {
                     .and_then(|n| Ok((reader.namespace_inum(n.namespace)?, n.numbers)));
                 match numbers {
                     Ok((inum, numbers)) => {
-                        row.pid_ns = Some(inum);
-                        row.ns_pid = numbers.last().copied();
-                        row.ns_pids = Some(numbers);
+                        row.details_mut().pid_ns = Some(inum);
+                        row.details_mut().ns_pid = numbers.last().copied();
+                        row.details_mut().ns_pids = Some(numbers);
                     }
                     Err(error) => {
                         let names = [(ProcessFields::NAMESPACES, &["pid_ns", "ns_pid", "ns_pids"][..])];
@@ -278,12 +280,12 @@ impl ProcessReader {
         if let (Some(reader), false) = (&self.namespaces, nsproxy.is_null()) {
             match reader.of_nsproxy(nsproxy, &mut scratch.namespaces) {
                 Ok(found) => {
-                    row.uts_ns = found.uts;
-                    row.ipc_ns = found.ipc;
-                    row.mnt_ns = found.mnt;
-                    row.net_ns = found.net;
-                    row.time_ns = found.time;
-                    row.cgroup_ns = found.cgroup;
+                    row.details_mut().uts_ns = found.uts;
+                    row.details_mut().ipc_ns = found.ipc;
+                    row.details_mut().mnt_ns = found.mnt;
+                    row.details_mut().net_ns = found.net;
+                    row.details_mut().time_ns = found.time;
+                    row.details_mut().cgroup_ns = found.cgroup;
                 }
                 Err(error) => {
                     let names = ["uts_ns", "ipc_ns", "mnt_ns", "net_ns", "time_ns", "cgroup_ns"];
@@ -304,11 +306,11 @@ impl ProcessReader {
         }
         let budget = &scratch.budgets.rows;
         let membership = reader.membership(set, &mut scratch.memberships, budget, share);
-        row.cgroup = membership.unified.clone();
-        row.cgroups = Some(Arc::clone(&membership.lines));
+        row.details_mut().cgroup = membership.unified.clone();
+        row.details_mut().cgroups = Some(Arc::clone(&membership.lines));
         if let Some(container) = &membership.container {
-            row.container = Some(container.id.clone());
-            row.container_runtime = Some(container.runtime.to_owned());
+            row.details_mut().container = Some(container.id.clone());
+            row.details_mut().container_runtime = Some(container.runtime.to_owned());
         }
         if let Some(reason) = &membership.problem {
             row.problem(Problem::new("cgroup", reason.clone()));
@@ -322,8 +324,8 @@ impl ProcessReader {
         let fs = self.task.fs.of(&scratch.ahead.task.buffer);
         // A zombie has given it back.
         if !fs.is_null() {
-            row.cwd = row.path("cwd", places.cwd(fs, &mut scratch.places), share);
-            row.root = row.path("root", places.root(fs, &mut scratch.places), share);
+            row.details_mut().cwd = row.path("cwd", places.cwd(fs, &mut scratch.places), share);
+            row.details_mut().root = row.path("root", places.root(fs, &mut scratch.places), share);
         }
     }
 
@@ -336,7 +338,7 @@ impl ProcessReader {
             .exe_file
             .map_or(Gva(0), |member| member.of(&scratch.ahead.mm.buffer));
         if !file.is_null() {
-            row.exe = row.path("exe", places.file(file, &mut scratch.places), share);
+            row.details_mut().exe = row.path("exe", places.file(file, &mut scratch.places), share);
         }
     }
 
@@ -355,14 +357,14 @@ impl ProcessReader {
         let (layout, mm) = (&reader.layout, &scratch.ahead.mm.buffer);
         if let Some(rss) = &self.rss {
             let kb = |pages: u64| Some(pages.saturating_mul(4));
-            row.vm_size_kb = kb(layout.total_vm.of(mm));
-            row.vm_data_kb = kb(layout.data_vm.of(mm));
-            row.vm_stack_kb = kb(layout.stack_vm.of(mm));
-            row.vm_exec_kb = kb(layout.exec_vm.of(mm));
+            row.details_mut().vm_size_kb = kb(layout.total_vm.of(mm));
+            row.details_mut().vm_data_kb = kb(layout.data_vm.of(mm));
+            row.details_mut().vm_stack_kb = kb(layout.stack_vm.of(mm));
+            row.details_mut().vm_exec_kb = kb(layout.exec_vm.of(mm));
             match rss.pages(layout, mm) {
                 Ok(pages) => {
-                    row.vm_rss_kb = kb(pages.resident);
-                    row.vm_swap_kb = kb(pages.swapped);
+                    row.details_mut().vm_rss_kb = kb(pages.resident);
+                    row.details_mut().vm_swap_kb = kb(pages.swapped);
                 }
                 Err(error) => {
                     row.problem(Problem::read("vm_rss_kb", &error));
@@ -414,7 +416,7 @@ impl ProcessReader {
                 "environ",
                 &mut scratch.budgets.strings.share(),
             );
-            row.environ = read.split();
+            row.details_mut().environ = read.split();
             row.problems.extend(read.problem);
         }
     }
