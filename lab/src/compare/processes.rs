@@ -49,21 +49,21 @@ pub fn processes(kernel: &Kernel, truth: &Truth) -> anyhow::Result<Differences> 
 }
 
 fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Differences) {
+    let details = row.details();
     let at = |field: &str| format!("{field} of {} ({})", said.pid, said.task_comm());
     out.same(at("name"), row.name.as_str(), said.task_comm().as_str());
     out.same(at("ppid"), row.ppid, i32::try_from(said.ppid).ok());
     out.same(at("tgid"), row.tgid, row.pid);
-    out.same(at("pgrp"), row.details().pgrp.map(i64::from), Some(said.pgrp));
-    out.same(at("sid"), row.details().sid.map(i64::from), Some(said.sid));
-    let ns_pids: Option<Vec<u32>> = row
-        .details()
+    out.same(at("pgrp"), details.pgrp.map(i64::from), Some(said.pgrp));
+    out.same(at("sid"), details.sid.map(i64::from), Some(said.sid));
+    let ns_pids: Option<Vec<u32>> = details
         .ns_pids
         .as_ref()
         .map(|p| p.iter().map(|&n| n as u32).collect());
     out.same(at("ns_pids"), ns_pids.as_ref(), Some(&said.ns_pids));
     out.same(
         at("ns_pid"),
-        row.details().ns_pid.map(|n| n as u32),
+        details.ns_pid.map(|n| n as u32),
         Some(said.ns_pid()),
     );
     out.same(at("kernel_thread"), row.kernel_thread, said.kthread);
@@ -71,21 +71,17 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
         out.same(at("state"), row.state, said.state);
     }
     out.same(at("start_ticks"), row.start_ticks, Some(said.start_ticks));
-    out.same(at("nice"), row.details().nice.map(i64::from), Some(said.nice));
+    out.same(at("nice"), details.nice.map(i64::from), Some(said.nice));
     out.same(
         at("priority"),
-        row.details().priority.map(i64::from),
+        details.priority.map(i64::from),
         Some(said.priority),
     );
-    out.same(
-        at("rt_priority"),
-        row.details().rt_priority,
-        Some(said.rt_priority),
-    );
-    out.same(at("policy"), row.details().policy, policy(said.policy));
+    out.same(at("rt_priority"), details.rt_priority, Some(said.rt_priority));
+    out.same(at("policy"), details.policy, policy(said.policy));
     out.same(
         at("oom_score_adj"),
-        row.details().oom_score_adj.map(i32::from),
+        details.oom_score_adj.map(i32::from),
         Some(said.oom_score_adj),
     );
     out.same(
@@ -93,35 +89,31 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
         row.threads.map(|n| n as usize),
         Some(said.threads.len()),
     );
-    out.same(at("tty"), row.details().tty.clone(), terminal(said.tty_nr));
-    out.same(at("seccomp"), row.details().seccomp, Some(said.seccomp));
+    out.same(at("tty"), details.tty.clone(), terminal(said.tty_nr));
+    out.same(at("seccomp"), details.seccomp, Some(said.seccomp));
     out.same(
         at("seccomp_filters"),
-        row.details().seccomp_filters,
+        details.seccomp_filters,
         Some(said.seccomp_filters),
     );
-    out.same(
-        at("no_new_privs"),
-        row.details().no_new_privs,
-        Some(said.no_new_privs),
-    );
+    out.same(at("no_new_privs"), details.no_new_privs, Some(said.no_new_privs));
     credentials(&at, row, &said.creds, out);
     for (field, seen, said) in [
-        ("exe", &row.details().exe, &said.exe),
-        ("cwd", &row.details().cwd, &said.cwd),
-        ("root", &row.details().root, &said.root),
+        ("exe", &details.exe, &said.exe),
+        ("cwd", &details.cwd, &said.cwd),
+        ("root", &details.root, &said.root),
     ] {
         out.same(at(field), seen.as_deref(), said.as_ref().map(spelt).as_deref());
     }
     for (kind, seen) in [
-        ("cgroup", row.details().cgroup_ns),
-        ("ipc", row.details().ipc_ns),
-        ("mnt", row.details().mnt_ns),
-        ("net", row.details().net_ns),
-        ("pid", row.details().pid_ns),
-        ("time", row.details().time_ns),
-        ("user", row.details().user_ns),
-        ("uts", row.details().uts_ns),
+        ("cgroup", details.cgroup_ns),
+        ("ipc", details.ipc_ns),
+        ("mnt", details.mnt_ns),
+        ("net", details.net_ns),
+        ("pid", details.pid_ns),
+        ("time", details.time_ns),
+        ("user", details.user_ns),
+        ("uts", details.uts_ns),
     ] {
         if let Some(&said) = said.namespaces.get(kind) {
             out.same(at(&format!("{kind}_ns")), seen.map(u64::from), Some(said));
@@ -129,17 +121,17 @@ fn one_process(row: &vmsight_linux::Process, said: &truth::Process, out: &mut Di
     }
     out.same(
         at("cgroup"),
-        row.details().cgroup.as_deref(),
+        details.cgroup.as_deref(),
         Some(spelt(&said.cgroup).as_str()),
     );
     let lines: Vec<String> = said.cgroups.iter().map(spelt).collect();
-    out.same(at("cgroups"), row.details().cgroups.as_deref(), Some(&lines[..]));
+    out.same(at("cgroups"), details.cgroups.as_deref(), Some(&lines[..]));
     strings(&at, row, said, out);
     match &said.vm {
         Some(vm) => sizes(&at, row, vm, said, out),
         None => {
             out.same(at("argv"), row.argv.as_ref(), None);
-            out.same(at("vm_size_kb"), row.details().vm_size_kb, None);
+            out.same(at("vm_size_kb"), details.vm_size_kb, None);
         }
     }
 }
@@ -203,17 +195,14 @@ fn joined(strings: &[Text]) -> Vec<u8> {
 }
 
 fn container(row: &vmsight_linux::Process, truth: &Truth, out: &mut Differences) {
+    let details = row.details();
     let pid = row.pid as u32;
     let said = truth.containers.iter().find(|c| c.pids.contains(&pid));
     let at = |field: &str| format!("{field} of {} ({})", row.pid, row.name);
-    out.same(
-        at("container"),
-        row.details().container.as_ref(),
-        said.map(|c| &c.id),
-    );
+    out.same(at("container"), details.container.as_ref(), said.map(|c| &c.id));
     out.same(
         at("container_runtime"),
-        row.details().container_runtime.as_ref(),
+        details.container_runtime.as_ref(),
         said.map(|c| &c.runtime),
     );
 }
@@ -225,11 +214,12 @@ fn times(
     passed: u64,
     out: &mut Differences,
 ) {
+    let details = row.details();
     let at = |field: &str| format!("{field} of {} ({})", said.pid, said.task_comm());
     times::start(&at, row.start_time.as_deref(), said.start_ticks, truth, out);
     let seen = Used {
-        user: row.details().utime_ticks.unwrap_or(u64::MAX),
-        system: row.details().stime_ticks.unwrap_or(u64::MAX),
+        user: details.utime_ticks.unwrap_or(u64::MAX),
+        system: details.stime_ticks.unwrap_or(u64::MAX),
     };
     let account = Used {
         user: said.utime_ticks,
@@ -237,7 +227,7 @@ fn times(
     };
     times::used(&at, seen, account, times::may_run(said).then_some(passed), out);
     if let Some(leader) = said.threads.first().filter(|_| !times::may_run(said)) {
-        out.same(at("cpu"), row.details().cpu, Some(leader.cpu));
+        out.same(at("cpu"), details.cpu, Some(leader.cpu));
     }
 }
 
@@ -247,6 +237,7 @@ fn credentials(
     said: &truth::Credentials,
     out: &mut Differences,
 ) {
+    let details = row.details();
     out.same(
         at("uids"),
         [row.uid, row.euid, row.suid, row.fsuid],
@@ -257,32 +248,24 @@ fn credentials(
         [row.gid, row.egid, row.sgid, row.fsgid],
         said.gids.map(Some),
     );
-    out.same(at("groups"), row.details().groups.as_ref(), Some(&said.groups));
+    out.same(at("groups"), details.groups.as_ref(), Some(&said.groups));
     out.same(
         at("cap_inheritable"),
-        row.details().cap_inheritable,
+        details.cap_inheritable,
         Some(said.cap_inheritable),
     );
     out.same(
         at("cap_permitted"),
-        row.details().cap_permitted,
+        details.cap_permitted,
         Some(said.cap_permitted),
     );
     out.same(
         at("cap_effective"),
-        row.details().cap_effective,
+        details.cap_effective,
         Some(said.cap_effective),
     );
-    out.same(
-        at("cap_bounding"),
-        row.details().cap_bounding,
-        Some(said.cap_bounding),
-    );
-    out.same(
-        at("cap_ambient"),
-        row.details().cap_ambient,
-        Some(said.cap_ambient),
-    );
+    out.same(at("cap_bounding"), details.cap_bounding, Some(said.cap_bounding));
+    out.same(at("cap_ambient"), details.cap_ambient, Some(said.cap_ambient));
 }
 
 fn sizes(
@@ -292,18 +275,16 @@ fn sizes(
     said: &truth::Process,
     out: &mut Differences,
 ) {
-    out.same(at("vm_size_kb"), row.details().vm_size_kb, Some(vm.size));
-    out.same(at("vm_data_kb"), row.details().vm_data_kb, Some(vm.data));
-    out.same(at("vm_stack_kb"), row.details().vm_stack_kb, Some(vm.stack));
+    let details = row.details();
+    out.same(at("vm_size_kb"), details.vm_size_kb, Some(vm.size));
+    out.same(at("vm_data_kb"), details.vm_data_kb, Some(vm.data));
+    out.same(at("vm_stack_kb"), details.vm_stack_kb, Some(vm.stack));
     // /proc divides it between the executable and all else, by the addresses of the code.
-    out.same(at("vm_exec_kb"), row.details().vm_exec_kb, Some(vm.exe + vm.lib));
+    out.same(at("vm_exec_kb"), details.vm_exec_kb, Some(vm.exe + vm.lib));
     // What /proc says lags by up to a batch of 64 pages for each counter and CPU (6.2 on) or thread (before); and what was paged out
     // afterwards moves from one of our numbers to the other.
     let slack = 4 * 4 * 64 * said.threads.len().max(2) as u64;
-    let (resident, swapped) = (
-        row.details().vm_rss_kb.unwrap_or(0),
-        row.details().vm_swap_kb.unwrap_or(0),
-    );
+    let (resident, swapped) = (details.vm_rss_kb.unwrap_or(0), details.vm_swap_kb.unwrap_or(0));
     let (seen, account) = (resident + swapped, vm.rss + vm.swap);
     out.near(
         at("vm_rss_kb + vm_swap_kb"),
