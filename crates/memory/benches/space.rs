@@ -17,6 +17,9 @@
 //! a library around it and of a guest that is one mapping.
 //! "chained": each address depends on the last value, as when a list is followed; one read is under way in any case.
 //!
+//! The goal of a remembered address, 1.5, is held against the two ways to read that there are: in a batch where addresses are known
+//! beforehand, and one by one where they are not. One by one where they are known has none, for it is out of reach (see docs/bench.md).
+//!
 //! With `--json` the table is one JSON array. Without `--bench` (as a test) the guest is small and nothing is measured to be
 //! believed.
 
@@ -407,7 +410,7 @@ fn main() {
         });
         for (name, goal, space) in [
             ("u64 random page: virtual, cold", Some(6.0), &cold),
-            ("u64 random page: virtual, warm", Some(1.5), &warm),
+            ("u64 random page: virtual, warm", None, &warm),
             ("u64 random page: virtual, cold, dump", None, &cold_dump),
             ("u64 random page: virtual, warm, dump", None, &dump),
         ] {
@@ -421,16 +424,22 @@ fn main() {
             ("u64 random page: virtual, cold, batched", 6.0, &cold),
             ("u64 random page: virtual, warm, batched", 1.5, &warm),
         ] {
-            table.round(name, RAW, Some(goal), 1, |targets| batched(space, targets));
+            table.round(name, RAW, Some(goal), 1, |targets| {
+                batched(space, targets, |t| t.gva)
+            });
         }
-        for (name, goal, space) in [
-            ("u64 random page: large pages, warm", Some(1.5), &large),
-            ("u64 random page: large pages, warm, dump", None, &large_dump),
+        for (name, space) in [
+            ("u64 random page: large pages, warm", &large),
+            ("u64 random page: large pages, warm, dump", &large_dump),
         ] {
-            table.round(name, RAW, goal, 1, |targets| {
+            table.round(name, RAW, None, 1, |targets| {
                 u64s(space, targets, |t| LARGE + t.gpa);
             });
         }
+        let name = "u64 random page: large pages, warm, batched";
+        table.round(name, RAW, Some(1.5), 1, |targets| {
+            batched(&large, targets, |t| LARGE + t.gpa);
+        });
 
         // One after the other, as when a list is followed: each address waits for the last value.
         table.round(CHAIN, CHAIN, None, 1, |targets| {
@@ -440,13 +449,15 @@ fn main() {
             let read = |gpa| guest.live.read_u64(Gpa(gpa)).unwrap_or(1);
             black_box(targets.iter().fold(0, |s, t| read(t.gpa ^ (s >> 63))));
         });
-        for (name, space) in [
-            ("u64 chained: virtual, cold", &cold),
-            ("u64 chained: virtual, warm", &warm),
+        for (name, goal, space) in [
+            ("u64 chained: virtual, cold", 6.0, &cold),
+            ("u64 chained: virtual, warm", 1.5, &warm),
         ] {
-            table.round(name, CHAIN, None, 1, |targets| chained(space, targets, |t| t.gva));
+            table.round(name, CHAIN, Some(goal), 1, |targets| {
+                chained(space, targets, |t| t.gva)
+            });
         }
-        table.round("u64 chained: large pages, warm", CHAIN, None, 1, |targets| {
+        table.round("u64 chained: large pages, warm", CHAIN, Some(1.5), 1, |targets| {
             chained(&large, targets, |t| LARGE + t.gpa);
         });
 
@@ -465,7 +476,9 @@ fn main() {
             ("u64 of another process: cold, batched", &cold_process),
             ("u64 of another process: warm, batched", &warm_process),
         ] {
-            table.round(name, ASKED, None, 40, |targets| batched(space, targets));
+            table.round(name, ASKED, None, 40, |targets| {
+                batched(space, targets, |t| t.gva)
+            });
         }
 
         for (name, base, goal, which) in [
@@ -532,7 +545,8 @@ fn chained(space: &AddressSpace, targets: &[Target], gva: impl Fn(&Target) -> u6
     black_box(targets.iter().fold(0, |s, t| read(gva(t) ^ (s >> 63))));
 }
 
-fn batched(space: &AddressSpace, targets: &[Target]) {
+#[inline(always)]
+fn batched(space: &AddressSpace, targets: &[Target], gva: impl Fn(&Target) -> u64) {
     let mut total = 0;
     let mut words = [[0u8; 8]; 64];
     for chunk in targets.chunks(64) {
@@ -541,7 +555,7 @@ fn batched(space: &AddressSpace, targets: &[Target]) {
             let mut chunk = chunk.iter().cycle();
             std::array::from_fn(|_| {
                 GvaReadOp::new(
-                    Gva(chunk.next().expect("not empty").gva),
+                    Gva(gva(chunk.next().expect("not empty"))),
                     words.next().expect("64"),
                 )
             })
