@@ -1,7 +1,6 @@
 //! `struct list_head`: circular, doubly linked (include/linux/list.h).
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{self, Sender};
 use std::thread::{self, ScopedJoinHandle};
 
 use rustc_hash::FxHashMap;
@@ -34,24 +33,31 @@ pub fn walk(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
 /// mapped for the first time, for the system. A long list is therefore followed from its other end as well, by another thread, until the
 /// two meet.
 pub(crate) fn walk_long(space: &AddressSpace, head: Gva, limit: usize) -> ListWalk {
-    let from_behind = FromBehind::default();
     thread::scope(|scope| {
-        let (mut count, mut other) = (0usize, None);
-        let mut marks = Marks::default();
+        let (send, marks) = mpsc::channel();
+        let (mut count, mut send, mut other) = (0usize, Some(send), None);
         let read = |at| {
             count += 1;
             if count == LONG && is_worth_two(space) {
-                // Without the thread, it takes longer and is as right.
-                let walk = || from_behind.walk(head, limit, |at| links(space, at));
-                other = thread::Builder::new().spawn_scoped(scope, walk).ok();
+                other = send.take().and_then(|marks| {
+                    let walk = move || from_behind(head, limit, |at| links(space, at), &marks);
+                    // Without the thread, it takes longer and is as right.
+                    thread::Builder::new().spawn_scoped(scope, walk).ok()
+                });
             }
             links(space, at)
         };
-        let (mut out, met) = walk_links(head, limit, read, |at| marks.find(&from_behind, at));
-        from_behind.over.store(true, Ordering::Relaxed);
-        let Some(known) = met else { return out };
+        let mut numbers = FxHashMap::default();
+        let known = |at: Gva| {
+            numbers.extend(marks.try_iter());
+            numbers.get(&at.0).copied()
+        };
+        let (mut out, met) = walk_links(head, limit, read, known);
+        // Nobody waits for the other any more.
+        drop(marks);
+        let Some(number) = met else { return out };
         match other.map(ScopedJoinHandle::join) {
-            Some(Ok(behind)) => out.walk.items.extend(behind.iter().take(known).rev()),
+            Some(Ok(behind)) => out.walk.items.extend(behind.iter().take(number).rev()),
             // Nobody is left who knows the rest.
             Some(Err(_)) | None => return walk(space, head, limit),
         }
@@ -67,70 +73,36 @@ fn is_worth_two(space: &AddressSpace) -> bool {
     space.memory().is_all_mapped() && thread::available_parallelism().is_ok_and(|n| n.get() > 1)
 }
 
-/// The walk from the other end.
-#[derive(Debug, Default)]
-struct FromBehind {
-    /// Whether nobody waits for it any more.
-    over: AtomicBool,
-    /// Every [`MARK`]th element, with its number from the end, 1 for the last …
-    marks: Mutex<Vec<(Gva, usize)>>,
-    /// … and how many there are.
-    published: AtomicUsize,
-}
-
 /// Elements from one mark to the next.
 const MARK: usize = 32;
 
-impl FromBehind {
-    /// The elements from the last one on, each of which names the one before it here as the one behind it. So they are different ones:
-    /// whoever follows `next` from any of them comes to `head`, each with another number of steps.
-    fn walk(
-        &self,
-        head: Gva,
-        limit: usize,
-        links: impl Fn(Gva) -> Result<(Gva, Gva), ReadError>,
-    ) -> Vec<Gva> {
-        let mut out = Vec::new();
-        let (mut behind, mut at) = match links(head) {
-            Ok((_, last)) => (head, last),
-            Err(_) => return out,
+/// The elements from the last one on, each of which names the one before it here as the one behind it. So they are different ones:
+/// whoever follows `next` from any of them comes to `head`, each with another number of steps.
+///
+/// Every [`MARK`]th goes to `marks`, with its number from the end, 1 for the last. The walk is over when nobody takes them any more.
+fn from_behind(
+    head: Gva,
+    limit: usize,
+    links: impl Fn(Gva) -> Result<(Gva, Gva), ReadError>,
+    marks: &Sender<(u64, usize)>,
+) -> Vec<Gva> {
+    let mut out = Vec::new();
+    let (mut behind, mut at) = match links(head) {
+        Ok((_, last)) => (head, last),
+        Err(_) => return out,
+    };
+    while at != head && out.len() < limit {
+        let before = match links(at) {
+            Ok((next, prev)) if next == behind => prev,
+            _ => break,
         };
-        while at != head && out.len() < limit && !self.over.load(Ordering::Relaxed) {
-            let before = match links(at) {
-                Ok((next, prev)) if next == behind => prev,
-                _ => break,
-            };
-            out.push(at);
-            if out.len() % MARK == 0 {
-                let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
-                marks.push((at, out.len()));
-                self.published.store(marks.len(), Ordering::Relaxed);
-            }
-            (behind, at) = (at, before);
+        out.push(at);
+        if out.len() % MARK == 0 && marks.send((at.0, out.len())).is_err() {
+            break;
         }
-        out
+        (behind, at) = (at, before);
     }
-}
-
-/// The marks of a walk from behind that the walk from the front has seen.
-#[derive(Debug, Default)]
-struct Marks {
-    seen: usize,
-    numbers: FxHashMap<u64, usize>,
-}
-
-impl Marks {
-    /// The number from the end of the element at `at`, if it is a mark.
-    fn find(&mut self, walk: &FromBehind, at: Gva) -> Option<usize> {
-        if walk.published.load(Ordering::Relaxed) != self.seen {
-            let marks = walk.marks.lock().unwrap_or_else(PoisonError::into_inner);
-            let new = marks.get(self.seen..).unwrap_or_default();
-            self.numbers
-                .extend(new.iter().map(|&(mark, number)| (mark.0, number)));
-            self.seen = marks.len();
-        }
-        self.numbers.get(&at.0).copied()
-    }
+    out
 }
 
 /// `next` and `prev` of the `list_head` at `at`.

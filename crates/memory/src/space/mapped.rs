@@ -14,11 +14,11 @@ use crate::{GuestMemory, copy, fault};
 #[derive(Debug)]
 pub(super) struct Mapped {
     pub(super) hot: Hot,
-    /// The longest range, if it begins with the first address and is as good as all there is: a guest without memory above 4 GiB.
-    /// Then most is found with half of the instructions.
-    only: Window,
     /// The two longest ranges of the memory once more, by address, for accesses that do not leave their page.
     windows: [Window; 2],
+    /// The length of the first of them, if it begins with address 0 and is as good as all there is: of a guest without memory above
+    /// 4 GiB. Then most is found with half of the instructions. Else 0.
+    alone: u64,
     /// Where the second starts.
     split: u64,
     /// Where the root is mapped, 4 KiB; null unless the mode is x86-64's.
@@ -79,15 +79,17 @@ impl Mapped {
         all.sort_by_key(|window| std::cmp::Reverse(window.len));
         all.truncate(2);
         all.sort_by_key(|window| window.start);
-        let only = all.iter().find(|window| window.start == 0);
-        let others: u64 = all.iter().map(|window| window.len).sum();
-        let only = only.filter(|only| only.len > (others - only.len) * 16);
+        let alone = match all.as_slice() {
+            [first] if first.start == 0 => first.len,
+            [first, second] if first.start == 0 && first.len / 16 > second.len => first.len,
+            _ => 0,
+        };
         let mut windows = [Window::NONE; 2];
         windows.iter_mut().zip(&all).for_each(|(to, from)| *to = *from);
         Self {
             root,
             hot: Hot::new(bits),
-            only: only.copied().unwrap_or(Window::NONE),
+            alone,
             split: all.get(1).map_or(u64::MAX, |second| second.start),
             windows,
         }
@@ -105,11 +107,11 @@ impl Mapped {
     /// The same, if it is in the two windows.
     #[inline(always)]
     fn near(&self, gpa: u64) -> Option<*const u8> {
-        if gpa < self.only.len {
-            // SAFETY: inside the mapped range, which begins with address 0.
-            return Some(unsafe { self.only.base.add(gpa as usize) });
-        }
         let [low, high] = &self.windows;
+        if gpa < self.alone {
+            // SAFETY: inside the mapped range, which begins with address 0.
+            return Some(unsafe { low.base.add(gpa as usize) });
+        }
         // No branch: which of the two it is cannot be foreseen.
         let window = std::hint::select_unpredictable(gpa >= self.split, high, low);
         let at = gpa.wrapping_sub(window.start);

@@ -108,11 +108,12 @@ impl ProcessReader {
         }
         let (layout, task) = (&self.task, &scratch.ahead.task.buffer);
         // DEFAULT_PRIO is 120, MAX_RT_PRIO 100 (include/linux/sched/prio.h).
-        row.details_mut().nice = Some(layout.static_prio.of(task).wrapping_sub(120));
-        row.details_mut().priority = Some(layout.prio.of(task).wrapping_sub(100));
-        row.details_mut().rt_priority = Some(layout.rt_priority.of(task));
-        row.details_mut().policy = Some(state::policy(layout.policy.of(task)));
-        row.details_mut().cpu = layout.cpu.map(|cpu| cpu.of(task));
+        let details = row.details_mut();
+        details.nice = Some(layout.static_prio.of(task).wrapping_sub(120));
+        details.priority = Some(layout.prio.of(task).wrapping_sub(100));
+        details.rt_priority = Some(layout.rt_priority.of(task));
+        details.policy = Some(state::policy(layout.policy.of(task)));
+        details.cpu = layout.cpu.map(|cpu| cpu.of(task));
     }
 
     fn start(&self, row: &mut Process, scratch: &Scratch<'_>) {
@@ -134,15 +135,16 @@ impl ProcessReader {
         if !self.has(ProcessFields::SECCOMP) {
             return;
         }
-        row.details_mut().seccomp = self
+        let details = row.details_mut();
+        details.seccomp = self
             .task
             .seccomp_mode
             .map(|mode| mode.of(&scratch.ahead.task.buffer));
-        row.details_mut().seccomp_filters = self
+        details.seccomp_filters = self
             .task
             .seccomp_filters
             .map(|count| count.of(&scratch.ahead.task.buffer));
-        row.details_mut().no_new_privs =
+        details.no_new_privs =
             Some(self.task.atomic_flags.of(&scratch.ahead.task.buffer) & state::PFA_NO_NEW_PRIVS != 0);
     }
 
@@ -196,8 +198,9 @@ impl ProcessReader {
             });
             match times {
                 Ok(times) => {
-                    row.details_mut().utime_ticks = Some(times.user / TICK);
-                    row.details_mut().stime_ticks = Some(times.system / TICK);
+                    let details = row.details_mut();
+                    details.utime_ticks = Some(times.user / TICK);
+                    details.stime_ticks = Some(times.system / TICK);
                 }
                 Err(reason) => {
                     row.problem(Problem::new("utime_ticks", reason.clone()));
@@ -225,11 +228,12 @@ impl ProcessReader {
             row.fsgid = Some(layout.fsgid.of(cred));
         }
         if self.has(ProcessFields::CAPABILITIES) {
-            row.details_mut().cap_inheritable = Some(layout.cap_inheritable.of(cred));
-            row.details_mut().cap_permitted = Some(layout.cap_permitted.of(cred));
-            row.details_mut().cap_effective = Some(layout.cap_effective.of(cred));
-            row.details_mut().cap_bounding = Some(layout.cap_bounding.of(cred));
-            row.details_mut().cap_ambient = Some(layout.cap_ambient.of(cred));
+            let details = row.details_mut();
+            details.cap_inheritable = Some(layout.cap_inheritable.of(cred));
+            details.cap_permitted = Some(layout.cap_permitted.of(cred));
+            details.cap_effective = Some(layout.cap_effective.of(cred));
+            details.cap_bounding = Some(layout.cap_bounding.of(cred));
+            details.cap_ambient = Some(layout.cap_ambient.of(cred));
         }
         match reader.groups(cred) {
             Some(Ok(groups)) if share.bytes(groups.len() * size_of::<u32>()) => {
@@ -264,9 +268,10 @@ impl ProcessReader {
                     .and_then(|n| Ok((reader.namespace_inum(n.namespace)?, n.numbers)));
                 match numbers {
                     Ok((inum, numbers)) => {
-                        row.details_mut().pid_ns = Some(inum);
-                        row.details_mut().ns_pid = numbers.last().copied();
-                        row.details_mut().ns_pids = Some(numbers);
+                        let details = row.details_mut();
+                        details.pid_ns = Some(inum);
+                        details.ns_pid = numbers.last().copied();
+                        details.ns_pids = Some(numbers);
                     }
                     Err(error) => {
                         let names = [(ProcessFields::NAMESPACES, &["pid_ns", "ns_pid", "ns_pids"][..])];
@@ -280,12 +285,13 @@ impl ProcessReader {
         if let (Some(reader), false) = (&self.namespaces, nsproxy.is_null()) {
             match reader.of_nsproxy(nsproxy, &mut scratch.namespaces) {
                 Ok(found) => {
-                    row.details_mut().uts_ns = found.uts;
-                    row.details_mut().ipc_ns = found.ipc;
-                    row.details_mut().mnt_ns = found.mnt;
-                    row.details_mut().net_ns = found.net;
-                    row.details_mut().time_ns = found.time;
-                    row.details_mut().cgroup_ns = found.cgroup;
+                    let details = row.details_mut();
+                    details.uts_ns = found.uts;
+                    details.ipc_ns = found.ipc;
+                    details.mnt_ns = found.mnt;
+                    details.net_ns = found.net;
+                    details.time_ns = found.time;
+                    details.cgroup_ns = found.cgroup;
                 }
                 Err(error) => {
                     let names = ["uts_ns", "ipc_ns", "mnt_ns", "net_ns", "time_ns", "cgroup_ns"];
@@ -306,11 +312,12 @@ impl ProcessReader {
         }
         let budget = &scratch.budgets.rows;
         let membership = reader.membership(set, &mut scratch.memberships, budget, share);
-        row.details_mut().cgroup = membership.unified.clone();
-        row.details_mut().cgroups = Some(Arc::clone(&membership.lines));
+        let details = row.details_mut();
+        details.cgroup = membership.unified.clone();
+        details.cgroups = Some(Arc::clone(&membership.lines));
         if let Some(container) = &membership.container {
-            row.details_mut().container = Some(container.id.clone());
-            row.details_mut().container_runtime = Some(container.runtime.to_owned());
+            details.container = Some(container.id.clone());
+            details.container_runtime = Some(container.runtime.to_owned());
         }
         if let Some(reason) = &membership.problem {
             row.problem(Problem::new("cgroup", reason.clone()));
@@ -357,14 +364,16 @@ impl ProcessReader {
         let (layout, mm) = (&reader.layout, &scratch.ahead.mm.buffer);
         if let Some(rss) = &self.rss {
             let kb = |pages: u64| Some(pages.saturating_mul(4));
-            row.details_mut().vm_size_kb = kb(layout.total_vm.of(mm));
-            row.details_mut().vm_data_kb = kb(layout.data_vm.of(mm));
-            row.details_mut().vm_stack_kb = kb(layout.stack_vm.of(mm));
-            row.details_mut().vm_exec_kb = kb(layout.exec_vm.of(mm));
+            let details = row.details_mut();
+            details.vm_size_kb = kb(layout.total_vm.of(mm));
+            details.vm_data_kb = kb(layout.data_vm.of(mm));
+            details.vm_stack_kb = kb(layout.stack_vm.of(mm));
+            details.vm_exec_kb = kb(layout.exec_vm.of(mm));
             match rss.pages(layout, mm) {
                 Ok(pages) => {
-                    row.details_mut().vm_rss_kb = kb(pages.resident);
-                    row.details_mut().vm_swap_kb = kb(pages.swapped);
+                    let details = row.details_mut();
+                    details.vm_rss_kb = kb(pages.resident);
+                    details.vm_swap_kb = kb(pages.swapped);
                 }
                 Err(error) => {
                     row.problem(Problem::read("vm_rss_kb", &error));
